@@ -1,0 +1,133 @@
+"""One table of names for quality functions: image batch (B, 3, H, W), RGB in [0, 1] → quality feature (B, Q).
+
+A file of this folder declares one function with :func:`quality_function` (a plain function) or
+:func:`quality_family` (``prefix:argument`` names, such as ``pyiqa:NAME``), and is found by being there.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+QualityCallable = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class QualityFunction:
+    """A named quality function.
+
+    Attributes:
+        name: the name under which a config finds it again; for a user's own callable its ``__name__``.
+        channels: Q, the width of the quality feature.
+        function: (B, 3, H, W) RGB in [0, 1] → (B, Q).
+        needs_grad: let gradients flow from q to the images; otherwise it is run under ``no_grad``.
+    """
+
+    name: str
+    channels: int
+    function: QualityCallable
+    needs_grad: bool = False
+    builtin: bool = True
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Compute q (B, Q) of images (B, 3, H, W); raises ValueError if the function returns another shape."""
+        with torch.set_grad_enabled(self.needs_grad and torch.is_grad_enabled()):
+            q = self.function(images)
+        if q.ndim != 2 or q.shape[0] != images.shape[0] or q.shape[1] != self.channels:
+            raise ValueError(
+                f"quality function {self.name!r} returned shape {tuple(q.shape)} for images {tuple(images.shape)}; "
+                f"expected ({images.shape[0]}, {self.channels})"
+            )
+        return q
+
+
+_TABLE: dict[str, QualityFunction] = {}
+_FAMILIES: dict[str, Callable[[str], QualityFunction]] = {}
+
+
+def quality_function(name: str, channels: int) -> Callable[[QualityCallable], QualityCallable]:
+    """Register a function (B, 3, H, W) in [0, 1] → (B, ``channels``) under ``name``."""
+
+    def register(function: QualityCallable) -> QualityCallable:
+        _TABLE[name] = QualityFunction(name, channels, function)
+        return function
+
+    return register
+
+
+def quality_family(prefix: str) -> Callable[[Callable[[str], QualityFunction]], Callable[[str], QualityFunction]]:
+    """Register a builder for names ``prefix`` and ``prefix:argument``; it gets the argument (``""`` if none)."""
+
+    def register(build: Callable[[str], QualityFunction]) -> Callable[[str], QualityFunction]:
+        _FAMILIES[prefix] = build
+        return build
+
+    return register
+
+
+def _discover() -> None:
+    package = importlib.import_module(__package__)
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"{package.__name__}.{module.name}")
+
+
+def quality_names() -> list[str]:
+    """All names :func:`resolve_quality` knows; families appear as ``prefix:…``."""
+    _discover()
+    return sorted(_TABLE) + [f"{prefix}[:…]" for prefix in sorted(_FAMILIES)]
+
+
+def resolve_quality(
+    spec: str | QualityCallable | QualityFunction, channels: int | None = None, needs_grad: bool = False
+) -> QualityFunction:
+    """Turn a name or a callable into a :class:`QualityFunction`.
+
+    Args:
+        spec: a name of :func:`quality_names`, or any callable (B, 3, H, W) in [0, 1] → (B, Q).
+        channels: Q of a callable; measured on a grey 64×64 picture when not given.
+        needs_grad: let gradients flow through the quality function (by default it is under ``no_grad``).
+
+    Raises:
+        ValueError: the name is not known (the message lists those that are).
+        TypeError: ``spec`` is neither a string nor callable.
+
+    Example:
+        >>> resolve_quality("brisque").channels
+        36
+    """
+    if isinstance(spec, QualityFunction):
+        return spec
+    if isinstance(spec, str):
+        _discover()
+        prefix, _, argument = spec.partition(":")
+        if spec in _TABLE:
+            found = _TABLE[spec]
+        elif prefix in _FAMILIES:
+            found = _FAMILIES[prefix](argument)
+        else:
+            close = difflib.get_close_matches(spec, [*_TABLE, *_FAMILIES], n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"unknown quality function {spec!r}{hint} Known: {', '.join(quality_names())}")
+        return QualityFunction(found.name, found.channels, found.function, needs_grad, found.builtin)
+    if callable(spec):
+        if channels is None:
+            channels = _measure_channels(spec)
+        name = getattr(spec, "__name__", type(spec).__name__)
+        return QualityFunction(name, channels, spec, needs_grad, builtin=False)
+    raise TypeError(f"quality must be a name or a callable (B, 3, H, W) → (B, Q), got {type(spec).__name__}")
+
+
+def _measure_channels(function: Any) -> int:
+    with torch.no_grad():
+        q = function(torch.full((1, 3, 64, 64), 0.5))
+    if not isinstance(q, Tensor) or q.ndim != 2 or q.shape[0] != 1:
+        shape = tuple(q.shape) if isinstance(q, Tensor) else type(q).__name__
+        raise ValueError(f"quality callable {function!r} returned {shape} for images (1, 3, 64, 64); expected (1, Q)")
+    return int(q.shape[1])
