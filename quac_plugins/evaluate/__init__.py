@@ -1,0 +1,6 @@
+"""How well a network classifies, on clean images and under the corruptions of ImageNet-C."""
+
+from quac_plugins.evaluate.report import EvaluationReport
+from quac_plugins.evaluate.runner import evaluate
+
+__all__ = ["EvaluationReport", "evaluate"]

@@ -1,0 +1,156 @@
+"""The ACON family: AconC (β learned), MetaACON (β from the features), QACON (β from the features and the quality)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from quac_plugins.core.activations import reference
+from quac_plugins.core.activations.base import ChannelActivation
+from quac_plugins.core.activations.driver import DrivenActivation
+from quac_plugins.core.activations.hosts import is_silu
+
+
+def _add_slopes(module: ChannelActivation) -> None:
+    """p1, p2 of shape (1, C, 1, 1): N(0, 1) as in the paper, 1 and 0 (the SiLU of the family) under preserve."""
+    shape = (1, module.channels, 1, 1)
+    preserve = module.init == "preserve"
+    module.p1 = nn.Parameter(torch.ones(shape) if preserve else torch.randn(shape))
+    module.p2 = nn.Parameter(torch.zeros(shape) if preserve else torch.randn(shape))
+
+
+class AconC(ChannelActivation):
+    """ACON-C: y = d·σ(β d) + p2·x, d = (p1 − p2)·x, with p1, p2, β learned for every channel.
+
+    Source: Ma et al., CVPR 2021, eq. (6); state dicts of nmaac/acon's ``AconC`` load.
+
+    Args:
+        channels: C.
+        channel_dim, init, host: see :class:`ChannelActivation`.
+
+    Example:
+        >>> import torch
+        >>> AconC(8)(torch.randn(2, 8, 4, 4)).shape
+        torch.Size([2, 8, 4, 4])
+    """
+
+    name = "acon"
+    neutral = (1.0, 0.0, 1.0)
+    equation = staticmethod(reference.acon)
+
+    def __init__(self, channels: int, channel_dim: int = 1, init: str = "paper", host: nn.Module | None = None):
+        super().__init__(channels, channel_dim, init, host)
+        _add_slopes(self)
+        self.beta = nn.Parameter(torch.ones(1, channels, 1, 1))
+
+    def stands_for(self, host: nn.Module | None) -> tuple[float, ...] | None:
+        """SiLU is ACON at (1, 0, 1)."""
+        return self.neutral if is_silu(host) else None
+
+    def values(self, x: Tensor, q: Tensor | None) -> tuple[Tensor, ...]:
+        """p1, p2, β."""
+        return self.shaped(self.p1, x), self.shaped(self.p2, x), self.shaped(self.beta, x)
+
+
+class QACON(DrivenActivation):
+    """Q-ACON: ACON whose β comes from the features and the image's quality, β = W3 σ(BN2(W2 BN1(W1 [GAP(x); q]))).
+
+    Source: IIP-Lab-XDU/QuAC; state dicts of its ``QualityAcon`` load.
+
+    Args:
+        channels: C.
+        quality_channels: Q, 36 for BRISQUE.
+        reduction, norm, channel_dim, init, host, expand_q: see :class:`DrivenActivation`.
+
+    Raises:
+        QualityError: no q was given and no image has passed the tap, or q has another batch than x.
+        ValueError: another number of channels; ``norm="batch"`` training on one image.
+
+    Example:
+        >>> import torch
+        >>> QACON(8)(torch.randn(2, 8, 4, 4), torch.randn(2, 36)).shape
+        torch.Size([2, 8, 4, 4])
+        >>> QACON(8, channel_dim=-1, norm="layer")(torch.randn(1, 49, 8), torch.randn(1, 36)).shape
+        torch.Size([1, 49, 8])
+    """
+
+    name = "qacon"
+    numbers = 1
+    neutral = (1.0, 0.0, 1.0)
+    needs_quality = True
+    equation = staticmethod(reference.acon)
+
+    def __init__(
+        self,
+        channels: int,
+        quality_channels: int = 36,
+        reduction: int = 16,
+        norm: str = "batch",
+        channel_dim: int = 1,
+        init: str = "paper",
+        host: nn.Module | None = None,
+        expand_q: str = "error",
+    ):
+        super().__init__(channels, quality_channels, reduction, norm, channel_dim, init, host, expand_q)
+        _add_slopes(self)
+
+    def stands_for(self, host: nn.Module | None) -> tuple[float, ...] | None:
+        """SiLU is ACON at (1, 0, 1)."""
+        return self.neutral if is_silu(host) else None
+
+    def values(self, x: Tensor, q: Tensor | None) -> tuple[Tensor, ...]:
+        """p1, p2 as learned, β from the driver."""
+        (beta,) = self.drive(x, q)
+        return self.shaped(self.p1, x), self.shaped(self.p2, x), beta
+
+
+class MetaACON(DrivenActivation):
+    """Meta-ACON: ACON whose β comes from the features, β = σ(BN2(W2 BN1(W1 GAP(x)))).
+
+    Source: Ma et al., CVPR 2021, section 4.2; state dicts of nmaac/acon's ``MetaAconC`` load.
+
+    Args:
+        channels: C.
+        reduction, norm, channel_dim, init, host: see :class:`DrivenActivation`.
+
+    Example:
+        >>> import torch
+        >>> MetaACON(8)(torch.randn(2, 8, 4, 4)).shape
+        torch.Size([2, 8, 4, 4])
+    """
+
+    name = "meta_acon"
+    numbers = 1
+    neutral = (1.0, 0.0, 0.5)
+    equation = staticmethod(reference.acon)
+
+    def __init__(
+        self,
+        channels: int,
+        reduction: int = 16,
+        norm: str = "batch",
+        channel_dim: int = 1,
+        init: str = "paper",
+        host: nn.Module | None = None,
+    ):
+        super().__init__(channels, 0, reduction, norm, channel_dim, init, host)
+        _add_slopes(self)
+
+    def _build_head(self, width: int) -> None:
+        pass  # β is h itself
+
+    def _preserve_head(self) -> None:
+        """β = σ(0) = 0.5 exactly, by a last affine of zeros, which has a gradient at once."""
+        last = self.fc2 if isinstance(self.bn2, nn.Identity) else self.bn2
+        assert last.bias is not None
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def head(self, h: Tensor) -> Tensor:
+        """β = h."""
+        return h
+
+    def values(self, x: Tensor, q: Tensor | None) -> tuple[Tensor, ...]:
+        """p1, p2 as learned, β from the driver."""
+        (beta,) = self.drive(x, q)
+        return self.shaped(self.p1, x), self.shaped(self.p2, x), beta

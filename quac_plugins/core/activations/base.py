@@ -1,0 +1,150 @@
+"""What every put-in activation shares: channels and their axis, preserve, and the table of names.
+
+An activation is one class: ``name``, ``numbers`` (how many numbers a channel it asks of its driver), ``equation`` and
+``neutral`` (the values of the equation's parameters under preserve). Defining the class puts it into the table.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from quac_plugins.core.activations.reference import per_channel
+from quac_plugins.core.quality.context import QualityContext
+
+INITS = ("paper", "preserve")
+
+ACTIVATIONS: dict[str, type[ChannelActivation]] = {}
+
+
+def resolve_activation(name: str) -> type[ChannelActivation]:
+    """The class of a name such as ``"qacon"``; ValueError listing the known names otherwise.
+
+    Example:
+        >>> resolve_activation("qacon").__name__
+        'QACON'
+    """
+    if name in ACTIVATIONS:
+        return ACTIVATIONS[name]
+    close = difflib.get_close_matches(str(name), ACTIVATIONS, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"unknown activation {name!r}{hint} Known: {', '.join(sorted(ACTIVATIONS))}")
+
+
+class ChannelActivation(nn.Module):
+    """An activation with parameters for every channel.
+
+    Under ``init="preserve"`` it computes host(x) + f(x; θ) − f(x; θ⁰), where θ⁰ are the parameters' values at
+    initialization: exactly host(x) at first, while every parameter has its gradient of f at once. Where f(·; θ⁰) *is*
+    the host's function (SiLU for ACON, ReLU for PReLU, GELU for the gated GELU) only f(x; θ) is left.
+
+    Args:
+        channels: C.
+        channel_dim: axis of the channels, 1 (NCHW) or −1 (tokens, NHWC).
+        init: ``"paper"`` or ``"preserve"``.
+        host: under preserve, the activation whose function is kept; the identity by default.
+    """
+
+    name: ClassVar[str] = ""
+    numbers: ClassVar[int] = 0
+    neutral: ClassVar[tuple[float, ...]] = ()
+    needs_quality: ClassVar[bool] = False
+
+    context: QualityContext | None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.name:
+            ACTIVATIONS[cls.name] = cls
+
+    def __init__(self, channels: int, channel_dim: int = 1, init: str = "paper", host: nn.Module | None = None):
+        super().__init__()
+        if init not in INITS:
+            raise ValueError(f"unknown init {init!r}; known: {', '.join(INITS)}")
+        if channel_dim not in (1, -1):
+            raise ValueError(f"channel_dim must be 1 (NCHW) or -1 (tokens, NHWC), got {channel_dim}")
+        if channels < 1:
+            raise ValueError(f"channels must be at least 1, got {channels}")
+        self.channels = channels
+        self.channel_dim = channel_dim
+        self.init = init
+        self.layer = type(self).__name__
+        self.context = None
+        self.at_start: tuple[float, ...] = self.neutral
+        self.host: nn.Module | None = None
+        if init == "preserve":
+            replaced = self.stands_for(host)
+            if replaced is None:
+                self.host = _out_of_place(host) if host is not None else nn.Identity()
+            else:
+                self.at_start = replaced
+
+    # -- what a subclass says
+
+    @staticmethod
+    def equation(x: Tensor, *parameters: Tensor) -> Tensor:
+        """y = f(x; parameters), the parameters broadcastable against x."""
+        raise NotImplementedError
+
+    def stands_for(self, host: nn.Module | None) -> tuple[float, ...] | None:
+        """The values of the parameters at which the equation is the host's function itself, if there are any."""
+        return None
+
+    def values(self, x: Tensor, q: Tensor | None) -> tuple[Tensor, ...]:
+        """The parameters for this x (and q), broadcastable against it."""
+        raise NotImplementedError
+
+    # -- what all share
+
+    def forward(self, x: Tensor, q: Tensor | None = None) -> Tensor:
+        """Activate x.
+
+        Args:
+            x: (B, C, H, W) or any shape with channels at ``channel_dim``; floating point.
+            q: (B, Q) or (B, Q, 1, 1) quality features; by default those of the tap.
+
+        Returns:
+            Shape and dtype of x.
+        """
+        return self._activate(x, q)
+
+    @torch.jit.ignore
+    def _activate(self, x: Tensor, q: Tensor | None) -> Tensor:
+        self._check(x)
+        y = self.equation(x, *self.values(x, q))
+        if self.host is not None:
+            start = [torch.full((1,), value, dtype=torch.float32, device=x.device) for value in self.at_start]
+            y = self.host(x) + (y - self.equation(x, *start))
+        if self.context is not None:
+            self.context.mark(y)
+        return y
+
+    def shaped(self, parameter: Tensor, x: Tensor) -> Tensor:
+        """A (1, C, 1, 1) parameter, shaped to broadcast along the channels of x."""
+        if x.ndim == 4 and self.channel_dim == 1:
+            return parameter
+        return per_channel(parameter.flatten(), x, self.channel_dim)
+
+    def _check(self, x: Tensor) -> None:
+        if x.ndim < 2 or x.shape[self.channel_dim] != self.channels:
+            where = "axis 1" if self.channel_dim == 1 else "the last axis"
+            raise ValueError(
+                f"layer {self.layer!r} ({type(self).__name__}) expects {self.channels} channels on {where}, "
+                f"got shape {tuple(x.shape)}"
+            )
+
+    def extra_repr(self) -> str:
+        """Channels and how they are laid out, for ``print(model)``."""
+        return f"{self.channels}, channel_dim={self.channel_dim}, init={self.init!r}"
+
+
+def _out_of_place(host: nn.Module) -> nn.Module:
+    """The host's activation, sharing its parameters, without writing over its input: x is read again afterwards."""
+    host = copy.copy(host)
+    if getattr(host, "inplace", False):
+        host.inplace = False
+    return host

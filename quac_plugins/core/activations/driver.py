@@ -1,0 +1,156 @@
+"""The driver: pooled features (and quality features) → numbers for every channel. One driver, several activations.
+
+z = [GAP(x); q];  h = σ(norm2(fc2 norm1(fc1 z)));  numbers = fc3 h.
+
+The parameters are named fc1, bn1, fc2, bn2, fc3 and shaped as 1×1 convolutions, whatever the norm, so that the state
+dicts of the published modules load.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from quac_plugins.core.activations.base import ChannelActivation
+from quac_plugins.core.activations.reference import global_average, per_channel
+from quac_plugins.core.quality.context import QualityError
+
+NORMS = ("batch", "layer", "group", "none")
+EXPANSIONS = ("error", "interleave", "tile")
+
+
+def make_norm(norm: str, width: int) -> nn.Module:
+    """A norm for (B, width, 1, 1). ``group`` takes the most groups up to 32 that leave four or more numbers each."""
+    if norm == "batch":
+        return nn.BatchNorm2d(width)
+    if norm == "layer":
+        return nn.GroupNorm(1, width)
+    if norm == "group":
+        return nn.GroupNorm(max(g for g in range(1, 33) if width % g == 0 and (width // g >= 4 or g == 1)), width)
+    if norm == "none":
+        return nn.Identity()
+    raise ValueError(f"unknown norm {norm!r}; known: {', '.join(NORMS)}")
+
+
+class DrivenActivation(ChannelActivation):
+    """An activation whose parameters (``numbers`` a channel) come from pooled x, and from q where Q > 0.
+
+    Args:
+        channels: C.
+        quality_channels: Q.
+        reduction: r; the hidden width is max(r, (C + Q) // r).
+        norm: ``"batch"`` (as published), ``"layer"``, ``"group"`` or ``"none"``. Batch norm cannot train on one image.
+        channel_dim, init, host: see :class:`ChannelActivation`.
+        expand_q: what to do when x has k times as many rows as q: ``"error"``, ``"interleave"`` (rows of one image
+            lie together, as windows of an image do) or ``"tile"`` (the batch is repeated whole, as classifier-free
+            guidance does).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        quality_channels: int = 36,
+        reduction: int = 16,
+        norm: str = "batch",
+        channel_dim: int = 1,
+        init: str = "paper",
+        host: nn.Module | None = None,
+        expand_q: str = "error",
+    ):
+        super().__init__(channels, channel_dim, init, host)
+        if quality_channels < 0 or reduction < 1:
+            raise ValueError(f"quality_channels must be ≥ 0 and reduction ≥ 1, got {quality_channels}, {reduction}")
+        if expand_q not in EXPANSIONS:
+            raise ValueError(f"unknown expand_q {expand_q!r}; known: {', '.join(EXPANSIONS)}")
+        self.quality_channels = quality_channels
+        self.reduction = reduction
+        self.norm = norm
+        self.expand_q = expand_q
+        width = channels + quality_channels
+        hidden = max(reduction, width // reduction)
+        self.fc1 = nn.Conv2d(width, hidden, 1)
+        self.bn1 = make_norm(norm, hidden)
+        self.fc2 = nn.Conv2d(hidden, width, 1)
+        self.bn2 = make_norm(norm, width)
+        self._build_head(width)
+        if init == "preserve":
+            self._preserve_head()
+
+    def _build_head(self, width: int) -> None:
+        self.fc3 = nn.Conv2d(width, self.numbers * self.channels, 1)
+
+    def _preserve_head(self) -> None:
+        """Weight 0 and bias θ⁰: the numbers are exactly θ⁰ whatever z is, and the weight has a gradient at once."""
+        assert self.fc3.bias is not None
+        nn.init.zeros_(self.fc3.weight)
+        driven = self.at_start[len(self.at_start) - self.numbers :]
+        with torch.no_grad():
+            self.fc3.bias.view(self.numbers, self.channels).copy_(
+                self.fc3.bias.new_tensor(driven).unsqueeze(1).expand(-1, self.channels)
+            )
+
+    def hidden(self, z: Tensor) -> Tensor:
+        """h = σ(norm2(fc2 norm1(fc1 z))) of z (B, C + Q), as (B, C + Q, 1, 1)."""
+        if self.norm == "batch" and self.training and z.shape[0] == 1:
+            raise ValueError(
+                f"layer {self.layer!r}: norm='batch' cannot train on a batch of one (a variance needs two). Use "
+                "norm='layer', 'group' or 'none' (timm.create_model(…, norm='layer')), or model.eval()"
+            )
+        z = z.to(self.fc1.weight.dtype)[:, :, None, None]
+        return torch.sigmoid(self.bn2(self.fc2(self.bn1(self.fc1(z)))))
+
+    def drive(self, x: Tensor, q: Tensor | None) -> tuple[Tensor, ...]:
+        """The numbers for this x and q: ``numbers`` tensors that broadcast against x."""
+        # the driver is tiny: float32 under autocast costs nothing and keeps preserve exact
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            z = global_average(x, self.channel_dim)
+            if self.quality_channels:
+                z = torch.cat((z, self.quality_for(x, q).to(z)), dim=1)
+            numbers = self.head(self.hidden(z)).flatten(1)
+        return tuple(per_channel(part, x, self.channel_dim) for part in numbers.chunk(self.numbers, dim=1))
+
+    def head(self, h: Tensor) -> Tensor:
+        """The numbers of h, (B, numbers·C, 1, 1)."""
+        return self.fc3(h)
+
+    def quality_for(self, x: Tensor, q: Tensor | None) -> Tensor:
+        """The given q or the tap's, checked and with one row for every row of x: (B, Q)."""
+        if q is None:
+            if self.context is None:
+                raise QualityError(
+                    f"layer {self.layer!r} has no quality features: pass them (forward(x, q)) or put the activation "
+                    "into a model with quac_plugins.inject, whose tap computes them"
+                )
+            q = self.context.current(x, self.layer)
+        if q.ndim == 4 and q.shape[2:] == (1, 1):
+            q = q.flatten(1)
+        if q.ndim != 2 or q.shape[1] != self.quality_channels:
+            raise ValueError(
+                f"layer {self.layer!r} expects quality features (B, {self.quality_channels}), got {tuple(q.shape)}"
+            )
+        rows, images = x.shape[0], q.shape[0]
+        if rows == images:
+            return q
+        if self.expand_q == "error" or images == 0 or rows % images:
+            raise QualityError(
+                f"layer {self.layer!r} got {rows} rows (x {tuple(x.shape)}) but quality features of {images} images "
+                f"(q {tuple(q.shape)}). If every image stands for {max(rows // max(images, 1), 1)} rows, say in which "
+                "order: expand_q='interleave' (rows of one image together) or 'tile' (the batch repeated)"
+            )
+        times = rows // images
+        return q.repeat_interleave(times, dim=0) if self.expand_q == "interleave" else q.repeat(times, 1)
+
+    def extra_repr(self) -> str:
+        """Adds Q, the hidden width and the norm."""
+        return f"{super().extra_repr()}, Q={self.quality_channels}, r={self.reduction}, norm={self.norm!r}"
+
+
+class QualityDriven(DrivenActivation):
+    """A driven activation whose every parameter comes from the driver; a subclass gives name, equation and neutral."""
+
+    numbers = 1
+    needs_quality = True
+
+    def values(self, x: Tensor, q: Tensor | None) -> tuple[Tensor, ...]:
+        """Everything from the driver."""
+        return self.drive(x, q)

@@ -1,0 +1,68 @@
+"""Which modules of a host are activations. By class name, so that no framework needs to be imported to know its own.
+
+Gates are not activations: a sigmoid or hard sigmoid that weighs another tensor is left alone.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+_SILU = frozenset({"SiLU", "Swish", "SwishMe", "SiLUActivation", "SwishJit"})
+_GELU = frozenset({"GELU", "GELUActivation"})
+HOST_ACTIVATIONS = (
+    _SILU
+    | _GELU
+    | {
+        "CELU",
+        "ELU",
+        "FastGELUActivation",
+        "GELUTanh",
+        "HSwish",
+        "HardMish",
+        "HardMishJit",
+        "HardMishMe",
+        "HardSwish",
+        "HardSwishJit",
+        "HardSwishMe",
+        "Hardswish",
+        "LeakyReLU",
+        "Mish",
+        "MishJit",
+        "MishMe",
+        "NewGELUActivation",
+        "PReLU",
+        "PytorchGELUTanh",
+        "QuickGELU",
+        "QuickGELUActivation",
+        "RReLU",
+        "ReLU",
+        "ReLU6",
+        "SELU",
+        "ScaledGELU",
+        "Softplus",
+        "SquaredReLU",
+        "ReLUSquared",
+        "ReLUSquaredActivation",
+        "StarReLU",
+    }
+)
+
+
+def is_activation(module: nn.Module) -> bool:
+    """Whether a module of a host is an activation that can be replaced.
+
+    Example:
+        >>> is_activation(nn.ReLU6()), is_activation(nn.Sigmoid())
+        (True, False)
+    """
+    return type(module).__name__ in HOST_ACTIVATIONS
+
+
+def is_silu(host: nn.Module | None) -> bool:
+    """Whether a host's activation is x·σ(x)."""
+    return type(host).__name__ in _SILU
+
+
+def is_exact_gelu(host: nn.Module | None) -> bool:
+    """Whether a host's activation is x·Φ(x), and not the tanh approximation of it."""
+    return type(host).__name__ in _GELU and getattr(host, "approximate", "none") == "none"

@@ -1,0 +1,27 @@
+"""QGELU: GELU whose gate's slope is driven by the features and the image's quality."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from quac_plugins.core.activations import reference
+from quac_plugins.core.activations.driver import QualityDriven
+from quac_plugins.core.activations.hosts import is_exact_gelu
+
+
+class QGELU(QualityDriven):
+    """y = x·Φ(β x) with β from the quality driver; see :class:`DrivenActivation` for the arguments.
+
+    Example:
+        >>> import torch
+        >>> QGELU(8)(torch.randn(2, 8, 4, 4), torch.randn(2, 36)).shape
+        torch.Size([2, 8, 4, 4])
+    """
+
+    name = "qgelu"
+    neutral = (1.0,)
+    equation = staticmethod(reference.gelu)
+
+    def stands_for(self, host: nn.Module | None) -> tuple[float, ...] | None:
+        """The exact GELU is this at β = 1; its tanh approximation is not."""
+        return self.neutral if is_exact_gelu(host) else None

@@ -1,0 +1,30 @@
+"""QPReLU: PReLU whose negative slope is driven by the features and the image's quality."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from quac_plugins.core.activations import reference
+from quac_plugins.core.activations.driver import QualityDriven
+
+
+class QPReLU(QualityDriven):
+    """y = x above zero, slope·x below, the slope from the quality driver; arguments as :class:`DrivenActivation`.
+
+    Example:
+        >>> import torch
+        >>> QPReLU(8)(torch.randn(2, 8, 4, 4), torch.randn(2, 36)).shape
+        torch.Size([2, 8, 4, 4])
+    """
+
+    name = "qprelu"
+    neutral = (0.0,)
+    equation = staticmethod(reference.prelu)
+
+    def stands_for(self, host: nn.Module | None) -> tuple[float, ...] | None:
+        """ReLU is PReLU at slope 0, LeakyReLU at its slope."""
+        if type(host) is nn.ReLU:
+            return (0.0,)
+        if type(host) is nn.LeakyReLU:
+            return (float(host.negative_slope),)
+        return None

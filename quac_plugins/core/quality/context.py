@@ -1,0 +1,224 @@
+"""The context: how q travels from the tap on the first layer to the activations, which are called with x alone.
+
+Requirements, all checked in the tests:
+
+1. several threads through one model do not see each other's q: in eager mode q is kept per thread;
+2. ``torch.compile(fullgraph=True)`` and ``torch.export`` cannot trace thread-local storage, so while compiling a plain
+   attribute is used (threads then share one *compiled region that does not contain the tap*; a compiled whole model is
+   safe, since q never leaves its graph);
+3. ``deepcopy``, ``pickle`` and ``torch.save`` carry the wiring but never a q;
+4. under activation checkpointing a recomputation runs during backward, when the q of another forward may be current.
+   Every forward therefore leaves a mark in the autograd graph, and a recomputation follows its input's graph back to
+   the mark. Where no graph leads back (reentrant checkpointing), the one forward whose graph is alive is meant; if there
+   are several, it is an error, never a guess.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class QualityError(RuntimeError):
+    """An activation has no quality feature that belongs to its input."""
+
+
+class _Forward:
+    """The q of one forward pass; autograd nodes of that pass hold it, so it lives as long as its graph."""
+
+    __slots__ = ("__weakref__", "grad_enabled", "q", "recomputations")
+
+    def __init__(self, q: Tensor):
+        self.q = q
+        self.grad_enabled = torch.is_grad_enabled()
+        self.recomputations = 0  # sites run under no_grad inside a forward with grad: reentrant checkpoints
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+class QualityContext:
+    """Shared by one tap and the activations of one model.
+
+    Args:
+        channels: Q, the width of the quality features that it carries.
+    """
+
+    def __init__(self, channels: int):
+        self.channels = channels
+        self._reset()
+
+    def _reset(self) -> None:
+        self.q: Tensor | None = None  # the plain attribute, read while compiling
+        self.given: Tensor | None = None
+        self._compiled = False  # the latest tap ran in compiled code, so q is in the plain attribute
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._alive: weakref.WeakSet[_Forward] = weakref.WeakSet()
+        self._reentrant: deque[_Forward] = deque(maxlen=64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"channels": self.channels}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.channels = state["channels"]
+        self._reset()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> QualityContext:
+        memo[id(self)] = copied = type(self)(self.channels)
+        return copied
+
+    # -- written by the tap
+
+    def given_q(self) -> Tensor | None:
+        """The q handed in by :func:`quality_of`, if this thread is inside one."""
+        if torch.compiler.is_compiling():
+            return self.given
+        return getattr(self._local, "given", None)
+
+    def begin(self, q: Tensor) -> None:
+        """Start a forward pass whose quality features are q (B, Q)."""
+        self.q = q
+        if torch.compiler.is_compiling():
+            self._compiled = True
+            return
+        self._compiled = False
+        self._local.forward = forward = _Forward(q)
+        with self._lock:
+            self._alive.add(forward)
+
+    # -- read by the activations
+
+    def current(self, x: Tensor, layer: str) -> Tensor:
+        """The q (B, Q) of the forward pass that x belongs to; QualityError naming ``layer`` if there is none."""
+        if torch.compiler.is_compiling() or self._compiled:
+            if self.q is None:
+                raise QualityError(self._no_image(layer))
+            return self.q
+        if _in_backward():
+            return self._recomputed(x, layer).q
+        forward = getattr(self._local, "forward", None)
+        if forward is None:
+            raise QualityError(self._no_image(layer))
+        if forward.grad_enabled and not torch.is_grad_enabled():
+            forward.recomputations += 1
+            with self._lock:
+                if forward not in self._reentrant:
+                    self._reentrant.append(forward)
+        return forward.q
+
+    def mark(self, output: Any) -> None:
+        """Leave the current forward pass in the autograd graph of ``output``, for recomputations to find."""
+        if torch.compiler.is_compiling() or self._compiled or torch.jit.is_tracing():
+            return
+        if not isinstance(output, Tensor) or output.grad_fn is None:
+            return
+        forward = getattr(self._local, "forward", None) if not _in_backward() else self._lineage(output)
+        if forward is None:
+            forward = getattr(self._local, "forward", None)
+        if forward is not None:
+            output.grad_fn.metadata[self._key] = forward
+
+    @property
+    def _key(self) -> str:
+        return f"quac_plugins.{id(self)}"
+
+    def _lineage(self, x: Tensor) -> _Forward | None:
+        """The nearest mark up the autograd graph of x: breadth first, so a forward's own marks come first."""
+        if x.grad_fn is None:
+            return None
+        queue, seen = deque([x.grad_fn]), {x.grad_fn}
+        while queue:
+            node = queue.popleft()
+            found = node.metadata.get(self._key)
+            if found is not None:
+                return found
+            for parent, _ in node.next_functions:
+                if parent is not None and parent not in seen:
+                    seen.add(parent)
+                    queue.append(parent)
+        return None
+
+    def _recomputed(self, x: Tensor, layer: str) -> _Forward:
+        forward = self._lineage(x)
+        if forward is not None:
+            return forward
+        with self._lock:
+            candidates = list({id(f): f for f in [*self._alive, *self._reentrant]}.values())
+            if len(candidates) == 1:
+                forward = candidates[0]
+                forward.recomputations -= 1
+                if forward.recomputations <= 0 and forward in self._reentrant:
+                    self._reentrant.remove(forward)
+                return forward
+        if not candidates:
+            raise QualityError(self._no_image(layer))
+        raise QualityError(
+            f"layer {layer!r} is recomputed by activation checkpointing, and {len(candidates)} forward passes of this "
+            "model are waiting for backward, so it cannot be told whose quality features it needs. Use non-reentrant "
+            "checkpointing (use_reentrant=False), or call backward before the next forward."
+        )
+
+    def _no_image(self, layer: str) -> str:
+        return (
+            f"layer {layer!r} was called before any image reached the model, so there are no quality features. Call the "
+            "model on images, or give the features: `with quac_plugins.quality_of(model, q): …` with q of shape "
+            f"(B, {self.channels})."
+        )
+
+
+def contexts_of(model: nn.Module) -> list[QualityContext]:
+    """Every context in a model (one per injection), in module order."""
+    found: dict[int, QualityContext] = {}
+    for module in model.modules():
+        context = getattr(module, "context", None)
+        if isinstance(context, QualityContext):
+            found[id(context)] = context
+    return list(found.values())
+
+
+@contextmanager
+def quality_of(model: nn.Module, q: Tensor) -> Iterator[None]:
+    """Give the quality features by hand: inside, the tap does not compute them.
+
+    Args:
+        model: a model with QuAC inside (also wrapped, as by DistributedDataParallel).
+        q: (B, Q) or (B, Q, 1, 1), floating point.
+
+    Raises:
+        ValueError: the model holds no QuAC, or q has another width than its activations expect.
+
+    Example:
+        >>> import torch, timm, quac_plugins
+        >>> model = timm.create_model("test_resnet_qacon").eval()
+        >>> with quac_plugins.quality_of(model, torch.zeros(2, 36)):
+        ...     model(torch.rand(2, 3, 64, 64)).shape
+        torch.Size([2, 1000])
+    """
+    contexts = contexts_of(model)
+    if not contexts:
+        raise ValueError(f"{type(model).__name__} has no QuAC activation inside; call quac_plugins.inject first")
+    if q.ndim == 4 and q.shape[2:] == (1, 1):
+        q = q.flatten(1)
+    for context in contexts:
+        if q.ndim != 2 or q.shape[1] != context.channels or not q.is_floating_point():
+            raise ValueError(
+                f"q has shape {tuple(q.shape)} and dtype {q.dtype}; this model expects floating point (B, {context.channels})"
+            )
+    before = [(c.given, getattr(c._local, "given", None), getattr(c._local, "forward", None)) for c in contexts]
+    for context in contexts:
+        context.given = context._local.given = q
+        context.begin(q)
+    try:
+        yield
+    finally:
+        for context, (plain, given, forward) in zip(contexts, before, strict=True):
+            context.given, context._local.given, context._local.forward = plain, given, forward

@@ -1,0 +1,141 @@
+"""The tap: computes q where the image enters the network, and hands it to the context.
+
+It is a child module of the *first layer that sees the image*, called by that layer's hooks. So every path through the
+network meets it (``forward_features``, ``features_only``, a detector's backbone), and a stale q is impossible.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from quac_plugins.core.quality.context import QualityContext
+from quac_plugins.core.quality.table import QualityFunction
+
+TAP_NAME = "quac_tap"
+
+
+def _tap_pre_hook(self, input: tuple[Tensor]):  # noqa: A002  (TorchScript wants these names)
+    self.quac_tap.observe(input[0])
+
+
+def _tap_hook(self, input: tuple[Tensor], output: Tensor):  # noqa: A002
+    self.quac_tap.mark(output)
+
+
+class QualityTap(nn.Module):
+    """Computes the quality feature of the images that enter a layer.
+
+    Args:
+        quality: the quality function.
+        context: where q goes.
+        layer: name of the layer that is tapped, for errors.
+        in_chans: channels of the host's images. 3: RGB. 1: grey, repeated. 2: their mean, repeated. More: the first
+            three are RGB, as timm adapts pretrained stems.
+        mean, std: the normalization the host's images come with, per channel; undone before the quality function.
+            None: the images are in [0, 1].
+        channel_order: ``"rgb"`` or ``"bgr"``, the order of the host's images.
+    """
+
+    def __init__(
+        self,
+        quality: QualityFunction,
+        context: QualityContext,
+        layer: str,
+        in_chans: int = 3,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        channel_order: str = "rgb",
+    ):
+        super().__init__()
+        self.quality = quality
+        self.context = context
+        self.layer = layer
+        self.in_chans = in_chans
+        self.mean = tuple(mean) if mean is not None else None
+        self.std = tuple(std) if std is not None else None
+        self.channel_order = channel_order
+        self._range_checked = mean is not None
+
+    def extra_repr(self) -> str:
+        """What is computed, for ``print(model)``."""
+        return f"{self.quality.name}, Q={self.quality.channels}, mean={self.mean}, std={self.std}"
+
+    def attach(self, host: nn.Module) -> None:
+        """Become a child of the layer and listen to its calls."""
+        host.add_module(TAP_NAME, self)
+        self._handles = (host.register_forward_pre_hook(_tap_pre_hook), host.register_forward_hook(_tap_hook))
+
+    def detach(self, host: nn.Module) -> None:
+        """Undo :meth:`attach`; also right on a deep copy, whose hooks are the copy's."""
+        for hooks in (host._forward_pre_hooks, host._forward_hooks):
+            for key in [k for k, hook in hooks.items() if hook in (_tap_pre_hook, _tap_hook)]:
+                del hooks[key]
+        delattr(host, TAP_NAME)
+
+    @torch.jit.ignore
+    def observe(self, images: Tensor) -> None:
+        """Compute q of images (B, C, H, W) as the host gets them, and start a forward pass with it."""
+        self._check(images)
+        q = self.context.given_q()
+        if q is None:
+            with torch.autocast(device_type=images.device.type, enabled=False):
+                q = self.quality(self.to_rgb(images))
+        elif q.shape[0] != images.shape[0]:
+            raise ValueError(
+                f"layer {self.layer!r}: the given q has batch {q.shape[0]}, the images have batch {images.shape[0]}"
+            )
+        self.context.begin(q)
+
+    @torch.jit.ignore
+    def mark(self, output: Tensor) -> None:
+        """Tell recomputations which forward pass the layer's output belongs to."""
+        self.context.mark(output)
+
+    def to_rgb(self, images: Tensor) -> Tensor:
+        """The host's images as RGB (B, 3, H, W) in [0, 1], at least float32, clamped."""
+        images = images if images.dtype in (torch.float32, torch.float64) else images.float()
+        if not self.quality.needs_grad:
+            images = images.detach()
+        if self.mean is not None and self.std is not None:
+            mean, std = (v * self.in_chans if len(v) == 1 else v for v in (self.mean, self.std))
+            if len(set(mean)) == 1 and len(set(std)) == 1:
+                images = images * std[0] + mean[0]
+            else:
+                channels = [images[:, i] * std[i] + mean[i] for i in range(min(self.in_chans, len(mean)))]
+                images = torch.stack(channels, dim=1)
+        else:
+            self._check_range(images)
+        if self.in_chans <= 2:
+            images = images.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
+        else:
+            images = images[:, :3]
+        if self.channel_order == "bgr":
+            images = images.flip(1)
+        return images.clamp(0, 1)
+
+    def _check(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != self.in_chans:
+            got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"layer {self.layer!r} expects images of shape (B, {self.in_chans}, H, W), got {got}")
+        if not images.is_floating_point():
+            raise TypeError(
+                f"layer {self.layer!r} expects floating point images, got {images.dtype}; "
+                "convert with images.float() / 255 and normalize as the model expects"
+            )
+
+    def _check_range(self, images: Tensor) -> None:
+        """Once: without mean and std the images should be in [0, 1]; other ranges mean a normalization unknown to us."""
+        if self._range_checked or torch.compiler.is_compiling() or images.is_meta or images.numel() == 0:
+            return
+        self._range_checked = True
+        low, high = float(images.min()), float(images.max())
+        if low < -0.05 or high > 1.05:
+            warnings.warn(
+                f"images entering layer {self.layer!r} lie in [{low:.2f}, {high:.2f}], but no normalization was given, so "
+                "the quality features are computed as if they were in [0, 1]. Give the mean and std with which they are "
+                "normalized: QuACConfig(mean=…, std=…)",
+                stacklevel=2,
+            )

@@ -1,0 +1,96 @@
+"""The preprocessing of a network: timm's data config and transforms, with single settings overridden."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import timm.data
+from timm.data.transforms import str_to_interp_mode
+from torch import nn
+
+__all__ = ["crop_transform", "data_config", "per_channel", "square_or_not"]
+
+
+def data_config(
+    model: nn.Module,
+    *,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    input_size: int | Sequence[int] | None = None,
+    crop_pct: float | None = None,
+    interpolation: str | None = None,
+) -> dict[str, Any]:
+    """Return the model's timm data config with the settings that are not None in place of its own.
+
+    Args:
+        model: the network; without a ``pretrained_cfg`` timm's defaults are taken.
+        mean: of the normalization, in [0, 1], one number or one for each channel.
+        std: likewise, above 0.
+        input_size: the side of a square, (H, W) or (3, H, W).
+        crop_pct: the side of the crop over the side of the resized image, in (0, 1].
+        interpolation: ``"bilinear"``, ``"bicubic"`` and what else timm names.
+
+    Raises:
+        ValueError: if a setting is out of range, or the network does not take images of three channels.
+    """
+    args: dict[str, Any] = {}
+    if mean is not None:
+        args["mean"] = per_channel(mean, "mean")
+    if std is not None:
+        args["std"] = per_channel(std, "std")
+        if min(args["std"]) <= 0:
+            raise ValueError(f"std must be above 0, got {std}")
+    if input_size is not None:
+        args["input_size"] = (3, *square_or_not(input_size))
+    if crop_pct is not None:
+        if not 0 < crop_pct <= 1:
+            raise ValueError(f"crop_pct must be above 0 and at most 1, got {crop_pct}")
+        args["crop_pct"] = crop_pct
+    if interpolation is not None:
+        try:
+            str_to_interp_mode(interpolation)
+        except KeyError:
+            raise ValueError(f"unknown interpolation {interpolation!r}") from None
+        args["interpolation"] = interpolation
+    config = timm.data.resolve_model_data_config(model, args=args)
+    if config["input_size"][0] != 3:
+        raise ValueError(f"only networks of three input channels can be evaluated, this has {config['input_size'][0]}")
+    return config
+
+
+def crop_transform(config: dict[str, Any]) -> Any:
+    """Return timm's transform without the normalization: PIL image → uint8 tensor (3, H, W), resized and cropped."""
+    return timm.data.create_transform(**config, is_training=False, normalize=False)
+
+
+def per_channel(value: float | Sequence[float], what: str) -> tuple[float, ...]:
+    """Return three numbers from one or three.
+
+    Raises:
+        ValueError: if there are others.
+
+    Example:
+        >>> per_channel(0.5, "mean")
+        (0.5, 0.5, 0.5)
+    """
+    values = tuple(float(v) for v in value) if isinstance(value, Sequence) else (float(value),)
+    if len(values) not in (1, 3):
+        raise ValueError(f"{what} must be one number or three, got {len(values)}")
+    return values * (3 // len(values))
+
+
+def square_or_not(size: int | Sequence[int]) -> tuple[int, int]:
+    """Return (H, W) from a side, (H, W) or (3, H, W).
+
+    Raises:
+        ValueError: if it is none of these.
+
+    Example:
+        >>> square_or_not(224), square_or_not((3, 192, 256))
+        ((224, 224), (192, 256))
+    """
+    sides = tuple(int(s) for s in size) if isinstance(size, Sequence) else (int(size), int(size))
+    if len(sides) not in (2, 3) or min(sides) < 1 or (len(sides) == 3 and sides[0] != 3):
+        raise ValueError(f"input_size must be a side, (H, W) or (3, H, W), got {size}")
+    return sides[-2], sides[-1]

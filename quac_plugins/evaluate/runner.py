@@ -1,0 +1,262 @@
+"""Run a classifier over the images of a directory, clean and corrupted, and count."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from quac_plugins.degradations import CORRUPTIONS, EXTRA_CORRUPTIONS, check_severity, corruption_names
+from quac_plugins.evaluate.data import CLEAN, ImageDirectory, Item
+from quac_plugins.evaluate.images import CorruptedImages, Job, worker_init
+from quac_plugins.evaluate.preprocessing import crop_transform, data_config
+from quac_plugins.evaluate.processes import gather, is_main_process, process_group
+from quac_plugins.evaluate.report import EvaluationReport, software_versions
+
+__all__ = ["evaluate"]
+
+Condition = tuple[str, int]
+
+
+def evaluate(
+    model: nn.Module,
+    data: str | Path,
+    *,
+    corruptions: str | Iterable[str] = (),
+    severities: int | Iterable[int] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    input_size: int | Sequence[int] | None = None,
+    crop_pct: float | None = None,
+    interpolation: str | None = None,
+    device: str | torch.device | None = None,
+    amp: bool | torch.dtype | None = None,
+    num_workers: int = 0,
+    clean: bool = True,
+    class_map: str | Path | Mapping[str, int] | None = None,
+    progress: bool = True,
+) -> EvaluationReport:
+    """Measure top-1 and top-5 of a classifier, on clean images and under corruptions.
+
+    An image is resized and cropped as the model's timm data config says, corrupted at that resolution as ImageNet-C is
+    (Hendrycks and Dietterich, ICLR 2019), and normalized. Its noise depends on the seed and its name alone, so the
+    numbers do not depend on the batch size, the workers or the processes (up to rounding in the network itself). Under
+    `torchrun` every process takes its share of the images and returns the whole report. The model's modes and device
+    and the generators of torch and numpy are left as they were.
+
+    Args:
+        model: maps float images (B, 3, H, W) to logits (B, C).
+        data: a directory of folders of classes, or one laid out as ImageNet-C, whose corruptions are read and not made.
+        corruptions: what `quac_plugins.degradations.corruption_names` takes. For ImageNet-C: which to read, none
+            meaning all that are there.
+        severities: from 1 to 5. None means 3, and for ImageNet-C all that are there.
+        limit: at most so many images, from as many classes as possible; the same for every corruption.
+        seed: of the corruptions and of the choice of images.
+        batch_size: images a forward pass.
+        mean: of the normalization, as for the four below: None means the model's own.
+        std: of the normalization.
+        input_size: the side of a square, (H, W) or (3, H, W).
+        crop_pct: the side of the crop over the side of the resized image.
+        interpolation: of the resizing.
+        device: where to run; None means where the model is.
+        amp: a dtype for `torch.autocast`; True means float16 on a GPU and bfloat16 elsewhere.
+        num_workers: processes that read and corrupt.
+        clean: whether to measure the images without corruption too.
+        class_map: maps folders to class indices, or a file that does.
+        progress: whether to show a bar, if standard error is a terminal and `rich` is installed.
+
+    Returns:
+        The report. A file that cannot be read is left out of the counts and listed in ``unreadable``; a row of logits
+        with a NaN counts as wrong and is counted in ``nan_outputs``.
+
+    Raises:
+        FileNotFoundError: if the directory or the class map is not there.
+        ImportError: if corruptions are asked for and `imagecorruptions` is not installed.
+        ValueError: if an argument is out of range, there are no images, or a class is none of the model's.
+        TypeError: if the model returns no logits.
+
+    Example:
+        >>> report = evaluate(model, "imagenet/val", corruptions="fog,contrast", limit=1000)  # doctest: +SKIP
+        >>> report.corruptions["fog"]["3"]["top1"]  # doctest: +SKIP
+        51.2
+    """
+    if batch_size < 1 or num_workers < 0:
+        raise ValueError("batch_size must be at least 1 and num_workers at least 0")
+    start = time.perf_counter()
+    inner = model.module if isinstance(getattr(model, "module", None), nn.Module) else model
+    num_classes = getattr(inner, "num_classes", None)
+    config = data_config(
+        inner, mean=mean, std=std, input_size=input_size, crop_pct=crop_pct, interpolation=interpolation
+    )
+    directory = ImageDirectory(data, num_classes, class_map)
+    conditions = _conditions(directory, corruptions, severities, clean)
+    chosen = directory.limited(limit, seed)
+    with process_group() as (rank, world_size), _as_it_was(model, device) as where:
+        shares = {c: chosen[c if directory.is_imagenet_c else CLEAN][rank::world_size] for c in conditions}
+        jobs = _jobs(shares, apply=not directory.is_imagenet_c)
+        images = CorruptedImages(jobs, crop_transform(config), config["input_size"][-2:], seed)
+        loader = DataLoader(
+            images,  # type: ignore[arg-type]
+            batch_size=batch_size,
+            num_workers=num_workers,
+            worker_init_fn=worker_init,
+            generator=torch.Generator(),
+            pin_memory=where.type == "cuda",
+        )
+        counts, unreadable = _count(model, loader, jobs, config, where, _autocast(amp, where), progress)
+        parts = gather((counts, unreadable), world_size)
+    total = {c: [sum(part[0].get(c, _NONE)[i] for part in parts) for i in range(4)] for c in conditions}
+    made = {c: total[c] for c in conditions if c != CLEAN}
+    return EvaluationReport(
+        model=_name(inner),
+        clean=_scores(total[CLEAN]) if CLEAN in total else None,
+        corruptions={
+            name: {str(s): _scores(made[n, s]) for n, s in made if n == name}
+            for name in dict.fromkeys(n for n, _ in made)
+        },
+        unreadable=sorted({path for part in parts for path in part[1]}),
+        nan_outputs={("clean" if c == CLEAN else f"{c[0]}/{c[1]}"): total[c][3] for c in conditions if total[c][3]},
+        seed=seed,
+        severities=sorted({severity for _, severity in made}),
+        limit=limit,
+        data=str(data),
+        layout="imagenet-c" if directory.is_imagenet_c else "classes",
+        preprocessing=dict(config),
+        versions=software_versions(),
+        seconds=round(time.perf_counter() - start, 3),
+    )
+
+
+_NONE = (0, 0, 0, 0)  # right in top 1, right in top 5, images, images with a NaN
+
+
+def _conditions(
+    directory: ImageDirectory, corruptions: str | Iterable[str], severities: int | Iterable[int] | None, clean: bool
+) -> list[Condition]:
+    if isinstance(severities, int):
+        severities = [severities]
+    levels = None if severities is None else list(dict.fromkeys(check_severity(s) for s in severities))
+    if not directory.is_imagenet_c:
+        names = corruption_names(corruptions)
+        levels = [3] if levels is None else levels
+        if names and not levels:
+            raise ValueError("corruptions are asked for, but no severity")
+        if not names and not clean:
+            raise ValueError("nothing to measure: no corruptions, and clean images are left out")
+        return [CLEAN] * clean + [(name, severity) for name in names for severity in levels]
+    known = CORRUPTIONS + EXTRA_CORRUPTIONS
+    found = sorted(directory.conditions, key=lambda c: (known.index(c[0]) if c[0] in known else len(known), c))
+    there = list(dict.fromkeys(name for name, _ in found))
+    words = corruptions.split(",") if isinstance(corruptions, str) else list(corruptions)
+    names = [n for word in words for n in ([word.strip()] if word.strip() in there else corruption_names(word))]
+    chosen = [c for c in found if (not names or c[0] in names) and (levels is None or c[1] in levels)]
+    lacking = [name for name in names if name not in there]
+    if lacking or not chosen:
+        what = f"no {', '.join(lacking)}" if lacking else f"no severity of {levels}"
+        raise ValueError(f"{directory.root} holds {what}; it holds {', '.join(f'{n}/{s}' for n, s in found)}")
+    return chosen
+
+
+def _jobs(shares: dict[Condition, list[Item]], apply: bool) -> list[Job]:
+    jobs = [Job(item, condition, apply) for condition, items in shares.items() for item in items]
+    return sorted(jobs, key=lambda job: job.item.key)
+
+
+def _count(
+    model: nn.Module,
+    loader: DataLoader,
+    jobs: list[Job],
+    config: dict[str, Any],
+    device: torch.device,
+    autocast: contextlib.AbstractContextManager,
+    progress: bool,
+) -> tuple[dict[Condition, list[int]], set[str]]:
+    floats = (p.dtype for p in model.parameters() if p.is_floating_point())
+    dtype = next(floats, torch.float32)
+    mean, std = (torch.tensor(config[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std"))
+    counts: dict[Condition, list[int]] = {}
+    unreadable: set[str] = set()
+    for pixels, targets, indices, readable in _bar(loader, progress):
+        unreadable.update(str(jobs[i].item.path) for i in indices[~readable].tolist())
+        if not readable.any():
+            continue
+        pixels, targets, indices = pixels[readable].to(device), targets[readable], indices[readable]
+        with torch.inference_mode(), autocast:
+            logits = model(((pixels.float() / 255 - mean) / std).to(dtype))
+        rows = _judge(logits, targets)
+        for i, (first, fifth, nan) in zip(indices.tolist(), rows.tolist(), strict=True):
+            count = counts.setdefault(jobs[i].condition, list(_NONE))
+            for place, one in enumerate((first, fifth, 1, nan)):
+                count[place] += one
+    return counts, unreadable
+
+
+def _judge(logits: Any, targets: torch.Tensor) -> torch.Tensor:
+    """Return int64 (B, 3): right in the first place, right in the first five, NaN."""
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(targets):
+        what = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise TypeError(f"the model must return logits of shape ({len(targets)}, classes), got {what}")
+    logits = logits.detach().float().cpu()
+    if int(targets.max()) >= logits.shape[1]:
+        raise ValueError(f"class index {int(targets.max())} for a model of {logits.shape[1]} classes: give a class map")
+    nan = logits.isnan().any(dim=1)
+    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices.eq(targets[:, None]) & ~nan[:, None]
+    return torch.stack([hits[:, 0], hits.any(dim=1), nan], dim=1).long()
+
+
+def _scores(count: Sequence[int]) -> dict[str, Any]:
+    first, fifth, n, _ = count
+    return {"top1": 100 * first / n if n else None, "top5": 100 * fifth / n if n else None, "n": n}
+
+
+@contextlib.contextmanager
+def _as_it_was(model: nn.Module, device: str | torch.device | None) -> Iterator[torch.device]:
+    """Put the model on the device and into evaluation; put everything back afterwards."""
+    parameter = next(model.parameters(), None)
+    home = torch.device("cpu") if parameter is None else parameter.device
+    where = home if device is None else torch.device(device)
+    modes = {module: module.training for module in model.modules()}
+    with torch.random.fork_rng(devices=[d for d in (where,) if d.type == "cuda"]):
+        try:
+            model.to(where).eval()
+            yield where
+        finally:
+            model.to(home)
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def _autocast(amp: bool | torch.dtype | None, device: torch.device) -> contextlib.AbstractContextManager:
+    if not amp:
+        return contextlib.nullcontext()
+    usual = torch.float16 if device.type == "cuda" else torch.bfloat16
+    return torch.autocast(device.type, dtype=amp if isinstance(amp, torch.dtype) else usual)
+
+
+def _bar(loader: DataLoader, progress: bool) -> Iterable[Any]:
+    if not progress or not is_main_process() or not sys.stderr.isatty():
+        return loader
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError:
+        warnings.warn("no progress bar: rich is not installed", stacklevel=2)
+        return loader
+    return track(loader, "evaluating", total=len(loader), console=Console(stderr=True), transient=True)
+
+
+def _name(model: nn.Module) -> str:
+    config = getattr(model, "pretrained_cfg", None) or {}
+    parts = [config.get("architecture"), config.get("tag")]
+    return ".".join(part for part in parts if part) or type(model).__name__
