@@ -24,7 +24,7 @@ def find_adapter(source: str | Path, revision: str | None = None) -> Path:
     if name and embedded.is_dir() and (embedded / CONFIG_NAME).is_file():
         return embedded
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.exists():
-        raise FileNotFoundError(f"no adapter at {name!r}: it is neither a folder, nor of the form 'org/name' of the Hub")
+        raise FileNotFoundError(f"no adapter at {name!r}: neither a folder, nor of the form 'org/name' of the Hub")
     from huggingface_hub import hf_hub_download
 
     try:

@@ -100,7 +100,7 @@ def create_qacon(
         in_chans = _field(model.pretrained_cfg, "input_size")[0]
         load_pretrained(
             model,
-            pretrained_cfg=model.pretrained_cfg,
+            pretrained_cfg=model.pretrained_cfg,  # type: ignore[arg-type]
             num_classes=getattr(model, "num_classes", 0),
             in_chans=kwargs.get("in_chans", in_chans),
             cache_dir=cache_dir,
@@ -142,8 +142,8 @@ def _not_found(base: str, pretrained_cfg: Any) -> str:
     cfg = timm.get_pretrained_cfg(name) if pretrained_cfg is None or tag else pretrained_cfg
     sources = [f"{key}={_field(cfg, key)!r}" for key in ("hf_hub_id", "url", "file") if _field(cfg, key)]
     return (
-        f"no pretrained weights for {name}: looked for {' and '.join(sources) or 'a source, and found none'}, neither in "
-        "the cache nor reachable. Without a network give a local file of the base's weights: "
+        f"no pretrained weights for {name}: looked for {' and '.join(sources) or 'a source, and found none'}, neither "
+        "in the cache nor reachable. Without a network give a local file of the base's weights: "
         f"timm.create_model('{base}{SUFFIX}', pretrained=True, pretrained_cfg_overlay=dict(file='weights.safetensors'))"
     )
 

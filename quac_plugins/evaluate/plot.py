@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_report", "plot_reports"]
+__all__ = ["plot_report", "plot_reports", "require_matplotlib"]
 
 _CLEAN, _DARK = "#555555", "#222222"
 _SEVERITY_COLOURS = {"1": "#b7d4ea", "2": "#87b8dc", "3": "#5598c9", "4": "#2b71ac", "5": "#0b3f78"}
@@ -42,25 +42,44 @@ def plot_report(report: EvaluationReport, path: str | os.PathLike[str]) -> None:
 
 
 def plot_reports(reports: Sequence[EvaluationReport], path: str | os.PathLike[str]) -> None:
-    """Draw several reports side by side: for each corruption the mean over its severities, a bar for each report.
+    """Draw several reports side by side, a bar for each in each corruption.
+
+    A bar is the mean over the severities that every report with that corruption has, so that like is compared with
+    like; a corruption that a report lacks leaves a gap, and the mean at the right is drawn only if none does.
 
     Args:
-        reports: at least one; a corruption that a report lacks leaves a gap.
+        reports: at least one.
         path: the image file (PNG, SVG, PDF by its suffix).
 
     Raises:
         ImportError: if `matplotlib` is not installed.
         ValueError: if there is no report, or nothing was measured.
     """
-    groups = list(dict.fromkeys(name for report in reports for name in report.corruptions))
+    names = list(dict.fromkeys(name for report in reports for name in report.corruptions))
+    levels = {name: _shared([r.corruptions[name] for r in reports if name in r.corruptions]) for name in names}
     bars: Bars = []
     for index, report in enumerate(reports):
-        values = [_top1(report.clean), *(_mean(report.corruptions.get(name, {})) for name in groups)]
-        values += [report.mean_corruption_top1] if groups else []
-        bars.append((report.model, _MODEL_COLOURS[index % len(_MODEL_COLOURS)], values))
-    severities = sorted({s for report in reports for s in report.severities})
-    title = f"severity {', '.join(map(str, severities))}" if severities else ""
-    _draw(["clean", *groups, *(["mean of\ncorruptions"] if groups else [])], bars, [], title, path)
+        means = [_mean([_top1(report.corruptions.get(name, {}).get(s)) for s in levels[name]]) for name in names]
+        bars.append((report.model, _MODEL_COLOURS[index % len(_MODEL_COLOURS)], [_top1(report.clean), *means]))
+    groups = ["clean", *names]
+    if names and all(value is not None for _, _, values in bars for value in values[1:]):
+        groups.append("mean of corruptions")
+        bars = [(label, colour, [*values, _mean(values[1:])]) for label, colour, values in bars]
+    severities = sorted({s for shared in levels.values() for s in shared})
+    _draw(groups, bars, [], f"severity {', '.join(severities)}" if severities else "", path)
+
+
+def require_matplotlib() -> type[Figure]:
+    """Return matplotlib's `Figure`.
+
+    Raises:
+        ImportError: if `matplotlib` is not installed; the message says how to install it.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(f'figures need matplotlib: pip install "quac-plugins[evaluate]" ({error})') from error
+    return Figure
 
 
 def _draw(
@@ -88,12 +107,8 @@ def _draw(
 
 
 def _figure(groups: int, bars: int) -> tuple[Figure, Axes]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('figures need matplotlib: pip install "quac-plugins[evaluate]"') from error
     width = min(20.0, max(4.5, 1.5 + groups * max(0.55, 0.22 * bars + 0.15)))
-    figure = Figure(figsize=(width, 4.4), layout="constrained")
+    figure = require_matplotlib()(figsize=(width, 4.4), layout="constrained")
     return figure, figure.subplots()
 
 
@@ -119,6 +134,10 @@ def _top1(scores: dict[str, Any] | None) -> float | None:
     return None if scores is None else scores["top1"]
 
 
-def _mean(levels: dict[str, dict[str, Any]]) -> float | None:
-    values = [scores["top1"] for scores in levels.values() if scores["top1"] is not None]
-    return sum(values) / len(values) if values else None
+def _mean(values: Sequence[float | None]) -> float | None:
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def _shared(found: Sequence[dict[str, dict[str, Any]]]) -> list[str]:
+    return sorted(set.intersection(*(set(levels) for levels in found)))

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import timm.data
+import torch
+from PIL import Image
 from timm.data.transforms import str_to_interp_mode
 from torch import nn
+from torchvision.transforms.functional import pil_to_tensor
 
-__all__ = ["crop_transform", "data_config", "per_channel", "square_or_not"]
+__all__ = ["Crop", "data_config", "per_channel", "square_or_not"]
 
 
 def data_config(
@@ -59,9 +62,23 @@ def data_config(
     return config
 
 
-def crop_transform(config: dict[str, Any]) -> Any:
-    """Return timm's transform without the normalization: PIL image → uint8 tensor (3, H, W), resized and cropped."""
-    return timm.data.create_transform(**config, is_training=False, normalize=False)
+class Crop:
+    """Resize and crop as timm does, without the normalization: PIL image in RGB → uint8 tensor (3, H, W).
+
+    Args:
+        config: what `data_config` returns.
+        keep_ready: take an image that has the network's size already as it is. The files of ImageNet-C and of other
+            prepared sets were resized and cropped before; doing it again would cut their borders off.
+    """
+
+    def __init__(self, config: dict[str, Any], keep_ready: bool):
+        height, width = config["input_size"][-2:]
+        self.ready = (width, height) if keep_ready else None
+        self.transform = timm.data.create_transform(**config, is_training=False, normalize=False)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Return the pixels that the network is to see."""
+        return pil_to_tensor(image) if image.size == self.ready else self.transform(image)
 
 
 def per_channel(value: float | Sequence[float], what: str) -> tuple[float, ...]:

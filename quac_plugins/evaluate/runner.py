@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from quac_plugins.degradations import CORRUPTIONS, EXTRA_CORRUPTIONS, check_severity, corruption_names
 from quac_plugins.evaluate.data import CLEAN, ImageDirectory, Item
 from quac_plugins.evaluate.images import CorruptedImages, Job, worker_init
-from quac_plugins.evaluate.preprocessing import crop_transform, data_config
+from quac_plugins.evaluate.preprocessing import Crop, data_config
 from quac_plugins.evaluate.processes import gather, is_main_process, process_group
 from quac_plugins.evaluate.report import EvaluationReport, software_versions
 
@@ -67,7 +67,8 @@ def evaluate(
         mean: of the normalization, as for the four below: None means the model's own.
         std: of the normalization.
         input_size: the side of a square, (H, W) or (3, H, W).
-        crop_pct: the side of the crop over the side of the resized image.
+        crop_pct: the side of the crop over the side of the resized image. None means the model's own, but an image
+            that has the network's size already, as those of ImageNet-C, is taken as it is.
         interpolation: of the resizing.
         device: where to run; None means where the model is.
         amp: a dtype for `torch.autocast`; True means float16 on a GPU and bfloat16 elsewhere.
@@ -94,7 +95,8 @@ def evaluate(
     if batch_size < 1 or num_workers < 0:
         raise ValueError("batch_size must be at least 1 and num_workers at least 0")
     start = time.perf_counter()
-    inner = model.module if isinstance(getattr(model, "module", None), nn.Module) else model
+    wrapped = getattr(model, "module", None)  # of DataParallel and DistributedDataParallel
+    inner = wrapped if isinstance(wrapped, nn.Module) else model
     num_classes = getattr(inner, "num_classes", None)
     config = data_config(
         inner, mean=mean, std=std, input_size=input_size, crop_pct=crop_pct, interpolation=interpolation
@@ -105,7 +107,7 @@ def evaluate(
     with process_group() as (rank, world_size), _as_it_was(model, device) as where:
         shares = {c: chosen[c if directory.is_imagenet_c else CLEAN][rank::world_size] for c in conditions}
         jobs = _jobs(shares, apply=not directory.is_imagenet_c)
-        images = CorruptedImages(jobs, crop_transform(config), config["input_size"][-2:], seed)
+        images = CorruptedImages(jobs, Crop(config, keep_ready=crop_pct is None), config["input_size"][-2:], seed)
         loader = DataLoader(
             images,  # type: ignore[arg-type]
             batch_size=batch_size,
@@ -132,7 +134,7 @@ def evaluate(
         limit=limit,
         data=str(data),
         layout="imagenet-c" if directory.is_imagenet_c else "classes",
-        preprocessing=dict(config),
+        preprocessing={**config, "keep_ready": crop_pct is None},
         versions=software_versions(),
         seconds=round(time.perf_counter() - start, 3),
     )

@@ -11,12 +11,12 @@ from quac_plugins.core.activations.driver import DrivenActivation
 from quac_plugins.core.activations.hosts import is_silu
 
 
-def _add_slopes(module: ChannelActivation) -> None:
+def _slopes(module: ChannelActivation) -> tuple[nn.Parameter, nn.Parameter]:
     """p1, p2 of shape (1, C, 1, 1): N(0, 1) as in the paper, 1 and 0 (the SiLU of the family) under preserve."""
     shape = (1, module.channels, 1, 1)
-    preserve = module.init == "preserve"
-    module.p1 = nn.Parameter(torch.ones(shape) if preserve else torch.randn(shape))
-    module.p2 = nn.Parameter(torch.zeros(shape) if preserve else torch.randn(shape))
+    if module.init == "preserve":
+        return nn.Parameter(torch.ones(shape)), nn.Parameter(torch.zeros(shape))
+    return nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(shape))
 
 
 class AconC(ChannelActivation):
@@ -40,7 +40,7 @@ class AconC(ChannelActivation):
 
     def __init__(self, channels: int, channel_dim: int = 1, init: str = "paper", host: nn.Module | None = None):
         super().__init__(channels, channel_dim, init, host)
-        _add_slopes(self)
+        self.p1, self.p2 = _slopes(self)
         self.beta = nn.Parameter(torch.ones(1, channels, 1, 1))
 
     def stands_for(self, host: nn.Module | None) -> tuple[float, ...] | None:
@@ -92,7 +92,7 @@ class QACON(DrivenActivation):
         expand_q: str = "error",
     ):
         super().__init__(channels, quality_channels, reduction, norm, channel_dim, init, host, expand_q)
-        _add_slopes(self)
+        self.p1, self.p2 = _slopes(self)
 
     def stands_for(self, host: nn.Module | None) -> tuple[float, ...] | None:
         """SiLU is ACON at (1, 0, 1)."""
@@ -134,7 +134,7 @@ class MetaACON(DrivenActivation):
         host: nn.Module | None = None,
     ):
         super().__init__(channels, 0, reduction, norm, channel_dim, init, host)
-        _add_slopes(self)
+        self.p1, self.p2 = _slopes(self)
 
     def _build_head(self, width: int) -> None:
         pass  # β is h itself
@@ -142,9 +142,8 @@ class MetaACON(DrivenActivation):
     def _preserve_head(self) -> None:
         """β = σ(0) = 0.5 exactly, by a last affine of zeros, which has a gradient at once."""
         last = self.fc2 if isinstance(self.bn2, nn.Identity) else self.bn2
-        assert last.bias is not None
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
 
     def head(self, h: Tensor) -> Tensor:
         """β = h."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -53,8 +54,7 @@ class ChannelActivation(nn.Module):
     numbers: ClassVar[int] = 0
     neutral: ClassVar[tuple[float, ...]] = ()
     needs_quality: ClassVar[bool] = False
-
-    context: QualityContext | None
+    equation: ClassVar[Callable[..., Tensor]]  # y = f(x, *parameters), the parameters broadcastable against x
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -73,7 +73,7 @@ class ChannelActivation(nn.Module):
         self.channel_dim = channel_dim
         self.init = init
         self.layer = type(self).__name__
-        self.context = None
+        self.context: QualityContext | None = None
         self.at_start: tuple[float, ...] = self.neutral
         self.host: nn.Module | None = None
         if init == "preserve":
@@ -85,18 +85,13 @@ class ChannelActivation(nn.Module):
 
     # -- what a subclass says
 
-    @staticmethod
-    def equation(x: Tensor, *parameters: Tensor) -> Tensor:
-        """y = f(x; parameters), the parameters broadcastable against x."""
-        raise NotImplementedError
-
     def stands_for(self, host: nn.Module | None) -> tuple[float, ...] | None:
         """The values of the parameters at which the equation is the host's function itself, if there are any."""
         return None
 
     def values(self, x: Tensor, q: Tensor | None) -> tuple[Tensor, ...]:
-        """The parameters for this x (and q), broadcastable against it."""
-        raise NotImplementedError
+        """The parameters for this x (and q), broadcastable against it. Every subclass says its own."""
+        raise TypeError(f"{type(self).__name__} does not say where its parameters come from")
 
     # -- what all share
 
@@ -110,10 +105,6 @@ class ChannelActivation(nn.Module):
         Returns:
             Shape and dtype of x.
         """
-        return self._activate(x, q)
-
-    @torch.jit.ignore
-    def _activate(self, x: Tensor, q: Tensor | None) -> Tensor:
         self._check(x)
         y = self.equation(x, *self.values(x, q))
         if self.host is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from quac_plugins.core.activations.base import ChannelActivation
 from quac_plugins.core.activations.reference import global_average, per_channel
+from quac_plugins.core.precision import full_precision
 from quac_plugins.core.quality.context import QualityError
 
 NORMS = ("batch", "layer", "group", "none")
@@ -102,7 +103,7 @@ class DrivenActivation(ChannelActivation):
     def drive(self, x: Tensor, q: Tensor | None) -> tuple[Tensor, ...]:
         """The numbers for this x and q: ``numbers`` tensors that broadcast against x."""
         # the driver is tiny: float32 under autocast costs nothing and keeps preserve exact
-        with torch.autocast(device_type=x.device.type, enabled=False):
+        with full_precision(x):
             z = global_average(x, self.channel_dim)
             if self.quality_channels:
                 z = torch.cat((z, self.quality_for(x, q).to(z)), dim=1)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from quac_plugins.core.activations import ACTIVATIONS, DrivenActivation, resolve_activation
+from quac_plugins.core.activations import ACTIVATIONS, ChannelActivation, DrivenActivation, resolve_activation
 from quac_plugins.core.activations.base import INITS
 from quac_plugins.core.activations.driver import EXPANSIONS, NORMS
 
@@ -95,7 +95,7 @@ class QuACConfig:
         return [self.where] if isinstance(self.where, str) else list(self.where)
 
     @property
-    def activation_class(self) -> type:
+    def activation_class(self) -> type[ChannelActivation]:
         """The class that ``activation`` names."""
         return ACTIVATIONS[self.activation]
 

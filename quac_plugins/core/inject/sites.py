@@ -118,9 +118,7 @@ def _last(seen: Trace) -> list[Site]:
     return [] if isinstance(site, str) else [Site(name, site.channels, site.channel_dim, site.expand_q, after=True)]
 
 
-def _nothing(
-    model: nn.Module, seen: Trace, usable: dict[str, Site], unusable: dict[str, str], pattern: str
-) -> str:
+def _nothing(model: nn.Module, seen: Trace, usable: dict[str, Site], unusable: dict[str, str], pattern: str) -> str:
     host = type(model).__name__
     if pattern in PLACES:
         reason = {

@@ -8,20 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quac_plugins.core.activations import ChannelActivation, DrivenActivation
+from quac_plugins.core.activations import ChannelActivation
+from quac_plugins.core.hooks import AFTER_NAME, TAP_NAME, after_hook, remove_hooks
 from quac_plugins.core.inject.config import QuACConfig
 from quac_plugins.core.inject.sites import Site, find_sites
 from quac_plugins.core.inject.trace import Trace, trace
 from quac_plugins.core.quality.context import QualityContext
 from quac_plugins.core.quality.table import QualityFunction, resolve_quality
-from quac_plugins.core.quality.tap import TAP_NAME, QualityTap
+from quac_plugins.core.quality.tap import QualityTap
 
 _RECORD = "_quac_injection"
-AFTER_NAME = "quac_last"
-
-
-def _after_hook(self, input: tuple[Tensor], output: Tensor):  # noqa: A002  (TorchScript wants these names)
-    return self.quac_last(output)
 
 
 class WidthSwitch(nn.Module):
@@ -39,10 +35,6 @@ class WidthSwitch(nn.Module):
 
     def forward(self, x: Tensor, q: Tensor | None = None) -> Tensor:
         """Activate x (B, C, …) by the activation of its width; ValueError if there is none for C."""
-        return self._switch(x, q)
-
-    @torch.jit.ignore
-    def _switch(self, x: Tensor, q: Tensor | None) -> Tensor:
         width = str(x.shape[self.channel_dim])
         if width not in self.widths:
             raise ValueError(f"no activation for {width} channels; there are: {', '.join(self.widths)}")
@@ -145,7 +137,7 @@ def place(
         if site.after:
             host.add_module(AFTER_NAME, module)
             if not _runs_children(host):
-                host.register_forward_hook(_after_hook)
+                host.register_forward_hook(after_hook)
         else:
             replaced[site.name] = (host,)
             _swap(model, host, module)
@@ -242,12 +234,9 @@ def remove(model: nn.Module) -> nn.Module:
     for site in record.sites:
         module = model.get_submodule(site.name)
         if site.after:
-            for key in [k for k, hook in module._forward_hooks.items() if hook is _after_hook]:
-                del module._forward_hooks[key]
+            remove_hooks(module, after_hook)
             delattr(module, AFTER_NAME)
         else:
             _swap(model, module, record.replaced[site.name][0])
     delattr(model, _RECORD)
     return model
-
-

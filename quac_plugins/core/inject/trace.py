@@ -257,12 +257,14 @@ def _run(model: nn.Module, images: Tensor, batch: int) -> Trace:
     try:
         with _evaluating(model), torch.no_grad(), _Labels(batch), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            features = model.forward_features(images) if hasattr(model, "forward_features") else None
+            forward_features = getattr(model, "forward_features", None)
+            features = forward_features(images) if callable(forward_features) else None
             if features is None:
                 model(images)
             else:
                 result.last = _backbone_output(features, outputs, batch)
-                model.forward_head(features) if hasattr(model, "forward_head") else model(images)
+                forward_head = getattr(model, "forward_head", None)
+                forward_head(features) if callable(forward_head) else model(images)
     finally:
         for handle in handles:
             handle.remove()

@@ -9,8 +9,8 @@ Requirements, all checked in the tests:
 3. ``deepcopy``, ``pickle`` and ``torch.save`` carry the wiring but never a q;
 4. under activation checkpointing a recomputation runs during backward, when the q of another forward may be current.
    Every forward therefore leaves a mark in the autograd graph, and a recomputation follows its input's graph back to
-   the mark. Where no graph leads back (reentrant checkpointing), the one forward whose graph is alive is meant; if there
-   are several, it is an error, never a guess.
+   the mark. Where no graph leads back (reentrant checkpointing), the one forward whose graph is alive is meant; if
+   there are several, it is an error, never a guess.
 """
 
 from __future__ import annotations
@@ -169,8 +169,8 @@ class QualityContext:
 
     def _no_image(self, layer: str) -> str:
         return (
-            f"layer {layer!r} was called before any image reached the model, so there are no quality features. Call the "
-            "model on images, or give the features: `with quac_plugins.quality_of(model, q): …` with q of shape "
+            f"layer {layer!r} was called before any image reached the model, so there are no quality features. Call "
+            "the model on images, or give the features: `with quac_plugins.quality_of(model, q): …` with q of shape "
             f"(B, {self.channels})."
         )
 
@@ -211,7 +211,8 @@ def quality_of(model: nn.Module, q: Tensor) -> Iterator[None]:
     for context in contexts:
         if q.ndim != 2 or q.shape[1] != context.channels or not q.is_floating_point():
             raise ValueError(
-                f"q has shape {tuple(q.shape)} and dtype {q.dtype}; this model expects floating point (B, {context.channels})"
+                f"q has shape {tuple(q.shape)} and dtype {q.dtype}; "
+                f"this model expects floating point (B, {context.channels})"
             )
     before = [(c.given, getattr(c._local, "given", None), getattr(c._local, "forward", None)) for c in contexts]
     for context in contexts:

@@ -11,18 +11,10 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from quac_plugins.core.hooks import TAP_NAME, remove_hooks, tap_hook, tap_pre_hook
+from quac_plugins.core.precision import full_precision
 from quac_plugins.core.quality.context import QualityContext
 from quac_plugins.core.quality.table import QualityFunction
-
-TAP_NAME = "quac_tap"
-
-
-def _tap_pre_hook(self, input: tuple[Tensor]):  # noqa: A002  (TorchScript wants these names)
-    self.quac_tap.observe(input[0])
-
-
-def _tap_hook(self, input: tuple[Tensor], output: Tensor):  # noqa: A002
-    self.quac_tap.mark(output)
 
 
 class QualityTap(nn.Module):
@@ -66,22 +58,20 @@ class QualityTap(nn.Module):
     def attach(self, host: nn.Module) -> None:
         """Become a child of the layer and listen to its calls."""
         host.add_module(TAP_NAME, self)
-        self._handles = (host.register_forward_pre_hook(_tap_pre_hook), host.register_forward_hook(_tap_hook))
+        host.register_forward_pre_hook(tap_pre_hook)
+        host.register_forward_hook(tap_hook)
 
     def detach(self, host: nn.Module) -> None:
-        """Undo :meth:`attach`; also right on a deep copy, whose hooks are the copy's."""
-        for hooks in (host._forward_pre_hooks, host._forward_hooks):
-            for key in [k for k, hook in hooks.items() if hook in (_tap_pre_hook, _tap_hook)]:
-                del hooks[key]
+        """Undo :meth:`attach`."""
+        remove_hooks(host, tap_pre_hook, tap_hook)
         delattr(host, TAP_NAME)
 
-    @torch.jit.ignore
     def observe(self, images: Tensor) -> None:
         """Compute q of images (B, C, H, W) as the host gets them, and start a forward pass with it."""
         self._check(images)
         q = self.context.given_q()
         if q is None:
-            with torch.autocast(device_type=images.device.type, enabled=False):
+            with full_precision(images):
                 q = self.quality(self.to_rgb(images))
         elif q.shape[0] != images.shape[0]:
             raise ValueError(
@@ -89,7 +79,6 @@ class QualityTap(nn.Module):
             )
         self.context.begin(q)
 
-    @torch.jit.ignore
     def mark(self, output: Tensor) -> None:
         """Tell recomputations which forward pass the layer's output belongs to."""
         self.context.mark(output)
@@ -127,15 +116,15 @@ class QualityTap(nn.Module):
             )
 
     def _check_range(self, images: Tensor) -> None:
-        """Once: without mean and std the images should be in [0, 1]; other ranges mean a normalization unknown to us."""
+        """Once: without mean and std images should be in [0, 1]; another range means an unknown normalization."""
         if self._range_checked or torch.compiler.is_compiling() or images.is_meta or images.numel() == 0:
             return
         self._range_checked = True
         low, high = float(images.min()), float(images.max())
         if low < -0.05 or high > 1.05:
             warnings.warn(
-                f"images entering layer {self.layer!r} lie in [{low:.2f}, {high:.2f}], but no normalization was given, so "
-                "the quality features are computed as if they were in [0, 1]. Give the mean and std with which they are "
-                "normalized: QuACConfig(mean=…, std=…)",
+                f"images entering layer {self.layer!r} lie in [{low:.2f}, {high:.2f}], but no normalization was "
+                "given, so the quality features are computed as if they were in [0, 1]. Give the mean and std with which "
+                "they are normalized: QuACConfig(mean=…, std=…)",
                 stacklevel=2,
             )

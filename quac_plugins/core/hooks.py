@@ -1,0 +1,35 @@
+"""The hooks that are put on layers of a host: plain functions that call a child module of the layer by its name.
+
+So deepcopy and pickle take them along, and each copy's hooks call the copy's own modules.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+TAP_NAME = "quac_tap"
+AFTER_NAME = "quac_last"
+
+
+def tap_pre_hook(layer: Any, args: tuple) -> None:
+    """Show the tap the images before its layer runs."""
+    layer.quac_tap.observe(args[0])
+
+
+def tap_hook(layer: Any, args: tuple, output: Any) -> None:
+    """Show the tap the output of its layer."""
+    layer.quac_tap.mark(output)
+
+
+def after_hook(layer: Any, args: tuple, output: Any) -> Any:
+    """Activate the output of a layer."""
+    return layer.quac_last(output)
+
+
+def remove_hooks(layer: nn.Module, *functions: Any) -> None:
+    """Take these hooks off a layer; by function, so that it works on deep copies too."""
+    for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
+        for key in [key for key, hook in hooks.items() if hook in functions]:
+            del hooks[key]
