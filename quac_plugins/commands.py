@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import rich.console
 import typer
@@ -51,42 +51,42 @@ def evaluate_command(
     model: Annotated[str, typer.Argument(help="A timm name, such as resnet50_qacon.a1_in1k, hf-hub:… or local-dir:…")],
     data: Annotated[Path, typer.Option(help="A directory of folders of classes, or one laid out as ImageNet-C.")],
     base_checkpoint: Annotated[
-        Optional[Path], typer.Option(help="File with the host's weights, in place of downloaded ones.")
+        Path | None, typer.Option(help="File with the host's weights, in place of downloaded ones.")
     ] = None,
-    checkpoint: Annotated[Optional[Path], typer.Option(help="File with the weights of the whole network.")] = None,
-    adapter: Annotated[Optional[str], typer.Option(help="Adapter to put in: a directory, or org/name.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="File with the weights of the whole network.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Adapter to put in: a directory, or org/name.")] = None,
     pretrained: Annotated[
-        Optional[bool],
+        bool | None,
         typer.Option("--pretrained/--no-pretrained", help="Load timm's weights. By default if no file is given."),
     ] = None,
     model_kwargs: Annotated[
-        Optional[list[str]], typer.Option(help="Arguments of the network: k=v,k2=v2. May be repeated.")
+        list[str] | None, typer.Option(help="Arguments of the network: k=v,k2=v2. May be repeated.")
     ] = None,
-    num_classes: Annotated[Optional[int], typer.Option(min=1, help="Of the classifier; a file must agree.")] = None,
-    class_map: Annotated[Optional[Path], typer.Option(help="JSON or text file: folder to class index.")] = None,
+    num_classes: Annotated[int | None, typer.Option(min=1, help="Of the classifier; a file must agree.")] = None,
+    class_map: Annotated[Path | None, typer.Option(help="JSON or text file: folder to class index.")] = None,
     corruptions: Annotated[
         str, typer.Option(help="Names, groups (noise, blur, weather, digital), all, extra or every; comma-separated.")
     ] = "",
     severity: Annotated[
-        Optional[str], typer.Option(help="1 to 5, comma-separated. Default 3; for ImageNet-C all that are there.")
+        str | None, typer.Option(help="1 to 5, comma-separated. Default 3; for ImageNet-C all that are there.")
     ] = None,
     clean: Annotated[bool, typer.Option(help="Measure the images without corruption too.")] = True,
-    limit: Annotated[Optional[int], typer.Option(min=1, help="At most so many images, spread over classes.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many images, spread over classes.")] = None,
     seed: Annotated[int, typer.Option(help="Of the corruptions and the choice of images.")] = 0,
-    mean: Annotated[Optional[str], typer.Option(help="Of the normalization: 0.5 or 0.5,0.5,0.5.")] = None,
-    std: Annotated[Optional[str], typer.Option(help="Likewise.")] = None,
-    input_size: Annotated[Optional[str], typer.Option(help="Side, or height,width.")] = None,
+    mean: Annotated[str | None, typer.Option(help="Of the normalization: 0.5 or 0.5,0.5,0.5.")] = None,
+    std: Annotated[str | None, typer.Option(help="Likewise.")] = None,
+    input_size: Annotated[str | None, typer.Option(help="Side, or height,width.")] = None,
     crop_pct: Annotated[
-        Optional[float],
+        float | None,
         typer.Option(help="Crop over resized side. By default the network's, images of its very size as they are."),
     ] = None,
-    interpolation: Annotated[Optional[str], typer.Option(help="Of the resizing: bilinear, bicubic, ….")] = None,
+    interpolation: Annotated[str | None, typer.Option(help="Of the resizing: bilinear, bicubic, ….")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, …. Default: a GPU if there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …. Default: a GPU if there is one.")] = None,
     amp: Annotated[bool, typer.Option("--amp", help="Mixed precision.")] = False,
     num_workers: Annotated[int, typer.Option(min=0, help="Processes that read and corrupt.")] = 0,
-    json: Annotated[Optional[Path], typer.Option(help="Write the report here.")] = None,
-    plot: Annotated[Optional[Path], typer.Option(help="Draw the report here: .png, .svg, .pdf, ….")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the report here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the report here: .png, .svg, .pdf, ….")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Measure top-1 and top-5 of a network, clean and under the corruptions of ImageNet-C.

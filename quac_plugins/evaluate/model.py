@@ -25,7 +25,7 @@ def build_model(
     *,
     base_checkpoint: str | os.PathLike[str] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
-    adapter: str | os.PathLike[str] | None = None,
+    adapter: str | Path | None = None,
     model_kwargs: Mapping[str, Any] | None = None,
     num_classes: int | None = None,
     input_size: int | Sequence[int] | None = None,

@@ -88,9 +88,17 @@ def evaluate(
         TypeError: if the model returns no logits.
 
     Example:
-        >>> report = evaluate(model, "imagenet/val", corruptions="fog,contrast", limit=1000)  # doctest: +SKIP
-        >>> report.corruptions["fog"]["3"]["top1"]  # doctest: +SKIP
-        51.2
+        >>> import pathlib, tempfile, timm
+        >>> from PIL import Image
+        >>> model = timm.create_model("test_resnet", num_classes=2)
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     for name in ("black", "white"):
+        ...         folder = pathlib.Path(root, name)
+        ...         folder.mkdir()
+        ...         Image.new("RGB", (200, 180), name).save(folder / "image.png")
+        ...     report = evaluate(model, root, corruptions="contrast", severities=[1, 3])
+        >>> report.clean["n"], sorted(report.corruptions["contrast"]), report.unreadable
+        (2, ['1', '3'], [])
     """
     if batch_size < 1 or num_workers < 0:
         raise ValueError("batch_size must be at least 1 and num_workers at least 0")

@@ -137,5 +137,5 @@ def _out_of_place(host: nn.Module) -> nn.Module:
     """The host's activation, sharing its parameters, without writing over its input: x is read again afterwards."""
     host = copy.copy(host)
     if getattr(host, "inplace", False):
-        host.inplace = False
+        setattr(host, "inplace", False)  # noqa: B010  (not an attribute that nn.Module declares)
     return host

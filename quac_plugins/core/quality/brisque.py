@@ -24,7 +24,7 @@ from quac_plugins.core.quality.table import quality_function
 _LUMA = (9798, 19235, 3735)
 _LUMA_ONE = 32768
 # Gaussian window of 7 taps, sigma 7/6, rounded to float32; centre first.
-_WINDOW = (0.34263151884078979, 0.23729607462882996, 0.078827008605003357, 0.012560199946165085)
+_WINDOW = (0.3426315188407898, 0.23729607462882996, 0.07882796227931976, 0.01256020087748766)
 # C of the contrast normalization, eq. (1): one grey level of images in [0, 1].
 _C = 1.0 / 255.0
 # The shape parameter is searched on 0.2, 0.201, …, 10.
@@ -158,15 +158,23 @@ def _normalized(grey: Tensor) -> Tensor:
 
 
 def _taps(size: int, half: int, like: Tensor) -> Tensor:
-    """Weights (5, half) of the samples 2d - 1, …, 2d + 3 in sample d of the half-size image: cubic, a = -0.75."""
+    """Cubic weights (a = -0.75) of the samples of a half-size image; (2, 4, half).
+
+    Sample d lies between 2d + j and 2d + j + 1 with j in {0, 1} (1 in the far half of odd sizes) and reads the four
+    samples from 2d + j - 1 on; entry [j] holds its weights, the other entry zeros.
+    """
     d = torch.arange(half, device=like.device, dtype=_wide(like.device))
-    # positions are float32 in the reference, which shows at the far end of odd sizes
+    # rounded to float32 as in the reference, which shows at the far end of odd sizes
     position = ((d + 0.5) * (size / half) - 0.5).float()
-    offset = position - 2.0 * d.float()
-    distance = torch.stack([(offset - k).abs() for k in (-1.0, 0.0, 1.0, 2.0, 3.0)])
-    near = (1.25 * distance - 2.25) * distance * distance + 1.0
-    far = ((-0.75 * distance + 3.75) * distance - 6.0) * distance + 3.0
-    return torch.where(distance <= 1.0, near, torch.where(distance < 2.0, far, torch.zeros_like(far)))
+    first = position.floor()
+    x = position - first
+    a = -0.75
+    w0 = ((a * (x + 1) - 5 * a) * (x + 1) + 8 * a) * (x + 1) - 4 * a
+    w1 = ((a + 2) * x - (a + 3)) * x * x + 1
+    w2 = ((a + 2) * (1 - x) - (a + 3)) * (1 - x) * (1 - x) + 1
+    weights = torch.stack([w0, w1, w2, 1 - w0 - w1 - w2])
+    odd = first - 2.0 * d.float()
+    return torch.stack([weights * (1.0 - odd), weights * odd])
 
 
 def _halve(grey: Tensor) -> Tensor:
@@ -174,12 +182,16 @@ def _halve(grey: Tensor) -> Tensor:
     height, width = grey.shape[-2:]
     rows, columns = torch.sym_max(height // 2, 1), torch.sym_max(width // 2, 1)
     padded = F.pad(grey[:, None], (1, 3, 1, 3), mode="replicate")[:, 0]
+    x = [padded[..., k : k + 2 * columns - 1 : 2] for k in range(5)]
     w = _taps(width, columns, grey)
-    x = [padded[..., k : k + 2 * columns - 1 : 2] * w[k] for k in range(5)]
-    wide = (x[0] + x[1]) + (x[2] + x[3]) + x[4]
-    w = _taps(height, rows, grey)[..., None]
+    # paired and fused as in the reference, see the second point at the top; of each sum over j one term is 0
+    wide = sum((x[j] * w[j, 0] + x[j + 1] * w[j, 1]) + (x[j + 2] * w[j, 2] + x[j + 3] * w[j, 3]) for j in (0, 1))
     y = [wide[:, k : k + 2 * rows - 1 : 2] for k in range(5)]
-    return _add_product(y[1] * w[1], y[0], w[0]) + _add_product(y[3] * w[3], y[2], w[2]) + y[4] * w[4]
+    w = _taps(height, rows, grey)[..., None]
+    return sum(
+        _add_product(y[j + 1] * w[j, 1], y[j], w[j, 0]) + _add_product(y[j + 3] * w[j, 3], y[j + 2], w[j, 2])
+        for j in (0, 1)
+    )
 
 
 def _add_product(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:

@@ -45,6 +45,11 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def _metadata(node: Any) -> dict[str, Any]:
+    """A dict that lives as long as the node of the autograd graph."""
+    return node.metadata
+
+
 class QualityContext:
     """Shared by one tap and the activations of one model.
 
@@ -125,7 +130,7 @@ class QualityContext:
         if forward is None:
             forward = getattr(self._local, "forward", None)
         if forward is not None:
-            output.grad_fn.metadata[self._key] = forward
+            _metadata(output.grad_fn)[self._key] = forward
 
     @property
     def _key(self) -> str:
@@ -138,7 +143,7 @@ class QualityContext:
         queue, seen = deque([x.grad_fn]), {x.grad_fn}
         while queue:
             node = queue.popleft()
-            found = node.metadata.get(self._key)
+            found = _metadata(node).get(self._key)
             if found is not None:
                 return found
             for parent, _ in node.next_functions:
