@@ -3,7 +3,7 @@
     python benchmarks/timm_coverage.py                    # all names, to benchmarks/results/timm_coverage.{json,md}
     python benchmarks/timm_coverage.py "resnet*" --jobs 2
 
-Networks of up to 100 million parameters on pictures of up to 288×288 run for real, and their logits are compared with
+Networks of up to 60 million parameters on pictures of up to 256×256 run for real, and their logits are compared with
 those of the untouched base (preserve: the difference should be 0). Larger ones run on fake tensors: shapes, dtypes and the
 autograd graph are real, numbers are not. A network passes if it has at least one site, its forward gives finite
 logits, backward reaches every put-in parameter, and its logits are those of the base to 1e-5 of their largest.
@@ -24,13 +24,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-MAX_PARAMETERS = 100e6
-MAX_SIDE = 288
+MAX_PARAMETERS = 60e6
+MAX_SIDE = 256
+SMALL_SIDE = 128  # for networks that take any size; those that do not take this one get their own
 RESULTS = Path(__file__).parent / "results"
 
 
 def try_name(base: str) -> dict[str, Any]:
-    import timm
+    row = try_size(base, SMALL_SIDE)
+    return row if row["ok"] or row.get("fixed") else try_size(base, None)
+
+
+def try_size(base: str, side: int | None) -> dict[str, Any]:
     import torch
 
     import quac_plugins as quac
@@ -40,9 +45,10 @@ def try_name(base: str) -> dict[str, Any]:
     row: dict[str, Any] = {"name": f"{base}_qacon", "ok": False}
     start = time.perf_counter()
     try:
-        model, real = build(base)
+        model, real = build(base, side)
         row |= {"real": real, "parameters": sum(p.numel() for p in model.parameters())}
-        size = input_size(model, base)
+        size = input_size(model, side)
+        row["fixed"] = bool(model.pretrained_cfg.get("fixed_input_size"))
         row["input"] = list(size)
         torch.manual_seed(0)
         shape = (2, *size)
@@ -87,7 +93,7 @@ def try_name(base: str) -> dict[str, Any]:
     return row
 
 
-def build(base: str):
+def build(base: str, side: int | None):
     """The base for real if it is small enough, else on the meta device."""
     import timm
     import torch
@@ -97,20 +103,16 @@ def build(base: str):
             model = timm.create_model(base)
     except Exception:  # builds tensors whose values it reads: only possible for real
         return timm.create_model(base), True
-    cfg = model.pretrained_cfg
-    small = sum(p.numel() for p in model.parameters()) <= MAX_PARAMETERS and max(input_size(model, base)) <= MAX_SIDE
+    small = sum(p.numel() for p in model.parameters()) <= MAX_PARAMETERS and max(input_size(model, side)) <= MAX_SIDE
     return (timm.create_model(base), True) if small else (model, False)
 
 
-def input_size(model: Any, base: str) -> tuple[int, int, int]:
-    """The smallest picture that the network is documented to take."""
-    cfg = model.pretrained_cfg
-    size = tuple(cfg["input_size"])
-    if cfg.get("fixed_input_size"):
-        return size
-    if cfg.get("min_input_size"):
-        return tuple(cfg["min_input_size"])
-    return (size[0], min(size[1], 224), min(size[2], 224))
+def input_size(model: Any, side: int | None) -> tuple[int, int, int]:
+    """(C, H, W): the network's own size if it is fixed, else ``side`` if it is given."""
+    channels, height, width = model.pretrained_cfg["input_size"]
+    if side is None or model.pretrained_cfg.get("fixed_input_size"):
+        return channels, height, width
+    return channels, min(height, side), min(width, side)
 
 
 def logits(output: Any):
@@ -164,10 +166,10 @@ def markdown(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
         "",
         "`python benchmarks/timm_coverage.py`; " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".",
         "",
-        f"**{len(ok)} of {len(rows)}** names build, have sites, run forward and backward. {len(real)} of them ran for real: "
-        f"their logits differ from the untouched base's by at most "
-        f"{max((row['difference'] for row in real), default=0):.2g} of the largest logit. The other {len(ok) - len(real)} "
-        "are too large for that here and ran on fake tensors.",
+        f"**{len(ok)} of {len(rows)}** names build, have sites, run forward and backward. {len(real)} of them ran for "
+        f"real: their logits differ from the untouched base's by at most "
+        f"{max((row['difference'] for row in real), default=0):.2g} of the largest logit. The other "
+        f"{len(ok) - len(real)} are too large for that here and ran on fake tensors.",
         "",
         "Layouts (channel axis / order of q's rows): "
         + ", ".join(f"`{layout}` {n}" for layout, n in Counter(x for r in ok for x in r["layouts"]).most_common()),

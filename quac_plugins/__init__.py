@@ -8,8 +8,19 @@ Importing it registers ``NAME_qacon`` with timm for every architecture:
     torch.Size([1, 10])
 """
 
+from quac_plugins import functional
 from quac_plugins import timm as _timm_door
-from quac_plugins.core.activations import QACON, QGELU, AconC, MetaACON, QPReLU, QSwish
+from quac_plugins.core.activations import (
+    ACTIVATIONS,
+    QACON,
+    QGELU,
+    AconC,
+    ChannelActivation,
+    MetaACON,
+    QPReLU,
+    QSwish,
+    QualityDriven,
+)
 from quac_plugins.core.inject import Injection, QuACConfig, inject, injection_of, remove
 from quac_plugins.core.inject.adapter import adapter_state, save_adapter
 from quac_plugins.core.quality import QualityFunction, quality_function, quality_names, resolve_quality
@@ -21,18 +32,22 @@ from quac_plugins.registry import registry_file
 __version__ = "0.1.0"
 
 __all__ = [
+    "ACTIVATIONS",
     "QACON",
     "QGELU",
     "AconC",
+    "ChannelActivation",
     "Injection",
     "MetaACON",
     "QPReLU",
     "QSwish",
     "QuACConfig",
+    "QualityDriven",
     "QualityError",
     "QualityFunction",
     "adapter_state",
     "brisque",
+    "functional",
     "inject",
     "injection_of",
     "load_adapter",

@@ -39,14 +39,8 @@ def test_installed_wheel_lists_names_and_reads_its_own_registry(wheel, tmp_path)
     environment = tmp_path / "environment"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
     python = environment / "bin" / "python"
-    site = subprocess.run(
-        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout.strip()
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)  # what an installer does with a pure Python wheel
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", wheel]
+    subprocess.run(install, check=True, capture_output=True, text=True)
     libraries = [p for p in sys.path if p.endswith("site-packages")]
     script = f"""
 import sys

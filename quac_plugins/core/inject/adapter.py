@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from quac_plugins.core.inject.config import QuACConfig
 from quac_plugins.core.inject.sites import Site
-from quac_plugins.core.inject.surgery import Injection, inject, injection_of, remove
+from quac_plugins.core.inject.surgery import Injection, inject, injection_of, remove, unwrap
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -37,7 +37,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     record = _record(model)
     prefixes = record.prefixes()
     hosts = tuple(f"{prefix}host." for prefix in prefixes)
-    state = _unwrapped(model).state_dict()
+    state = unwrap(model).state_dict()
     return {k: v for k, v in state.items() if k.startswith(prefixes) and not k.startswith(hosts) and ".host." not in k}
 
 
@@ -108,7 +108,7 @@ def load_adapter_folder(model: nn.Module, folder: Path, check_host: bool = True)
         if fresh:
             remove(model)
         raise
-    _unwrapped(model).load_state_dict(state, strict=False)
+    unwrap(model).load_state_dict(state, strict=False)
     return model
 
 
@@ -178,12 +178,8 @@ def _record(model: nn.Module) -> Injection:
     return record
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model if hasattr(model, "_quac_injection") else model.module  # type: ignore[return-value]
-
-
 def _host(model: nn.Module) -> dict[str, Any]:
-    model = getattr(model, "_orig_mod", model)
+    model = unwrap(model)
     cfg = getattr(model, "pretrained_cfg", None) or {}
     name = cfg.get("architecture") if isinstance(cfg, dict) else None
     if isinstance(name, str):

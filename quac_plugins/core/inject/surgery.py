@@ -64,12 +64,19 @@ class Injection:
         return tuple(f"{s.name}.{AFTER_NAME}." if s.after else f"{s.name}." for s in self.sites)
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``, DistributedDataParallel, DataParallel or an averaged copy."""
+    while _RECORD not in model.__dict__:
+        inner = model._modules.get("_orig_mod", model._modules.get("module"))
+        if inner is None:
+            break
+        model = inner
+    return model
+
+
 def injection_of(model: nn.Module) -> Injection | None:
-    """What was put into a model (or the model that a wrapper such as DistributedDataParallel holds), or None."""
-    record = getattr(model, _RECORD, None)
-    if record is None and isinstance(getattr(model, "module", None), nn.Module):
-        record = getattr(model.module, _RECORD, None)
-    return record
+    """What was put into a model (also a wrapped one, see :func:`unwrap`), or None."""
+    return unwrap(model).__dict__.get(_RECORD)
 
 
 def inject(model: nn.Module, config: QuACConfig | None = None, example: Tensor | None = None) -> nn.Module:
@@ -227,7 +234,7 @@ def remove(model: nn.Module) -> nn.Module:
     record = injection_of(model)
     if record is None:
         raise ValueError(f"{type(model).__name__} holds no QuAC; nothing to remove")
-    model = model if hasattr(model, _RECORD) else model.module  # type: ignore[assignment]
+    whole, model = model, unwrap(model)
     if record.tap is not None:
         layer = model.get_submodule(record.tap)
         layer.get_submodule(TAP_NAME).detach(layer)  # type: ignore[operator]
@@ -239,4 +246,4 @@ def remove(model: nn.Module) -> nn.Module:
         else:
             _swap(model, module, record.replaced[site.name][0])
     delattr(model, _RECORD)
-    return model
+    return whole

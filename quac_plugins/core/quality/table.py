@@ -111,6 +111,11 @@ def resolve_quality(
             found = _TABLE[spec]
         elif prefix in _FAMILIES:
             found = _FAMILIES[prefix](argument)
+        elif prefix == "callable":
+            raise ValueError(
+                f"the quality function {argument!r} was the user's own and is not saved with a model; pass the function "
+                "itself as quality=…, or register it under a name with quac_plugins.quality_function before it is used"
+            )
         else:
             close = difflib.get_close_matches(spec, [*_TABLE, *_FAMILIES], n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
