@@ -14,9 +14,10 @@ def main() -> None:
     try:
         from quac_plugins.commands import app
     except ModuleNotFoundError as error:
-        if error.name not in _NEEDED:
+        package = (error.name or "").partition(".")[0]
+        if package not in _NEEDED:
             raise
-        sys.exit(f'the command quac needs {error.name}: pip install "quac-plugins[evaluate]"')
+        sys.exit(f'the command quac needs {package}: pip install "quac-plugins[evaluate]"')
     app(prog_name="quac")
 
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import rich.console
 import typer
@@ -225,7 +225,8 @@ def _write(report: EvaluationReport, json: Path | None, plot: Path | None) -> No
         typer.echo(f"NaN in the output for {count} images ({condition}), counted as wrong", err=True)
 
 
-def _default_device() -> Any:
+def _default_device() -> str:
     import torch
 
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    count = torch.cuda.device_count()
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}" if count else "cpu"

@@ -98,7 +98,7 @@ def _source(path: str | os.PathLike[str], num_classes: int | None) -> dict[str, 
 def _tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     try:
         state = load_state_dict(os.fspath(path))
-    except (SafetensorError, pickle.UnpicklingError, EOFError, AttributeError) as error:
+    except (SafetensorError, pickle.UnpicklingError, EOFError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path} is no file of weights that can be loaded safely: {_first_line(error)}") from error
     wrong = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
     if wrong or not state:
