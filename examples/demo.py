@@ -96,7 +96,7 @@ def activation_curves(model: nn.Module, images: torch.Tensor, layer: str, x: tor
         handle.remove()
         p1, p2, beta = (p.flatten(1) for p in site.values(seen[0], None))
         y = site.equation(x, p1[..., None], p2[..., None], beta[..., None])
-        start = [torch.tensor([value]) for value in site.at_start]
+        start = [torch.tensor([value]) for value in site.neutral]
         return site.host(x) + y - site.equation(x, *start) if site.host is not None else y
 
 

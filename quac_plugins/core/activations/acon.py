@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from quac_plugins.core.activations import reference
 from quac_plugins.core.activations.base import ChannelActivation
 from quac_plugins.core.activations.driver import DrivenActivation
-from quac_plugins.core.activations.hosts import is_silu
 
 
 def _slopes(module: ChannelActivation) -> tuple[nn.Parameter, nn.Parameter]:
@@ -42,10 +41,6 @@ class AconC(ChannelActivation):
         super().__init__(channels, channel_dim, init, host)
         self.p1, self.p2 = _slopes(self)
         self.beta = nn.Parameter(torch.ones(1, channels, 1, 1))
-
-    def stands_for(self, host: nn.Module | None) -> tuple[float, ...] | None:
-        """SiLU is ACON at (1, 0, 1)."""
-        return self.neutral if is_silu(host) else None
 
     def values(self, x: Tensor, q: Tensor | None) -> tuple[Tensor, ...]:
         """p1, p2, β."""
@@ -93,10 +88,6 @@ class QACON(DrivenActivation):
     ):
         super().__init__(channels, quality_channels, reduction, norm, channel_dim, init, host, expand_q)
         self.p1, self.p2 = _slopes(self)
-
-    def stands_for(self, host: nn.Module | None) -> tuple[float, ...] | None:
-        """SiLU is ACON at (1, 0, 1)."""
-        return self.neutral if is_silu(host) else None
 
     def values(self, x: Tensor, q: Tensor | None) -> tuple[Tensor, ...]:
         """p1, p2 as learned, β from the driver."""

@@ -40,8 +40,8 @@ class ChannelActivation(nn.Module):
     """An activation with parameters for every channel.
 
     Under ``init="preserve"`` it computes host(x) + f(x; θ) − f(x; θ⁰), where θ⁰ are the parameters' values at
-    initialization: exactly host(x) at first, while every parameter has its gradient of f at once. Where f(·; θ⁰) *is*
-    the host's function (SiLU for ACON, ReLU for PReLU, GELU for the gated GELU) only f(x; θ) is left.
+    initialization: exactly host(x) at first, bit for bit, while every parameter has its gradient of f at once. Where
+    f(·; θ⁰) is the host's function (SiLU for ACON, ReLU for PReLU, GELU for the gated GELU), f(x; θ) is what it stays.
 
     Args:
         channels: C.
@@ -74,20 +74,11 @@ class ChannelActivation(nn.Module):
         self.init = init
         self.layer = type(self).__name__
         self.context: QualityContext | None = None
-        self.at_start: tuple[float, ...] = self.neutral
         self.host: nn.Module | None = None
         if init == "preserve":
-            replaced = self.stands_for(host)
-            if replaced is None:
-                self.host = _out_of_place(host) if host is not None else nn.Identity()
-            else:
-                self.at_start = replaced
+            self.host = _out_of_place(host) if host is not None else nn.Identity()
 
     # -- what a subclass says
-
-    def stands_for(self, host: nn.Module | None) -> tuple[float, ...] | None:
-        """The values of the parameters at which the equation is the host's function itself, if there are any."""
-        return None
 
     def values(self, x: Tensor, q: Tensor | None) -> tuple[Tensor, ...]:
         """The parameters for this x (and q), broadcastable against it. Every subclass says its own."""
@@ -108,7 +99,7 @@ class ChannelActivation(nn.Module):
         self._check(x)
         y = self.equation(x, *self.values(x, q))
         if self.host is not None:
-            start = [torch.full((1,), value, dtype=torch.float32, device=x.device) for value in self.at_start]
+            start = [torch.full((1,), value, dtype=torch.float32, device=x.device) for value in self.neutral]
             y = self.host(x) + (y - self.equation(x, *start))
         if self.context is not None:
             self.context.mark(y)

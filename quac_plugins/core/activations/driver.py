@@ -33,6 +33,11 @@ def make_norm(norm: str, width: int) -> nn.Module:
     raise ValueError(f"unknown norm {norm!r}; known: {', '.join(NORMS)}")
 
 
+def _saturate(z: Tensor) -> Tensor:
+    """Sums that leave the range of float16 stay at its end, since a norm makes NaN of infinity."""
+    return z.clamp(-65504, 65504) if z.dtype == torch.float16 else z
+
+
 class DrivenActivation(ChannelActivation):
     """An activation whose parameters (``numbers`` a channel) come from pooled x, and from q where Q > 0.
 
@@ -84,7 +89,7 @@ class DrivenActivation(ChannelActivation):
         """Weight 0 and bias θ⁰: the numbers are exactly θ⁰ whatever z is, and the weight has a gradient at once."""
         assert self.fc3.bias is not None
         nn.init.zeros_(self.fc3.weight)
-        driven = self.at_start[len(self.at_start) - self.numbers :]
+        driven = self.neutral[len(self.neutral) - self.numbers :]
         with torch.no_grad():
             self.fc3.bias.view(self.numbers, self.channels).copy_(
                 self.fc3.bias.new_tensor(driven).unsqueeze(1).expand(-1, self.channels)
@@ -98,7 +103,8 @@ class DrivenActivation(ChannelActivation):
                 "norm='layer', 'group' or 'none' (timm.create_model(…, norm='layer')), or model.eval()"
             )
         z = z.to(self.fc1.weight.dtype)[:, :, None, None]
-        return torch.sigmoid(self.bn2(self.fc2(self.bn1(self.fc1(z)))))
+        z = _saturate(self.bn1(_saturate(self.fc1(z))))
+        return torch.sigmoid(self.bn2(_saturate(self.fc2(z))))
 
     def drive(self, x: Tensor, q: Tensor | None) -> tuple[Tensor, ...]:
         """The numbers for this x and q: ``numbers`` tensors that broadcast against x."""

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from torch import nn
 
-_SILU = frozenset({"SiLU", "Swish", "SwishMe", "SiLUActivation", "SwishJit"})
-_GELU = frozenset({"GELU", "GELUActivation"})
-HOST_ACTIVATIONS = (
-    _SILU
-    | _GELU
-    | {
+HOST_ACTIVATIONS = frozenset(
+    {
+        "GELU",
+        "GELUActivation",
+        "SiLU",
+        "SiLUActivation",
+        "Swish",
+        "SwishJit",
+        "SwishMe",
         "CELU",
         "ELU",
         "FastGELUActivation",
@@ -56,13 +59,3 @@ def is_activation(module: nn.Module) -> bool:
         (True, False)
     """
     return type(module).__name__ in HOST_ACTIVATIONS
-
-
-def is_silu(host: nn.Module | None) -> bool:
-    """Whether a host's activation is x·σ(x)."""
-    return type(host).__name__ in _SILU
-
-
-def is_exact_gelu(host: nn.Module | None) -> bool:
-    """Whether a host's activation is x·Φ(x), and not the tanh approximation of it."""
-    return type(host).__name__ in _GELU and getattr(host, "approximate", "none") == "none"

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from quac_plugins.core.activations import reference
 from quac_plugins.core.activations.driver import QualityDriven
-from quac_plugins.core.activations.hosts import is_exact_gelu
 
 
 class QGELU(QualityDriven):
@@ -21,7 +18,3 @@ class QGELU(QualityDriven):
     name = "qgelu"
     neutral = (1.0,)
     equation = staticmethod(reference.gelu)
-
-    def stands_for(self, host: nn.Module | None) -> tuple[float, ...] | None:
-        """The exact GELU is this at β = 1; its tanh approximation is not."""
-        return self.neutral if is_exact_gelu(host) else None

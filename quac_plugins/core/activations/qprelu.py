@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from quac_plugins.core.activations import reference
 from quac_plugins.core.activations.driver import QualityDriven
 
@@ -20,11 +18,3 @@ class QPReLU(QualityDriven):
     name = "qprelu"
     neutral = (0.0,)
     equation = staticmethod(reference.prelu)
-
-    def stands_for(self, host: nn.Module | None) -> tuple[float, ...] | None:
-        """ReLU is PReLU at slope 0, LeakyReLU at its slope."""
-        if type(host) is nn.ReLU:
-            return (0.0,)
-        if type(host) is nn.LeakyReLU:
-            return (float(host.negative_slope),)
-        return None

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from quac_plugins.core.activations import reference
 from quac_plugins.core.activations.driver import QualityDriven
-from quac_plugins.core.activations.hosts import is_silu
 
 
 class QSwish(QualityDriven):
@@ -21,7 +18,3 @@ class QSwish(QualityDriven):
     name = "qswish"
     neutral = (1.0,)
     equation = staticmethod(reference.swish)
-
-    def stands_for(self, host: nn.Module | None) -> tuple[float, ...] | None:
-        """SiLU is Swish at β = 1."""
-        return self.neutral if is_silu(host) else None

@@ -10,11 +10,13 @@ Requirements, all checked in the tests:
 4. under activation checkpointing a recomputation runs during backward, when the q of another forward may be current.
    Every forward therefore leaves a mark in the autograd graph, and a recomputation follows its input's graph back to
    the mark. Where no graph leads back (reentrant checkpointing), the one forward whose graph is alive is meant; if
-   there are several, it is an error, never a guess.
+   there are several, it is an error, never a guess. A tap that is itself recomputed goes on with the forward that its
+   images began.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections import deque
@@ -33,11 +35,16 @@ class QualityError(RuntimeError):
 class _Forward:
     """The q of one forward pass; autograd nodes of that pass hold it, so it lives as long as its graph."""
 
-    __slots__ = ("__weakref__", "grad_enabled", "q", "recomputations")
+    __slots__ = ("__weakref__", "anchored", "given", "grad_enabled", "images", "order", "q", "recomputations")
+    _count = itertools.count()
 
-    def __init__(self, q: Tensor):
+    def __init__(self, q: Tensor, images: Tensor | None = None, given: bool = False):
         self.q = q
+        self.images = weakref.ref(images) if images is not None else None
+        self.given = given
+        self.order = next(self._count)
         self.grad_enabled = torch.is_grad_enabled()
+        self.anchored = False  # the tap's layer has a gradient, so every graph of this pass leads to its mark
         self.recomputations = 0  # sites run under no_grad inside a forward with grad: reentrant checkpoints
 
 
@@ -65,6 +72,7 @@ class QualityContext:
         self.q: Tensor | None = None  # the plain attribute, read while compiling
         self.given: Tensor | None = None
         self._compiled = False  # the latest tap ran in compiled code, so q is in the plain attribute
+        self._gave = False  # the latest q was given, so a recomputed tap must not compute one
         self._local = threading.local()
         self._lock = threading.Lock()
         self._alive: weakref.WeakSet[_Forward] = weakref.WeakSet()
@@ -89,88 +97,124 @@ class QualityContext:
             return self.given
         return getattr(self._local, "given", None)
 
-    def begin(self, q: Tensor) -> None:
+    def begin(self, q: Tensor, images: Tensor | None = None) -> None:
         """Start a forward pass whose quality features are q (B, Q)."""
         self.q = q
         if torch.compiler.is_compiling():
             self._compiled = True
             return
+        self._gave = self.given_q() is not None
+        self._start(_Forward(q, images, self._gave))
+
+    def resume(self, images: Tensor, layer: str) -> bool:
+        """If the tap's layer is recomputed during backward, go on with the forward pass that these images began."""
+        if torch.compiler.is_compiling() or not _in_backward():
+            return False
+        found = [f for f in self._waiting() if f.images is not None and f.images() is images]
+        if found and (len(found) == 1 or not any(f.given for f in found)):
+            self._start(found[0])
+            return True
+        if found or (self._gave and self.given_q() is None):
+            raise QualityError(
+                f"layer {layer!r} is recomputed by activation checkpointing, after quality features were given by "
+                "hand, and it cannot be told whether these are its own. Call backward inside `with quality_of(…)`, or "
+                "use non-reentrant checkpointing (use_reentrant=False) and one tensor of images for one forward."
+            )
+        return False
+
+    def _start(self, forward: _Forward) -> None:
         self._compiled = False
-        self._local.forward = forward = _Forward(q)
+        self._local.forward = forward
         with self._lock:
             self._alive.add(forward)
+
+    def _waiting(self) -> list[_Forward]:
+        """The forward passes that a recomputation may belong to."""
+        with self._lock:
+            return list({id(f): f for f in [*self._alive, *self._reentrant]}.values())
 
     # -- read by the activations
 
     def current(self, x: Tensor, layer: str) -> Tensor:
         """The q (B, Q) of the forward pass that x belongs to; QualityError naming ``layer`` if there is none."""
-        if torch.compiler.is_compiling() or self._compiled:
+        if torch.compiler.is_compiling():
             if self.q is None:
                 raise QualityError(self._no_image(layer))
             return self.q
         if _in_backward():
             return self._recomputed(x, layer).q
+        if self._compiled and self.q is not None:  # the tap ran in compiled code, this activation does not
+            self._start(_Forward(self.q))
         forward = getattr(self._local, "forward", None)
         if forward is None:
             raise QualityError(self._no_image(layer))
-        if forward.grad_enabled and not torch.is_grad_enabled():
+        if forward.grad_enabled and not forward.anchored and not torch.is_grad_enabled():
             forward.recomputations += 1
             with self._lock:
                 if forward not in self._reentrant:
                     self._reentrant.append(forward)
         return forward.q
 
-    def mark(self, output: Any) -> None:
-        """Leave the current forward pass in the autograd graph of ``output``, for recomputations to find."""
+    def mark(self, output: Any, tap: bool = False) -> None:
+        """Leave the current forward pass in the autograd graph of ``output``, for recomputations to find.
+
+        Args:
+            output: what a layer returned.
+            tap: the layer is the tap's, so the forward pass is the one that it has just begun.
+        """
         if torch.compiler.is_compiling() or self._compiled or torch.jit.is_tracing():
             return
         if not isinstance(output, Tensor) or output.grad_fn is None:
             return
-        forward = getattr(self._local, "forward", None) if not _in_backward() else self._lineage(output)
+        forward = self._lineage(output) if _in_backward() and not tap else None
         if forward is None:
             forward = getattr(self._local, "forward", None)
         if forward is not None:
             _metadata(output.grad_fn)[self._key] = forward
+            forward.anchored |= tap
 
     @property
     def _key(self) -> str:
         return f"quac_plugins.{id(self)}"
 
     def _lineage(self, x: Tensor) -> _Forward | None:
-        """The nearest mark up the autograd graph of x: breadth first, so a forward's own marks come first."""
+        """The forward pass of x: the latest mark up its autograd graph, since images may come from an earlier pass."""
         if x.grad_fn is None:
             return None
+        latest = None
         queue, seen = deque([x.grad_fn]), {x.grad_fn}
         while queue:
             node = queue.popleft()
             found = _metadata(node).get(self._key)
             if found is not None:
-                return found
+                if latest is None or found.order > latest.order:
+                    latest = found
+                continue
             for parent, _ in node.next_functions:
                 if parent is not None and parent not in seen:
                     seen.add(parent)
                     queue.append(parent)
-        return None
+        return latest
 
     def _recomputed(self, x: Tensor, layer: str) -> _Forward:
         forward = self._lineage(x)
-        if forward is not None:
-            return forward
+        if forward is None:
+            candidates = self._waiting()
+            if not candidates:
+                raise QualityError(self._no_image(layer))
+            if len(candidates) > 1:
+                raise QualityError(
+                    f"layer {layer!r} is recomputed by activation checkpointing, and {len(candidates)} forward passes "
+                    "of this model are in memory, so it cannot be told whose quality features it needs. Use "
+                    "non-reentrant checkpointing (use_reentrant=False) behind a layer that has a gradient, or call "
+                    "backward before the next forward, also before one without gradients."
+                )
+            forward = candidates[0]
         with self._lock:
-            candidates = list({id(f): f for f in [*self._alive, *self._reentrant]}.values())
-            if len(candidates) == 1:
-                forward = candidates[0]
-                forward.recomputations -= 1
-                if forward.recomputations <= 0 and forward in self._reentrant:
-                    self._reentrant.remove(forward)
-                return forward
-        if not candidates:
-            raise QualityError(self._no_image(layer))
-        raise QualityError(
-            f"layer {layer!r} is recomputed by activation checkpointing, and {len(candidates)} forward passes of this "
-            "model are waiting for backward, so it cannot be told whose quality features it needs. Use non-reentrant "
-            "checkpointing (use_reentrant=False), or call backward before the next forward."
-        )
+            forward.recomputations -= 1
+            if forward.recomputations <= 0 and forward in self._reentrant:
+                self._reentrant.remove(forward)
+        return forward
 
     def _no_image(self, layer: str) -> str:
         return (
@@ -219,12 +263,14 @@ def quality_of(model: nn.Module, q: Tensor) -> Iterator[None]:
                 f"q has shape {tuple(q.shape)} and dtype {q.dtype}; "
                 f"this model expects floating point (B, {context.channels})"
             )
-    before = [(c.given, getattr(c._local, "given", None), getattr(c._local, "forward", None)) for c in contexts]
+    before = [(c.q, c.given, getattr(c._local, "given", None), getattr(c._local, "forward", None)) for c in contexts]
     for context in contexts:
         context.given = context._local.given = q
         context.begin(q)
     try:
         yield
     finally:
-        for context, (plain, given, forward) in zip(contexts, before, strict=True):
-            context.given, context._local.given, context._local.forward = plain, given, forward
+        for context, (latest, plain, given, forward) in zip(contexts, before, strict=True):
+            context.q, context.given, context._local.given = latest, plain, given
+            # an outer quality_of goes on; a finished forward pass does not become current again
+            context._local.forward = forward if given is not None else None

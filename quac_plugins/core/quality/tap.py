@@ -69,6 +69,8 @@ class QualityTap(nn.Module):
     def observe(self, images: Tensor) -> None:
         """Compute q of images (B, C, H, W) as the host gets them, and start a forward pass with it."""
         self._check(images)
+        if self.context.resume(images, self.layer):
+            return
         q = self.context.given_q()
         if q is None:
             with full_precision(images):
@@ -77,11 +79,11 @@ class QualityTap(nn.Module):
             raise ValueError(
                 f"layer {self.layer!r}: the given q has batch {q.shape[0]}, the images have batch {images.shape[0]}"
             )
-        self.context.begin(q)
+        self.context.begin(q, images)
 
     def mark(self, output: Tensor) -> None:
         """Tell recomputations which forward pass the layer's output belongs to."""
-        self.context.mark(output)
+        self.context.mark(output, tap=True)
 
     def to_rgb(self, images: Tensor) -> Tensor:
         """The host's images as RGB (B, 3, H, W) in [0, 1], at least float32, clamped."""
