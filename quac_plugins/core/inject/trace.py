@@ -258,13 +258,14 @@ def _run(model: nn.Module, images: Tensor, batch: int) -> Trace:
         with _evaluating(model), torch.no_grad(), _Labels(batch), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             forward_features = getattr(model, "forward_features", None)
-            features = forward_features(images) if callable(forward_features) else None
-            if features is None:
-                model(images)
-            else:
+            forward_head = getattr(model, "forward_head", None)
+            if callable(forward_features):
+                features = forward_features(images)
                 result.last = _backbone_output(features, outputs, batch)
-                forward_head = getattr(model, "forward_head", None)
-                forward_head(features) if callable(forward_head) else model(images)
+            try:
+                forward_head(features) if callable(forward_features) and callable(forward_head) else model(images)
+            except NotImplementedError:  # an encoder without a head still has a forward
+                model(images)
     finally:
         for handle in handles:
             handle.remove()
