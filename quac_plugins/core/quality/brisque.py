@@ -14,6 +14,8 @@ TF32 rounds coarser, and a result that does not depend on what else is in the ba
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -197,16 +199,23 @@ def _halve(grey: Tensor) -> Tensor:
     """Cubic interpolation to half size, rounded down and at least 1, without anti-aliasing; (B, H, W)."""
     x = _every_second(grey, -1)
     w = _taps(grey.shape[-1], x[0].shape[-1], grey)
-    # paired and fused as in the reference, see the second point at the top; one of near and far is 0
-    near, far = ((x[j] * w[j, 0] + x[j + 1] * w[j, 1]) + (x[j + 2] * w[j, 2] + x[j + 3] * w[j, 3]) for j in (0, 1))
-    wide = near + far
-    y = _every_second(wide, -2)
-    w = _taps(wide.shape[-2], y[0].shape[-2], grey)[..., None]
-    near, far = (
-        _add_product(y[j + 1] * w[j, 1], y[j], w[j, 0]) + _add_product(y[j + 3] * w[j, 3], y[j + 2], w[j, 2])
-        for j in (0, 1)
+    # paired and fused as in the reference, see the second point at the top
+    wide = _near_and_far(
+        grey.shape[-1],
+        lambda j: (x[j] * w[j, 0] + x[j + 1] * w[j, 1]) + (x[j + 2] * w[j, 2] + x[j + 3] * w[j, 3]),
     )
-    return near + far
+    y = _every_second(wide, -2)
+    v = _taps(wide.shape[-2], y[0].shape[-2], grey)[..., None]
+    return _near_and_far(
+        wide.shape[-2],
+        lambda j: _add_product(y[j + 1] * v[j, 1], y[j], v[j, 0]) + _add_product(y[j + 3] * v[j, 3], y[j + 2], v[j, 2]),
+    )
+
+
+def _near_and_far(size: int, term: Callable[[int], Tensor]) -> Tensor:
+    """Sum of the terms of both halves (one is 0 in each sample); of an even size, all is near."""
+    graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # where sizes may be symbolic
+    return term(0) if not graph and size % 2 == 0 else term(0) + term(1)
 
 
 def _every_second(x: Tensor, axis: int) -> tuple[Tensor, ...]:
@@ -257,16 +266,15 @@ def _sums(x: Tensor, dtype: torch.dtype) -> Tensor:
     def total(t: Tensor) -> Tensor:
         return t.sum(-1).sum(-1, dtype=dtype)  # rows first: the order of summation is the same in every batch
 
+    def squares(t: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(t, dim=-1).to(dtype).square()  # reads once; t * t would be written first
+
     left, right = x.clamp(max=0.0), x.clamp(min=0.0)
+    sign = x.detach().sign()
+    balance, used = total(sign), squares(sign).round().sum(-1)  # right - left, right + left
+    magnitudes = total(right) - total(left)
     return torch.stack(
-        [
-            total(left * left),
-            total(right * right),
-            total(right) - total(left),
-            -total(left.detach().sign()),
-            total(right.detach().sign()),
-        ],
-        dim=1,
+        [squares(left).sum(-1), squares(right).sum(-1), magnitudes, (used - balance) / 2, (used + balance) / 2], dim=1
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import os
 import pickle
-from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -80,8 +79,8 @@ def load_contrique(path: str | os.PathLike[str]) -> nn.Sequential:
     """Read the encoder of a CONTRIQUE checkpoint, frozen and in evaluation mode, float32, on the CPU.
 
     Args:
-        path: the official ``.tar`` (a state dict saved by torch, bare or under ``state_dict``, with or without the prefix
-            ``module.``), or the same keys in a ``.safetensors`` file. The projector in it is left out.
+        path: the official ``.tar`` (a state dict saved by torch, bare or under ``state_dict``, with or without the
+            prefix ``module.``), or the same keys in a ``.safetensors`` file. The projector in it is left out.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -90,21 +89,18 @@ def load_contrique(path: str | os.PathLike[str]) -> nn.Sequential:
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no CONTRIQUE checkpoint at {path!r}. {_HOW}")
-    state = OrderedDict()
-    for name, value in _read(path).items():
-        name = str(name).removeprefix("module.")
-        if name.startswith("encoder."):
-            state[name.removeprefix("encoder.")] = value
+    state = {str(name).removeprefix("module."): value for name, value in _read(path).items()}
+    state = {name: value for name, value in state.items() if name.startswith("encoder.")}
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # leaves the user's random state as it was
         encoder = contrique_encoder()
-    expected = encoder.state_dict()
+    expected = encoder.state_dict(prefix="encoder.")
     # a counter that evaluation does not read, absent from old checkpoints
     missing = [k for k in expected if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in expected]
     shapes = [
-        f"{k} {tuple(state[k].shape)} instead of {tuple(v.shape)}"
+        f"{k} {tuple(getattr(state[k], 'shape', ()))} instead of {tuple(v.shape)}"
         for k, v in expected.items()
-        if k in state and state[k].shape != v.shape
+        if k in state and getattr(state[k], "shape", None) != v.shape
     ]
     problems = [
         f"{len(found)} {what} ({', '.join(found[:4])}{', …' if len(found) > 4 else ''})"
@@ -113,10 +109,10 @@ def load_contrique(path: str | os.PathLike[str]) -> nn.Sequential:
     ]
     if problems:
         raise ValueError(
-            f"{path!r} does not hold the encoder of CONTRIQUE (keys encoder.0.weight, encoder.1.weight, …, of a ResNet-50): "
+            f"{path!r} does not hold the encoder of CONTRIQUE, a ResNet-50 under encoder.0, …, encoder.7: "
             + "; ".join(problems)
         )
-    encoder.load_state_dict(state, strict=False)
+    encoder.load_state_dict({name.removeprefix("encoder."): value for name, value in state.items()}, strict=False)
     return encoder.float().eval().requires_grad_(False)
 
 
@@ -141,8 +137,8 @@ class Contrique:
 
     A plain object, so that the encoder is not part of the network that uses it: not in its state dict, not trained, not
     cast. It computes in float32 whatever autocast says, on the device of the images. Copies share the encoder; pickling
-    keeps the path of the checkpoint instead of the weights. Images are not normalized, as in the authors' code; their demo
-    also scales the feature to length 1, which is left to whoever reads it.
+    keeps the path of the checkpoint instead of the weights. Images are not normalized, as in the authors' code; their
+    demo also scales the feature to length 1, which is left to whoever reads it.
 
     Args:
         path: of the checkpoint; by default the environment variable QUAC_CONTRIQUE, when it is called.

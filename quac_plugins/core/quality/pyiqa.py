@@ -27,10 +27,10 @@ def _configs() -> dict[str, Any]:
 class PyIQA:
     """The quality function: images (B, 3, H, W), RGB in [0, 1] → (B, 1), float32, finite.
 
-    A plain object, so that the metric's network is not part of the network that uses it. Copies share it, pickling keeps
-    the name. Images are clamped to [0, 1] and measured one at a time: several metrics accept no more, and of some the
-    value would depend on the batch. NaN (some metrics have no value on flat images) becomes 0, ±inf the largest float32.
-    pyiqa computes metrics without gradient.
+    A plain object, so that the metric's network is not part of the network that uses it. Copies share it, pickling
+    keeps the name. Images are clamped to [0, 1] and measured one at a time: several metrics accept no more, and of some
+    the value would depend on the batch. NaN (some metrics have no value on flat images) becomes 0, ±inf the largest
+    float32. pyiqa computes metrics without gradient.
 
     Args:
         name: of the metric.
@@ -53,8 +53,8 @@ class PyIQA:
         except OSError as error:
             folder = os.path.join(torch.hub.get_dir(), "pyiqa")
             raise RuntimeError(
-                f"the weights of the pyiqa metric {self.name!r} could not be loaded or downloaded: {error}. Download them "
-                "from https://huggingface.co/chaofengc/IQA-PyTorch-Weights on a machine that can, put them into "
+                f"the weights of the pyiqa metric {self.name!r} could not be loaded or downloaded: {error}. Download "
+                "them from https://huggingface.co/chaofengc/IQA-PyTorch-Weights on a machine that can, put them into "
                 f"{folder} (the folder pyiqa reads), and try again; or use a quality function without weights, such as "
                 '"brisque"'
             ) from error

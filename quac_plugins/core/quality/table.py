@@ -113,8 +113,8 @@ def resolve_quality(
             found = _FAMILIES[prefix](argument)
         elif prefix == "callable":
             raise ValueError(
-                f"the quality function {argument!r} was the user's own and is not saved with a model; pass the function "
-                "itself as quality=…, or register it under a name with quac_plugins.quality_function before it is used"
+                f"the quality function {argument!r} was the user's own and is not saved with a model; pass it "
+                "as quality=…, or register it under a name with quac_plugins.quality_function before it is used"
             )
         else:
             close = difflib.get_close_matches(spec, [*_TABLE, *_FAMILIES], n=1)

@@ -122,7 +122,7 @@ class QualityTap(nn.Module):
         if self._range_checked or torch.compiler.is_compiling() or images.is_meta or images.numel() == 0:
             return
         self._range_checked = True
-        low, high = float(images.min()), float(images.max())
+        low, high = (float(edge) for edge in torch.aminmax(images.detach()))
         if low < -0.05 or high > 1.05:
             warnings.warn(
                 f"images entering layer {self.layer!r} lie in [{low:.2f}, {high:.2f}], but no normalization was "

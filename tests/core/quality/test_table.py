@@ -1,0 +1,131 @@
+"""The table of quality functions: names, callables, and files found by being there."""
+
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import quac_plugins.core.quality as package
+from quac_plugins.core.quality import table
+from quac_plugins.core.quality.table import QualityFunction, quality_names, resolve_quality
+
+
+def mean_and_std(images):
+    return torch.cat([images.mean((2, 3)), images.std((2, 3))], dim=1)
+
+
+def test_names():
+    names = quality_names()
+    assert "brisque" in names
+    assert any(name.startswith("contrique") for name in names)
+    assert any(name.startswith("pyiqa") for name in names)
+    assert names == quality_names()
+
+
+@pytest.mark.parametrize("name", ["brisqe", "nothing of the kind", "", "brisque:argument"])
+def test_unknown_name_lists_the_known(name):
+    with pytest.raises(ValueError, match="unknown quality function") as error:
+        resolve_quality(name)
+    for known in quality_names():
+        assert known in str(error.value)
+
+
+def test_unknown_name_suggests_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'brisque'"):
+        resolve_quality("brisqe")
+
+
+def test_a_callable_is_measured():
+    found = resolve_quality(mean_and_std)
+    assert (found.name, found.channels, found.builtin) == ("mean_and_std", 6, False)
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(found(images), mean_and_std(images))
+    assert resolve_quality(found) is found
+
+
+def test_a_callable_of_given_width_is_not_called():
+    def quality(images):
+        raise AssertionError
+
+    assert resolve_quality(quality, channels=5).channels == 5
+
+
+def test_a_callable_object_is_named_after_its_class():
+    class Sharpness(torch.nn.Module):
+        def forward(self, images):
+            return images.diff(dim=3).abs().mean((1, 2, 3))[:, None]
+
+    assert resolve_quality(Sharpness()).name == "Sharpness"
+
+
+@pytest.mark.parametrize(
+    "quality",
+    [
+        lambda images: images.mean((1, 2, 3)),
+        lambda images: images,
+        lambda images: 3.0,
+        lambda images: mean_and_std(images)[:0],
+    ],
+)
+def test_a_callable_without_a_width_is_refused(quality):
+    with pytest.raises(ValueError, match=r"expected \(1, Q\)"):
+        resolve_quality(quality)
+
+
+@pytest.mark.parametrize("spec", [None, 3, ["brisque"], torch.zeros(1)])
+def test_neither_name_nor_callable(spec):
+    with pytest.raises(TypeError, match=type(spec).__name__):
+        resolve_quality(spec)
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 5), (3, 4), (2, 4, 1)])
+def test_a_wrong_shape_is_named(shape):
+    found = QualityFunction("mine", 4, lambda images: torch.zeros(shape))
+    with pytest.raises(ValueError, match=r"'mine'.*expected \(2, 4\)") as error:
+        found(torch.rand(2, 3, 8, 8))
+    assert str(shape) in str(error.value)
+    assert "(2, 3, 8, 8)" in str(error.value)
+
+
+def test_gradient_flows_only_if_asked():
+    images = torch.rand(1, 3, 8, 8, requires_grad=True)
+    assert not resolve_quality(mean_and_std)(images).requires_grad
+    assert resolve_quality(mean_and_std, needs_grad=True)(images).requires_grad
+    assert resolve_quality("brisque", needs_grad=True)(images).requires_grad
+    with torch.no_grad():
+        assert not resolve_quality(mean_and_std, needs_grad=True)(images).requires_grad
+
+
+def test_a_file_is_found_by_being_there(tmp_path, monkeypatch):
+    (tmp_path / "lightness.py").write_text(
+        '"""Mean of each channel."""\n'
+        "from quac_plugins.core.quality.table import QualityFunction, quality_family, quality_function\n"
+        '@quality_function("lightness", channels=3)\n'
+        "def lightness(images):\n"
+        "    return images.mean((2, 3))\n"
+        '@quality_family("power")\n'
+        "def power(argument):\n"
+        '    return QualityFunction(f"power:{argument}", 3, lambda images: (images ** float(argument)).mean((2, 3)))\n'
+    )
+    monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+    monkeypatch.setattr(table, "_TABLE", dict(table._TABLE))
+    monkeypatch.setattr(table, "_FAMILIES", dict(table._FAMILIES))
+    try:
+        images = torch.rand(2, 3, 8, 8)
+        assert torch.equal(resolve_quality("lightness")(images), images.mean((2, 3)))
+        assert torch.equal(resolve_quality("power:2")(images), (images**2).mean((2, 3)))
+        assert "lightness" in quality_names()
+    finally:
+        sys.modules.pop("quac_plugins.core.quality.lightness", None)
+
+
+@settings(max_examples=30, deadline=None)
+@given(batch=st.integers(1, 4), height=st.integers(1, 40), width=st.integers(1, 40), seed=st.integers(0, 2**16))
+def test_every_size_of_image_has_a_finite_feature(batch, height, width, seed):
+    images = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+    for found in (resolve_quality("brisque"), resolve_quality(lambda x: x.mean((2, 3)), channels=3)):
+        q = found(images)
+        assert q.shape == (batch, found.channels)
+        assert q.isfinite().all()
