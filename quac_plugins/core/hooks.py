@@ -15,7 +15,7 @@ AFTER_NAME = "quac_last"
 
 def tap_pre_hook(layer: Any, args: tuple) -> None:
     """Show the tap the images before its layer runs."""
-    layer.quac_tap.observe(args[0])
+    layer.quac_tap(args[0])
 
 
 def tap_hook(layer: Any, args: tuple, output: Any) -> None:

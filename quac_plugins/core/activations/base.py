@@ -29,7 +29,7 @@ def resolve_activation(name: str) -> type[ChannelActivation]:
         >>> resolve_activation("qacon").__name__
         'QACON'
     """
-    if name in ACTIVATIONS:
+    if isinstance(name, str) and name in ACTIVATIONS:
         return ACTIVATIONS[name]
     close = difflib.get_close_matches(str(name), ACTIVATIONS, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -58,7 +58,7 @@ class ChannelActivation(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.name:
+        if cls.__dict__.get("name"):  # a subclass without a name of its own does not take its parent's place
             ACTIVATIONS[cls.name] = cls
 
     def __init__(self, channels: int, channel_dim: int = 1, init: str = "paper", host: nn.Module | None = None):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from quac_plugins.core.activations.driver import EXPANSIONS
 from quac_plugins.core.inject.config import QuACConfig
 from quac_plugins.core.inject.sites import Site
 from quac_plugins.core.inject.surgery import Injection, inject, injection_of, remove, unwrap
@@ -25,6 +27,7 @@ from quac_plugins.core.inject.surgery import Injection, inject, injection_of, re
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 FORMAT = 1
+_OF_HOST = re.compile(r"(widths\.\d+\.)?host\.")  # behind a site's name: parameters of the activation that it keeps
 _LIMIT = 4 << 20  # bytes of a config: a list of sites is far below
 
 
@@ -34,11 +37,12 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: the model holds no QuAC.
     """
-    record = _record(model)
-    prefixes = record.prefixes()
-    hosts = tuple(f"{prefix}host." for prefix in prefixes)
-    state = unwrap(model).state_dict()
-    return {k: v for k, v in state.items() if k.startswith(prefixes) and not k.startswith(hosts) and ".host." not in k}
+    prefixes = _record(model).prefixes()
+    return {
+        name: tensor
+        for name, tensor in unwrap(model).state_dict().items()
+        if any(name.startswith(prefix) and not _OF_HOST.match(name, len(prefix)) for prefix in prefixes)
+    }
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> Path:
@@ -95,7 +99,7 @@ def load_adapter_folder(model: nn.Module, folder: Path, check_host: bool = True)
     record = injection_of(model)
     fresh = record is None
     if record is None:
-        if config.quality.__class__ is str and str(config.quality).startswith("callable:"):
+        if _is_own(config):
             raise ValueError(
                 f"the adapter in {folder} was made with the quality function {config.quality!r} of the user's own. Put "
                 "it in first: inject(model, QuACConfig(quality=the function, …)), then load_adapter(model, …)"
@@ -103,7 +107,7 @@ def load_adapter_folder(model: nn.Module, folder: Path, check_host: bool = True)
         inject(model, config)
         record = _record(model)
     try:
-        _check(model, record, sites, state, folder)
+        _check(model, record, config, sites, state, folder)
     except ValueError:
         if fresh:
             remove(model)
@@ -112,11 +116,19 @@ def load_adapter_folder(model: nn.Module, folder: Path, check_host: bool = True)
     return model
 
 
-def _check(model: nn.Module, record: Injection, sites: list[Site], state: dict[str, Tensor], folder: Path) -> None:
+def _check(
+    model: nn.Module, record: Injection, config: QuACConfig, sites: list[Site], state: dict[str, Tensor], folder: Path
+) -> None:
     expected = adapter_state(model)
-    here, there = {site.name for site in record.sites}, {site.name for site in sites}
-    problems = [f"site {name!r} is in the adapter, not in this host" for name in sorted(there - here)]
-    problems += [f"site {name!r} is in this host, not in the adapter" for name in sorted(here - there)]
+    problems = _differences(config, record.config)
+    here, there = ({(site.name, site.after): site for site in of} for of in (record.sites, sites))
+    problems += [f"site {name!r} is in the adapter, not in this host" for name, _ in sorted(there.keys() - here.keys())]
+    problems += [f"site {name!r} is in this host, not in the adapter" for name, _ in sorted(here.keys() - there.keys())]
+    problems += [
+        f"site {key[0]!r} has its channels on axis {there[key].channel_dim}, in this host on {here[key].channel_dim}"
+        for key in here
+        if key in there and there[key].channel_dim != here[key].channel_dim
+    ]
     problems += [f"missing tensor {name!r}" for name in expected if name not in state]
     problems += [f"surplus tensor {name!r}" for name in state if name not in expected]
     problems += [
@@ -141,6 +153,34 @@ def _check(model: nn.Module, record: Injection, sites: list[Site], state: dict[s
         )
 
 
+def _differences(there: QuACConfig, here: QuACConfig) -> list[str]:
+    """What the tensors' shapes do not show: parameters of one activation, read by another, give wrong numbers."""
+    fields = ["activation", "init"]
+    if here.is_driven:
+        fields += ["norm", "reduction"]
+    if here.activation_class.needs_quality and isinstance(here.quality, str) and not _is_own(there):
+        fields += ["quality"]
+    pairs = [(field, getattr(there, field), getattr(here, field)) for field in fields]
+    return [f"{field} is {a!r} in the adapter, {b!r} in this host" for field, a, b in pairs if a != b]
+
+
+def _is_own(config: QuACConfig) -> bool:
+    return isinstance(config.quality, str) and config.quality.startswith("callable:")
+
+
+def _read_site(values: dict[str, Any]) -> Site:
+    site = Site(**{**values, "channels": tuple(values["channels"])})
+    if not (
+        isinstance(site.name, str)
+        and all(isinstance(width, int) for width in site.channels)
+        and site.channel_dim in (1, -1)
+        and site.expand_q in EXPANSIONS
+        and isinstance(site.after, bool)
+    ):
+        raise ValueError(f"a site is {values!r}")
+    return site
+
+
 def _read_config(path: Path) -> tuple[QuACConfig, list[Site], dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"no adapter in {path.parent}: {path.name} is missing")
@@ -154,9 +194,9 @@ def _read_config(path: Path) -> tuple[QuACConfig, list[Site], dict[str, Any]]:
             raise ValueError(f"peft_type is {values.get('peft_type')!r}, not 'QUAC'")
         if values.get("format") != FORMAT:
             raise ValueError(f"format is {values.get('format')!r}; this version reads {FORMAT}")
-        sites = [Site(**{**site, "channels": tuple(site["channels"])}) for site in values["sites"]]
+        sites = [_read_site(site) for site in values["sites"]]
         return QuACConfig.from_dict(values["config"]), sites, dict(values["host"])
-    except (KeyError, TypeError, ValueError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+    except (KeyError, TypeError, ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} is not an adapter's config: {what}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -19,6 +20,16 @@ def _one_of(what: str, value: Any, known: tuple[str, ...] | list[str]) -> None:
         close = difflib.get_close_matches(str(value), known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"unknown {what} {value!r}{hint} Known: {', '.join(known)}")
+
+
+def _numbers(what: str, value: Any) -> tuple[float, ...]:
+    try:
+        numbers = (float(value),) if isinstance(value, (int, float)) else tuple(float(v) for v in value)
+    except (TypeError, ValueError):
+        numbers = ()
+    if not numbers or not all(math.isfinite(v) for v in numbers):
+        raise ValueError(f"{what} must be a number or one for each channel, got {value!r}")
+    return numbers
 
 
 @dataclass
@@ -73,21 +84,30 @@ class QuACConfig:
         _one_of("expand_q", self.expand_q, EXPANSIONS)
         if isinstance(self.reduction, bool) or not isinstance(self.reduction, int) or self.reduction < 1:
             raise ValueError(f"reduction must be a whole number ≥ 1, got {self.reduction!r}")
-        if not isinstance(self.where, str):
+        if isinstance(self.where, (list, tuple)):
             self.where = list(self.where)
-        if not self.where or not all(isinstance(w, str) and w for w in self.patterns):
+        if (
+            not isinstance(self.where, (str, list))
+            or not self.where
+            or not all(w and isinstance(w, str) for w in self.patterns)
+        ):
             raise ValueError(f"where must be a name, a pattern or a list of patterns, got {self.where!r}")
         if not isinstance(self.quality, str) and not callable(self.quality):
             raise TypeError(f"quality must be a name or a callable, got {type(self.quality).__name__}")
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std go together; give both or neither")
         for name in ("mean", "std"):
-            value = getattr(self, name)
-            if value is not None:
-                value = (value,) if isinstance(value, (int, float)) else tuple(float(v) for v in value)
-                setattr(self, name, value)
+            if getattr(self, name) is not None:
+                setattr(self, name, _numbers(name, getattr(self, name)))
+        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
+            raise ValueError(f"mean and std must have as many numbers, got {self.mean} and {self.std}")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std}")
+        if not isinstance(self.quality_grad, bool):
+            raise ValueError(f"quality_grad must be True or False, got {self.quality_grad!r}")
+        q = self.quality_channels
+        if q is not None and (isinstance(q, bool) or not isinstance(q, int) or q < 1):
+            raise ValueError(f"quality_channels must be a whole number ≥ 1, got {q!r}")
 
     @property
     def patterns(self) -> list[str]:

@@ -41,12 +41,12 @@ def find_sites(model: nn.Module, seen: Trace, patterns: list[str]) -> tuple[list
         ValueError: a pattern matches nothing; the message lists what there is.
     """
     usable, unusable = _usable(model, seen)
-    chosen: dict[str, Site] = {}
+    chosen: dict[tuple[str, bool], Site] = {}
     for pattern in patterns:
         sites = _matching(model, seen, usable, pattern)
         if not sites:
             raise ValueError(_nothing(model, seen, usable, unusable, pattern))
-        chosen.update({site.name: site for site in sites})
+        chosen.update({(site.name, site.after): site for site in sites})
     order = [name for name, _ in model.named_modules()]
     return sorted(chosen.values(), key=lambda site: (order.index(site.name), site.after)), unusable
 

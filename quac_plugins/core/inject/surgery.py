@@ -238,12 +238,12 @@ def remove(model: nn.Module) -> nn.Module:
     if record.tap is not None:
         layer = model.get_submodule(record.tap)
         layer.get_submodule(TAP_NAME).detach(layer)  # type: ignore[operator]
-    for site in record.sites:
+    for site in reversed(record.sites):
         module = model.get_submodule(site.name)
         if site.after:
             remove_hooks(module, after_hook)
             delattr(module, AFTER_NAME)
         else:
-            _swap(model, module, record.replaced[site.name][0])
+            _swap(model, module, record.replaced[site.name][0].train(module.training))
     delattr(model, _RECORD)
     return whole

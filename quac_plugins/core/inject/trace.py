@@ -129,7 +129,8 @@ class _Labels(TorchDispatchMode):
             fold = None
         elif after > before:  # something was merged with the images: onto which side?
             left = math.prod(source.shape[: label.batch]) > math.prod(out.shape[: axes[0]])
-            merged = "tile" if left else "interleave"
+            right = math.prod(source.shape[label.batch + 1 :]) > math.prod(out.shape[axes[0] + 1 :])
+            merged = "mixed" if left and right else "tile" if left else "interleave"
             fold = merged if fold in (None, merged) else "mixed"
         channel = self._same_axis(source, label.channel, out) if label.channel is not None else None
         return replace(label, batch=axes[0], fold=fold, channel=channel)
@@ -192,7 +193,8 @@ def trace(model: nn.Module, example: Tensor | None = None) -> Trace:
             raise RuntimeError(_cannot_run(model, images)) from fake_error
         try:
             # a host that decides by the values of its tensors cannot run on fake ones
-            return _run(copy.deepcopy(model), torch.rand(2, *images.shape[1:]).to(images), 2)
+            with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
+                return _run(copy.deepcopy(model), torch.rand(2, *images.shape[1:]).to(images), 2)
         except Exception as error:
             raise RuntimeError(_cannot_run(model, images)) from error
 
@@ -257,14 +259,11 @@ def _run(model: nn.Module, images: Tensor, batch: int) -> Trace:
     try:
         with _evaluating(model), torch.no_grad(), _Labels(batch), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            forward_features = getattr(model, "forward_features", None)
-            forward_head = getattr(model, "forward_head", None)
-            if callable(forward_features):
-                features = forward_features(images)
-                result.last = _backbone_output(features, outputs, batch)
             try:
-                forward_head(features) if callable(forward_features) and callable(forward_head) else model(images)
-            except NotImplementedError:  # an encoder without a head still has a forward
+                features = model.forward_features(images)  # type: ignore[operator]
+                result.last = _backbone_output(features, outputs, batch)
+                model.forward_head(features)  # type: ignore[operator]
+            except Exception:  # it has none, or none for use: encoders without a head, wrappers that return features
                 model(images)
     finally:
         for handle in handles:

@@ -31,6 +31,8 @@ class QualityTap(nn.Module):
         channel_order: ``"rgb"`` or ``"bgr"``, the order of the host's images.
     """
 
+    _is_impure = True  # torch.fx: a call without users that must stay
+
     def __init__(
         self,
         quality: QualityFunction,
@@ -65,6 +67,10 @@ class QualityTap(nn.Module):
         """Undo :meth:`attach`."""
         remove_hooks(host, tap_pre_hook, tap_hook)
         delattr(host, TAP_NAME)
+
+    def forward(self, images: Tensor) -> None:
+        """Called by the layer's hook, as a module so that torch.fx keeps the call; see :meth:`observe`."""
+        self.observe(images)
 
     def observe(self, images: Tensor) -> None:
         """Compute q of images (B, C, H, W) as the host gets them, and start a forward pass with it."""
@@ -126,7 +132,7 @@ class QualityTap(nn.Module):
         if low < -0.05 or high > 1.05:
             warnings.warn(
                 f"images entering layer {self.layer!r} lie in [{low:.2f}, {high:.2f}], but no normalization was "
-                "given, so the quality features are computed as if they were in [0, 1]. Give the mean and std with which "
-                "they are normalized: QuACConfig(mean=…, std=…)",
+                "given, so the quality features are computed as if they were in [0, 1]. Give the mean and std that "
+                "normalize them: QuACConfig(mean=…, std=…)",
                 stacklevel=2,
             )

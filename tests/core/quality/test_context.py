@@ -386,7 +386,7 @@ def forward_between(photographs):
 
 
 def image_of(y):
-    return torch.sigmoid(y[:, :3, None, None] * torch.linspace(-1, 1, 48))
+    return torch.sigmoid(y[:, :3, None, None] * torch.linspace(-1, 1, 48 * 48).reshape(48, 48))
 
 
 def cascade(photographs):
@@ -426,8 +426,11 @@ def test_reentrant_checkpointing_is_right_or_refused(passes, cheap, photographs)
 
 
 @pytest.mark.parametrize("passes", [one_forward, two_forwards, forward_between])
-@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
-@pytest.mark.parametrize("kind", [False, True])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    # reentrant checkpoints behind resnet's frozen stem have no gradient at all, with or without QuAC
+    [("test_resnet", False), ("test_vit", False), ("test_vit", True)],
+)
 def test_frozen_stem_with_checkpointing_is_right_or_refused(passes, name, kind, cheap, photographs):
     model = build(cheap, name, where="all", **({"img_size": 48} if name == "test_vit" else {})).train()
     frozen = [model.conv1, model.bn1, model.act1] if name == "test_resnet" else [model.patch_embed]
@@ -435,8 +438,6 @@ def test_frozen_stem_with_checkpointing_is_right_or_refused(passes, name, kind, 
         module.requires_grad_(False)
     loss, one = passes(photographs), one_forward(photographs)
     expected, expected_one = gradients(model, loss), gradients(model, one)
-    if kind and name == "test_resnet":
-        return  # reentrant checkpoints behind a frozen stem have no gradient at all, with or without QuAC
     set_reentrant_ckpt(kind)
     try:
         model.set_grad_checkpointing(True)

@@ -1,0 +1,58 @@
+import socket
+
+import numpy as np
+import pytest
+import torch
+from skimage import data
+
+NAMES = ("astronaut", "coffee", "chelsea", "rocket")
+
+
+def channel_statistics(images):
+    """A cheap quality function: mean and deviation of every channel, (B, 6)."""
+    return torch.cat((images.mean((2, 3)), images.flatten(2).std(2, correction=0)), dim=1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def cheap():
+    return channel_statistics
+
+
+@pytest.fixture(scope="session")
+def photographs():
+    """Real photographs, cropped square and scaled: photographs(4, 64) is a float tensor (4, 3, 64, 64) in [0, 1]."""
+
+    def load(count=4, size=64):
+        images = []
+        for i in range(count):
+            picture = getattr(data, NAMES[i % len(NAMES)])()[..., :3]
+            side = min(picture.shape[:2]) - 16 * (i // len(NAMES))  # other crops when asked for more
+            square = torch.from_numpy(np.ascontiguousarray(picture[:side, -side:])).permute(2, 0, 1)[None].float() / 255
+            images.append(torch.nn.functional.interpolate(square, size=(size, size), mode="area"))
+        return torch.cat(images)
+
+    return load
+
+
+@pytest.fixture
+def normalized(photographs):
+    """The photographs as a host with ImageNet's mean and std gets them."""
+    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    return lambda count=4, size=64: (photographs(count, size) - mean) / std
+
+
+@pytest.fixture
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,321 @@
+"""The timm door: NAME_qacon is timm's NAME in everything that timm's factory and savers do."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models import save_for_hf
+from timm.optim import param_groups_weight_decay
+from torch import nn
+
+import quac_plugins as quac
+from quac_plugins import injection_of
+
+BASES = ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_mambaout"]
+
+
+def size_of(name):
+    return timm.get_pretrained_cfg(name).input_size[-1]
+
+
+def moved(model):
+    """Away from every initialization, statistics of norms included."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.add_(torch.rand_like(tensor) * 0.05)
+    return model.eval()
+
+
+# -- names
+
+
+def test_every_architecture_has_its_name():
+    names = set(timm.list_models())
+    bases = {name for name in names if not name.endswith("_qacon")}
+    assert len(bases) > 1000
+    assert {f"{base}_qacon" for base in bases} == names - bases
+    assert set(timm.list_models("*_qacon")) == names - bases
+    assert timm.is_model("resnet50_qacon")
+    assert not timm.is_model("resnet50_qacon_qacon")
+
+
+@pytest.mark.parametrize("base", ["resnet50", "vit_base_patch16_224", "test_resnet", "convnextv2_atto"])
+def test_pretrained_configs_are_the_bases(base):
+    ours, theirs = timm.get_pretrained_cfg(f"{base}_qacon"), timm.get_pretrained_cfg(base)
+    assert ours.architecture == f"{base}_qacon"
+    for field in ("hf_hub_id", "url", "tag", "mean", "std", "input_size", "num_classes", "interpolation", "crop_pct"):
+        assert getattr(ours, field) == getattr(theirs, field), field
+    assert ours.hf_hub_id == f"timm/{base}.{ours.tag}"
+
+
+def test_tags():
+    tags = [name.partition(".")[2] for name in timm.list_pretrained("resnet50.*")]
+    assert len(tags) > 10
+    assert sorted(timm.list_pretrained("resnet50_qacon.*")) == sorted(f"resnet50_qacon.{tag}" for tag in tags)
+    cfg = timm.get_pretrained_cfg("resnet50_qacon.a1_in1k")
+    assert (cfg.tag, cfg.hf_hub_id) == ("a1_in1k", "timm/resnet50.a1_in1k")
+    model = timm.create_model("test_resnet_qacon.r160_in1k")
+    assert model.pretrained_cfg["tag"] == "r160_in1k"
+    with pytest.raises(RuntimeError, match="nothing_in1k"):
+        timm.create_model("test_resnet_qacon.nothing_in1k")
+
+
+def test_registering_again_adds_nothing():
+    from quac_plugins.timm import register
+
+    assert register() == []
+
+
+# -- the factory's options
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_logits_are_the_bases(base, normalized):
+    torch.manual_seed(0)
+    plain = moved(timm.create_model(base, num_classes=7))
+    model = timm.create_model(f"{base}_qacon", num_classes=7).eval()
+    assert injection_of(model).sites
+    model.load_state_dict(plain.state_dict(), strict=False)
+    images = normalized(2, size_of(base))
+    torch.testing.assert_close(model(images), plain(images), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("base", "kwargs", "images"),
+    [
+        ("test_resnet", {"in_chans": 1}, (2, 1, 64, 64)),
+        ("test_resnet", {"in_chans": 5}, (2, 5, 64, 64)),
+        ("test_vit", {"in_chans": 2}, (2, 2, 160, 160)),
+        ("test_vit", {"img_size": 96}, (2, 3, 96, 96)),
+        ("test_vit", {"img_size": (96, 64), "global_pool": "avg"}, (2, 3, 96, 64)),
+        ("test_vit", {"dynamic_img_size": True}, (2, 3, 112, 80)),
+        ("test_resnet", {"global_pool": "max"}, (2, 3, 64, 64)),
+        ("test_resnet", {"num_classes": 0}, (2, 3, 64, 64)),
+        ("test_resnet", {"num_classes": 0, "global_pool": ""}, (2, 3, 64, 64)),
+        ("test_convnext", {"drop_path_rate": 0.3, "drop_rate": 0.1}, (2, 3, 64, 64)),
+        ("test_efficientnet", {"norm_layer": nn.BatchNorm2d, "act_layer": nn.ELU}, (2, 3, 64, 64)),
+        ("test_resnet", {"output_stride": 16}, (2, 3, 64, 64)),
+    ],
+)
+def test_options_of_the_factory(base, kwargs, images):
+    kwargs = {"num_classes": 4, **kwargs}
+    torch.manual_seed(0)
+    plain = timm.create_model(base, **kwargs).eval()
+    model = timm.create_model(f"{base}_qacon", norm="layer", **kwargs).eval()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    x = torch.randn(images)
+    expected = plain(x)
+    assert model(x).shape == expected.shape
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_class_of_the_model_and_its_methods(normalized):
+    model = timm.create_model("test_resnet_qacon", num_classes=4).eval()
+    assert type(model) is type(timm.create_model("test_resnet"))
+    model.reset_classifier(9, "max")
+    assert model(normalized(2, 48)).shape == (2, 9)
+    assert model.num_classes == 9
+    assert "fc3" in " ".join(dict(model.named_parameters()))
+    groups = param_groups_weight_decay(model)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    assert model.group_matcher()
+
+
+def test_config_given_as_a_dictionary_or_an_overlay():
+    cfg = {"input_size": (3, 80, 80), "mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "num_classes": 3}
+    model = timm.create_model("test_resnet_qacon", pretrained_cfg=cfg, num_classes=3)
+    assert (model.conv1[0].quac_tap.mean, model.conv1[0].quac_tap.std) == (cfg["mean"], cfg["std"])
+    model = timm.create_model("test_resnet_qacon", pretrained_cfg_overlay={"mean": (0.3, 0.3, 0.3)})
+    assert model.conv1[0].quac_tap.mean == (0.3, 0.3, 0.3)
+    assert model.pretrained_cfg["architecture"] == "test_resnet_qacon"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"activation": "relu"}, "unknown activation 'relu'.*qacon"),
+        ({"where": "layer9"}, "where='layer9' matches no activation"),
+        ({"quality": "brisk"}, "did you mean 'brisque'"),
+        ({"init": "random"}, "unknown init 'random'.*paper, preserve"),
+        ({"norm": "instance"}, "unknown norm 'instance'.*batch, layer, group, none"),
+        ({"reduction": 0}, "reduction must be a whole number"),
+        ({"pretrained": True, "init": "paper"}, "pretrained=True with init='paper'.*preserve"),
+    ],
+)
+def test_unknown_options(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model("test_resnet_qacon", **kwargs)
+
+
+def test_options_reach_the_injection():
+    options = {"activation": "qswish", "where": "layer2.*", "init": "paper", "norm": "group", "reduction": 8}
+    config = injection_of(timm.create_model("test_resnet_qacon", **options)).config
+    assert {key: getattr(config, key) for key in options} == options
+
+
+def test_an_option_that_nobody_knows_is_an_error_as_in_timm():
+    with pytest.raises(TypeError, match="colour"):
+        timm.create_model("test_resnet_qacon", colour="red")
+
+
+# -- weights
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """Weights of test_resnet in a file, and the model that has them."""
+    torch.manual_seed(3)
+    model = moved(timm.create_model("test_resnet"))
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    return tmp_path / "base.safetensors", model
+
+
+@pytest.mark.parametrize("name", ["test_resnet_qacon", "test_resnet_qacon.r160_in1k"])
+def test_pretrained_weights_of_the_base_give_its_logits(name, weights, normalized):
+    file, base = weights
+    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}).eval()
+    assert torch.equal(model(normalized(2, 64)), base(normalized(2, 64)))
+    assert injection_of(model).sites
+
+
+def test_pretrained_weights_adapt_to_classes_and_channels(weights):
+    file, _ = weights
+    kwargs = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}, "num_classes": 3, "in_chans": 1}
+    torch.manual_seed(0)
+    plain = timm.create_model("test_resnet", **kwargs).eval()
+    model = timm.create_model("test_resnet_qacon", **kwargs).eval()
+    images = torch.randn(2, 1, 64, 64)
+    assert torch.equal(model.forward_features(images), plain.forward_features(images))
+
+
+def test_checkpoint_of_the_whole_model(tmp_path, normalized):
+    model = moved(timm.create_model("test_resnet_qacon", num_classes=4, norm="layer"))
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "model.pth")
+    again = timm.create_model(
+        "test_resnet_qacon", num_classes=4, norm="layer", checkpoint_path=str(tmp_path / "model.pth")
+    )
+    assert torch.equal(again.eval()(normalized(2, 64)), model(normalized(2, 64)))
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize(
+    ("base", "kwargs"),
+    [
+        ("test_resnet", {}),
+        ("test_resnet", {"where": ["act1", "layer4.*"], "activation": "qswish", "norm": "group", "reduction": 4}),
+        ("test_resnet", {"init": "paper", "norm": "none", "where": "last", "in_chans": 1}),
+        ("test_vit", {"activation": "qgelu", "img_size": 96}),
+        ("test_convnext", {"activation": "acon"}),
+    ],
+)
+def test_saved_as_for_the_hub_and_created_again(base, kwargs, safe, tmp_path):
+    model = moved(timm.create_model(f"{base}_qacon", num_classes=6, **kwargs))
+    save_for_hf(model, tmp_path, model_args={"num_classes": 6, **kwargs}, safe_serialization=safe)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert injection_of(again).config == injection_of(model).config
+    side = kwargs.get("img_size", 64 if "vit" not in base else 160)
+    images = torch.randn(2, kwargs.get("in_chans", 3), side, side)
+    assert torch.equal(again(images), model(images))
+    fresh = timm.create_model(f"local-dir:{tmp_path}").eval()  # without weights: the same network, as initialized
+    assert fresh.state_dict().keys() == model.state_dict().keys()
+
+
+def test_options_are_saved_without_being_named_again(tmp_path):
+    model = timm.create_model("test_resnet_qacon", num_classes=6, where="layer2.*", norm="layer")
+    assert model._model_args.items() >= {"where": "layer2.*", "norm": "layer", "activation": "qacon"}.items()
+    save_for_hf(model, tmp_path, model_args=model._model_args)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert injection_of(again).config == injection_of(model).config
+
+
+def test_adapter_over_pretrained_weights(weights, tmp_path, normalized):
+    file, _ = weights
+    kwargs = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}
+    model = timm.create_model("test_resnet_qacon", **kwargs)
+    for tensor in quac.adapter_state(model).values():
+        if tensor.is_floating_point():
+            tensor.add_(0.1)
+    quac.save_adapter(model, tmp_path / "adapter")
+    images = normalized(2, 64)
+    for host in ("test_resnet", "test_resnet_qacon"):
+        again = quac.load_adapter(timm.create_model(host, **kwargs), tmp_path / "adapter")
+        assert torch.equal(again.eval()(images), model.eval()(images))
+
+
+def test_no_network_says_what_was_looked_for_and_how_to_give_a_file(tmp_path):
+    code = (
+        "import sys, timm, quac_plugins\n"
+        "for name in sys.argv[1:]:\n"
+        "    try:\n        timm.create_model(name, pretrained=True)\n"
+        "    except RuntimeError as error:\n        print(error)\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "TORCH_HOME": str(tmp_path)}
+    names = ("test_resnet_qacon", "resnet50_qacon.a1_in1k")
+    command = [sys.executable, "-c", code, *names]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    for name, line, tag in zip(names, run.stdout.splitlines(), ("r160_in1k", "a1_in1k"), strict=True):
+        base = name.partition("_qacon")[0]
+        assert f"looked for hf_hub_id='timm/{base}.{tag}'" in line
+        assert f"timm.create_model('{base}_qacon', pretrained=True, pretrained_cfg_overlay=dict(file=" in line
+
+
+# -- importing
+
+
+def test_importing_the_package_imports_no_other_framework():
+    code = "import sys, quac_plugins; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in run.stdout.split()}
+    assert "timm" in loaded
+    assert not loaded & {"detectron2", "mmengine", "diffusers", "matplotlib", "cv2", "pyiqa", "imagecorruptions"}
+
+
+# -- training on several processes
+
+
+def network():
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit_qacon", num_classes=4, img_size=48, norm="layer", init="paper", where="all")
+    return model.train()
+
+
+def step(model, images, labels):
+    nn.functional.cross_entropy(model(images), labels).backward()
+
+
+def worker(rank, port, images, labels, folder):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    model = nn.parallel.DistributedDataParallel(network())
+    half = slice(rank * 2, rank * 2 + 2)
+    for _ in range(2):
+        model.zero_grad()
+        step(model, images[half], labels[half])
+    torch.save({name: p.grad for name, p in model.module.named_parameters()}, f"{folder}/{rank}.pth")
+    if rank == 0:
+        quac.save_adapter(model, f"{folder}/adapter")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_gradients_of_one(normalized, tmp_path, free_port):
+    images, labels = normalized(4, 48), torch.arange(4)
+    torch.multiprocessing.spawn(worker, (free_port, images, labels, str(tmp_path)), nprocs=2)
+    model = network()
+    step(model, images, labels)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pth")
+        assert found.keys() == dict(model.named_parameters()).keys()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(found[name], parameter.grad, atol=1e-5, rtol=1e-3, msg=name)
+    other = copy.deepcopy(model)
+    quac.load_adapter(other, tmp_path / "adapter")
+    assert quac.adapter_state(other).keys() == quac.adapter_state(model).keys()
