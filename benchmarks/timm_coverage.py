@@ -3,9 +3,9 @@
     python benchmarks/timm_coverage.py                    # all names, to benchmarks/results/timm_coverage.{json,md}
     python benchmarks/timm_coverage.py "resnet*" --jobs 2
 
-Networks of up to 60 million parameters on pictures of up to 256×256 run for real, and their logits are compared with
-those of the untouched base (preserve: the difference should be 0). Larger ones run on fake tensors: shapes, dtypes and the
-autograd graph are real, numbers are not. A network passes if it has at least one site, its forward gives finite
+Networks of up to 60 million parameters on pictures of up to 256×256 run for real; their logits are compared with
+those of the untouched base (preserve: the difference should be 0). Larger ones run on fake tensors: shapes, dtypes and
+the autograd graph are real, numbers are not. A network passes if it has at least one site, its forward gives finite
 logits, backward reaches every put-in parameter, and its logits are those of the base to 1e-5 of their largest.
 """
 

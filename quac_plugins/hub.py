@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from quac_plugins.core.inject.adapter import CONFIG_NAME, WEIGHTS_NAME, load_adapter_folder
 from quac_plugins.registry import data_folder
@@ -38,7 +38,11 @@ def find_adapter(source: str | Path, revision: str | None = None) -> Path:
 
 
 def load_adapter(
-    model: nn.Module, source: str | Path, revision: str | None = None, check_host: bool = True
+    model: nn.Module,
+    source: str | Path,
+    revision: str | None = None,
+    check_host: bool = True,
+    example: Tensor | None = None,
 ) -> nn.Module:
     """Put a saved adapter into a host, or its parameters into a host that already holds the same.
 
@@ -47,6 +51,7 @@ def load_adapter(
         source: a folder that :func:`save_adapter` wrote, a name of ``hub/``, or ``"org/name"`` on the Hub.
         revision: branch, tag or commit (Hub only).
         check_host: refuse a host of another architecture than the adapter was made for.
+        example: images as a fresh host gets them, where :func:`inject` needs them.
 
     Returns:
         The model, in place. On any error it is as it was before.
@@ -63,4 +68,4 @@ def load_adapter(
         >>> quac.injection_of(model).config.activation
         'qacon'
     """
-    return load_adapter_folder(model, find_adapter(source, revision), check_host)
+    return load_adapter_folder(model, find_adapter(source, revision), check_host, example)

@@ -17,7 +17,7 @@ from timm.models import DefaultCfg, PretrainedCfg, load_pretrained, register_mod
 from torch import nn
 
 from quac_plugins.core.activations import ACTIVATIONS
-from quac_plugins.core.inject import QuACConfig, inject
+from quac_plugins.core.inject import QuACConfig, inject, injection_of
 from quac_plugins.core.inject.surgery import WidthSwitch
 from quac_plugins.core.quality.tap import QualityTap
 from quac_plugins.hub import load_adapter
@@ -119,10 +119,15 @@ def _field(cfg: Any, name: str) -> Any:
 
 def _describe(model: nn.Module, name: str, options: dict[str, Any]) -> None:
     """Let timm's savers write the name and options with which ``create_model`` builds this model again."""
-    for cfg in (getattr(model, "pretrained_cfg", None), getattr(model, "default_cfg", None)):
+    record = injection_of(model)
+    assert record is not None
+    for attribute in ("pretrained_cfg", "default_cfg"):
+        cfg = getattr(model, attribute, None)
         if isinstance(cfg, dict):
-            cfg["architecture"] = name
-    model._model_args = {**getattr(model, "_model_args", {}), **options}  # type: ignore[assignment]
+            record.attributes[attribute] = cfg
+            setattr(model, attribute, {**cfg, "architecture": name})
+    record.attributes["_model_args"] = args = getattr(model, "_model_args", {})
+    model._model_args = {**args, **options}  # type: ignore[assignment]
 
 
 def _is_network(error: BaseException) -> bool:

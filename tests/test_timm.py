@@ -9,9 +9,10 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.models import save_for_hf
+from timm.models import get_notrace_functions, get_notrace_modules, save_for_hf
 from timm.optim import param_groups_weight_decay
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import quac_plugins as quac
 from quac_plugins import injection_of
@@ -319,3 +320,35 @@ def test_two_processes_have_the_gradients_of_one(normalized, tmp_path, free_port
     other = copy.deepcopy(model)
     quac.load_adapter(other, tmp_path / "adapter")
     assert quac.adapter_state(other).keys() == quac.adapter_state(model).keys()
+
+
+# -- feature extraction
+
+
+@pytest.mark.parametrize("name", ["nf_resnet26", "hrnet_w18_small", "test_resnet"])
+def test_features_of_networks_whose_stem_or_wrapper_is_special(name, normalized):
+    model = timm.create_model(f"{name}_qacon", features_only=True).eval()
+    with torch.no_grad():
+        features = model(normalized(2, 64))
+    assert [f.shape[1] for f in features] == model.feature_info.channels()
+
+
+@pytest.mark.parametrize("name", ["nf_resnet26", "test_resnet", "test_vit"])
+def test_torch_fx_keeps_the_tap_and_the_activations(name, normalized):
+    torch.manual_seed(0)
+    model = timm.create_model(f"{name}_qacon", init="paper", norm="layer").eval()
+    leaves = {"leaf_modules": list(get_notrace_modules()), "autowrap_functions": list(get_notrace_functions())}
+    _, nodes = get_graph_node_names(model, tracer_kwargs=leaves)
+    traced = create_feature_extractor(model, return_nodes=[nodes[-1]], tracer_kwargs=leaves).eval()
+    images = normalized(2, size_of(name) if name == "test_vit" else 64)
+    for x in (images, images * 0.3):
+        assert torch.equal(traced(x)[nodes[-1]], model(x))
+
+
+def test_removed_it_is_timms_own_model_again():
+    base = timm.create_model("test_resnet", num_classes=3)
+    model = quac.remove(timm.create_model("test_resnet_qacon", num_classes=3, where="all"))
+    assert model.pretrained_cfg == base.pretrained_cfg
+    assert model.default_cfg == base.default_cfg
+    assert model._model_args == base._model_args
+    assert model.state_dict().keys() == base.state_dict().keys()

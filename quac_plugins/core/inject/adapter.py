@@ -86,7 +86,9 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     return folder
 
 
-def load_adapter_folder(model: nn.Module, folder: Path, check_host: bool = True) -> nn.Module:
+def load_adapter_folder(
+    model: nn.Module, folder: Path, check_host: bool = True, example: Tensor | None = None
+) -> nn.Module:
     """See :func:`quac_plugins.load_adapter`; from a local folder."""
     config, sites, host = _read_config(folder / CONFIG_NAME)
     state = _read_tensors(folder / WEIGHTS_NAME)
@@ -104,7 +106,7 @@ def load_adapter_folder(model: nn.Module, folder: Path, check_host: bool = True)
                 f"the adapter in {folder} was made with the quality function {config.quality!r} of the user's own. Put "
                 "it in first: inject(model, QuACConfig(quality=the function, …)), then load_adapter(model, …)"
             )
-        inject(model, config)
+        inject(model, config, example)
         record = _record(model)
     try:
         _check(model, record, config, sites, state, folder)

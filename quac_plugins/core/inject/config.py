@@ -82,8 +82,8 @@ class QuACConfig:
         _one_of("norm", self.norm, NORMS)
         _one_of("channel_order", self.channel_order, ["rgb", "bgr"])
         _one_of("expand_q", self.expand_q, EXPANSIONS)
-        if isinstance(self.reduction, bool) or not isinstance(self.reduction, int) or self.reduction < 1:
-            raise ValueError(f"reduction must be a whole number ≥ 1, got {self.reduction!r}")
+        if isinstance(self.reduction, bool) or not isinstance(self.reduction, int) or not 1 <= self.reduction <= 4096:
+            raise ValueError(f"reduction must be a whole number from 1 to 4096, got {self.reduction!r}")
         if isinstance(self.where, (list, tuple)):
             self.where = list(self.where)
         if (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,10 +25,9 @@ class WidthSwitch(nn.Module):
 
     Args:
         sites: width → activation.
-        replaced: the host's activation, for a width that was never seen.
     """
 
-    def __init__(self, sites: dict[int, ChannelActivation], replaced: nn.Module):
+    def __init__(self, sites: dict[int, ChannelActivation]):
         super().__init__()
         self.widths = nn.ModuleDict({str(width): site for width, site in sites.items()})
         self.channel_dim = next(iter(sites.values())).channel_dim
@@ -51,6 +50,7 @@ class Injection:
         tap: name of the layer that is tapped, None if the activation needs no quality.
         quality: the quality function, None likewise.
         replaced: site name → the host's own module (in a tuple, so that it is no parameter of the host).
+        attributes: attributes of the host that a door has rewritten, as they were; :func:`remove` restores them.
     """
 
     config: QuACConfig
@@ -58,6 +58,7 @@ class Injection:
     tap: str | None
     quality: QualityFunction | None
     replaced: dict[str, tuple[nn.Module, ...]]
+    attributes: dict[str, Any] = field(default_factory=dict)
 
     def prefixes(self) -> tuple[str, ...]:
         """State-dict prefixes of what was put in."""
@@ -171,8 +172,7 @@ def _build(site: Site, config: QuACConfig, host: nn.Module | None, context: Qual
         modules[channels] = module
     if len(modules) == 1:
         return next(iter(modules.values()))
-    assert host is not None
-    return WidthSwitch(modules, host)
+    return WidthSwitch(modules)
 
 
 def _runs_children(module: nn.Module) -> bool:
@@ -245,5 +245,7 @@ def remove(model: nn.Module) -> nn.Module:
             delattr(module, AFTER_NAME)
         else:
             _swap(model, module, record.replaced[site.name][0].train(module.training))
+    for name, value in record.attributes.items():
+        setattr(model, name, value)
     delattr(model, _RECORD)
     return whole

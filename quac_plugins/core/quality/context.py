@@ -4,8 +4,8 @@ Requirements, all checked in the tests:
 
 1. several threads through one model do not see each other's q: in eager mode q is kept per thread;
 2. ``torch.compile(fullgraph=True)`` and ``torch.export`` cannot trace thread-local storage, so while compiling a plain
-   attribute is used (threads then share one *compiled region that does not contain the tap*; a compiled whole model is
-   safe, since q never leaves its graph);
+   attribute is used: in a compiled whole model q never leaves its graph. A compiled region without the tap asks for q
+   when it runs, through a custom operator that does what eager mode does;
 3. ``deepcopy``, ``pickle`` and ``torch.save`` carry the wiring but never a q;
 4. under activation checkpointing a recomputation runs during backward, when the q of another forward may be current.
    Every forward therefore leaves a mark in the autograd graph, and a recomputation follows its input's graph back to
@@ -16,6 +16,7 @@ Requirements, all checked in the tests:
 
 from __future__ import annotations
 
+import gc
 import itertools
 import threading
 import weakref
@@ -57,6 +58,32 @@ def _metadata(node: Any) -> dict[str, Any]:
     return node.metadata
 
 
+_handles = itertools.count()
+_contexts: weakref.WeakValueDictionary[int, QualityContext] = weakref.WeakValueDictionary()
+
+
+@torch.library.custom_op("quac_plugins::current_q", mutates_args=())
+def _fetch(like: Tensor, x: Tensor, handle: int, layer: str) -> Tensor:
+    """The q that belongs to x, when compiled code runs; ``like`` has its shape."""
+    q = _contexts[handle].current(x, layer)
+    if q.shape != like.shape or q.dtype != like.dtype:
+        raise QualityError(
+            f"layer {layer!r} is compiled apart from the layer that sees the images, and another thread uses the "
+            f"model with another batch (q {tuple(q.shape)}, there {tuple(like.shape)}). Compile the whole model, or "
+            "give each thread a copy."
+        )
+    return q.clone()
+
+
+@_fetch.register_fake
+def _(like: Tensor, x: Tensor, handle: int, layer: str) -> Tensor:
+    return torch.empty_like(like)
+
+
+# quality functions that have a gradient: ``like`` is the q that was current when the graph ran
+_fetch.register_autograd(lambda ctx, grad: (grad, None, None, None))
+
+
 class QualityContext:
     """Shared by one tap and the activations of one model.
 
@@ -77,6 +104,8 @@ class QualityContext:
         self._lock = threading.Lock()
         self._alive: weakref.WeakSet[_Forward] = weakref.WeakSet()
         self._reentrant: deque[_Forward] = deque(maxlen=64)
+        self._handle = next(_handles)  # how compiled code names this context
+        _contexts[self._handle] = self
 
     def __getstate__(self) -> dict[str, Any]:
         return {"channels": self.channels}
@@ -140,7 +169,8 @@ class QualityContext:
         if torch.compiler.is_compiling():
             if self.q is None:
                 raise QualityError(self._no_image(layer))
-            return self.q
+            # in one graph with the tap, q is a value of that graph; else it is asked for when the graph runs
+            return self.q if self._compiled else _fetch(self.q, x, self._handle, layer)
         if _in_backward():
             return self._recomputed(x, layer).q
         if self._compiled and self.q is not None:  # the tap ran in compiled code, this activation does not
@@ -200,6 +230,10 @@ class QualityContext:
         forward = self._lineage(x)
         if forward is None:
             candidates = self._waiting()
+            if len(candidates) > 1:  # graphs that nobody can use any more may still wait for the garbage collector
+                del candidates
+                gc.collect()
+                candidates = self._waiting()
             if not candidates:
                 raise QualityError(self._no_image(layer))
             if len(candidates) > 1:

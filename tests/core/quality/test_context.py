@@ -317,6 +317,47 @@ def test_compiled_stem_with_checkpointing_and_two_forwards(cheap, photographs):
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("passes", ["one_forward", "two_forwards", "forward_between", "cascade"])
+def test_compiled_block_with_checkpointing_is_right_or_refused(passes, cheap, photographs):
+    model = build(cheap).train()
+    loss, one = globals()[passes](photographs), one_forward(photographs)
+    expected, expected_one = gradients(model, loss), gradients(model, one)
+    model.layer2[0].compile(backend="aot_eager")
+    model.set_grad_checkpointing(True)
+    right_or_refused(model, loss, expected)
+    close(gradients(model, one), expected_one)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_threads_through_a_compiled_part_are_equal_to_one(cheap, photographs):
+    model = build(cheap).eval()
+    images = [photographs(2, 48) * (0.3 + 0.1 * i) for i in range(8)]
+    model.layer2.compile(fullgraph=True, backend="aot_eager")
+
+    def work(image):
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            return model(image)
+
+    serial = [work(image) for image in images]
+    with ThreadPoolExecutor(8) as pool:
+        for parallel, expected in zip(pool.map(work, images * 4), serial * 4, strict=True):
+            assert torch.equal(parallel, expected)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_gradient_through_the_quality_reaches_the_image_behind_a_compiled_part(cheap, photographs):
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=5)
+    quac.inject(model, QuACConfig(quality=cheap, norm="layer", init="paper", quality_grad=True))
+    images = photographs(2, 48).requires_grad_()
+    expected = torch.autograd.grad(model.eval()(images).square().sum(), images)[0]
+    model.layer2.compile(fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(model(images).square().sum(), images)[0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
 def test_exported_with_a_dynamic_batch(strict, name, cheap, photographs):
