@@ -10,6 +10,7 @@ import sys
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import timm
@@ -126,8 +127,18 @@ def _describe(model: nn.Module, name: str, options: dict[str, Any]) -> None:
         if isinstance(cfg, dict):
             record.attributes[attribute] = cfg
             setattr(model, attribute, {**cfg, "architecture": name})
+    skipped = {f"{prefix}{leaf}" for prefix in record.prefixes() for leaf in ("p1", "p2", "beta")}
+    own = getattr(model, "no_weight_decay", None)
+    names = {*(own() if callable(own) else ()), *(name for name, _ in model.named_parameters() if name in skipped)}
+    model.no_weight_decay = partial(_names, frozenset(names))  # type: ignore[assignment]
+    record.added.append("no_weight_decay")
     record.attributes["_model_args"] = args = getattr(model, "_model_args", {})
     model._model_args = {**args, **options}  # type: ignore[assignment]
+
+
+def _names(names: frozenset[str]) -> set[str]:
+    """What timm's optimizers ask a model for: parameters without weight decay. It would pull p1 and p2 to 0."""
+    return set(names)
 
 
 def _is_network(error: BaseException) -> bool:

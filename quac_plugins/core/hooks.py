@@ -13,9 +13,14 @@ TAP_NAME = "quac_tap"
 AFTER_NAME = "quac_last"
 
 
-def tap_pre_hook(layer: Any, args: tuple) -> None:
-    """Show the tap the images before its layer runs."""
-    layer.quac_tap(args[0])
+def root_pre_hook(model: Any, args: tuple) -> None:
+    """Forget the last forward pass before the next begins."""
+    model._quac_injection.context.forget()
+
+
+def tap_pre_hook(layer: Any, args: tuple, kwargs: dict) -> None:
+    """Show the tap the images, the layer's first argument, before its layer runs."""
+    layer.quac_tap(args[0] if args else next(iter(kwargs.values()), None))
 
 
 def tap_hook(layer: Any, args: tuple, output: Any) -> None:
@@ -33,3 +38,4 @@ def remove_hooks(layer: nn.Module, *functions: Any) -> None:
     for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
         for key in [key for key, hook in hooks.items() if hook in functions]:
             del hooks[key]
+            layer._forward_pre_hooks_with_kwargs.pop(key, None)

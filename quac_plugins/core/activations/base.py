@@ -67,8 +67,8 @@ class ChannelActivation(nn.Module):
             raise ValueError(f"unknown init {init!r}; known: {', '.join(INITS)}")
         if channel_dim not in (1, -1):
             raise ValueError(f"channel_dim must be 1 (NCHW) or -1 (tokens, NHWC), got {channel_dim}")
-        if channels < 1:
-            raise ValueError(f"channels must be at least 1, got {channels}")
+        if not isinstance(channels, int) or channels < 1:
+            raise ValueError(f"channels must be a whole number ≥ 1, got {channels!r}")
         self.channels = channels
         self.channel_dim = channel_dim
         self.init = init
@@ -112,6 +112,9 @@ class ChannelActivation(nn.Module):
         return per_channel(parameter.flatten(), x, self.channel_dim)
 
     def _check(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"layer {self.layer!r} ({type(self).__name__}) expects a floating point tensor, got {got}")
         if x.ndim < 2 or x.shape[self.channel_dim] != self.channels:
             where = "axis 1" if self.channel_dim == 1 else "the last axis"
             raise ValueError(

@@ -33,9 +33,9 @@ def make_norm(norm: str, width: int) -> nn.Module:
     raise ValueError(f"unknown norm {norm!r}; known: {', '.join(NORMS)}")
 
 
-def _saturate(z: Tensor) -> Tensor:
-    """Sums that leave the range of float16 stay at its end, since a norm makes NaN of infinity."""
-    return z.clamp(-65504, 65504) if z.dtype == torch.float16 else z
+def _saturate(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """In ``dtype``; what leaves the range of float16 stays at its end, since a norm makes NaN of infinity."""
+    return z.clamp(-65504, 65504).to(dtype) if dtype == torch.float16 else z.to(dtype)
 
 
 class DrivenActivation(ChannelActivation):
@@ -102,9 +102,10 @@ class DrivenActivation(ChannelActivation):
                 f"layer {self.layer!r}: norm='batch' cannot train on a batch of one (a variance needs two). Use "
                 "norm='layer', 'group' or 'none' (timm.create_model(…, norm='layer')), or model.eval()"
             )
-        z = z.to(self.fc1.weight.dtype)[:, :, None, None]
-        z = _saturate(self.bn1(_saturate(self.fc1(z))))
-        return torch.sigmoid(self.bn2(_saturate(self.fc2(z))))
+        dtype = self.fc1.weight.dtype
+        z = _saturate(self.fc1(_saturate(z, dtype)[:, :, None, None]), dtype)
+        z = _saturate(self.fc2(_saturate(self.bn1(z), dtype)), dtype)
+        return torch.sigmoid(self.bn2(z))
 
     def drive(self, x: Tensor, q: Tensor | None) -> tuple[Tensor, ...]:
         """The numbers for this x and q: ``numbers`` tensors that broadcast against x."""

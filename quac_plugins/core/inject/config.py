@@ -40,7 +40,8 @@ class QuACConfig:
         activation: ``"qacon"``, ``"qswish"``, ``"qprelu"``, ``"qgelu"``, ``"meta_acon"`` or ``"acon"``.
         where: ``"spatial"`` (the activations that follow a convolution of more than 1×1, the placement of the ACON
             paper), ``"all"``, ``"last"`` (one module on the backbone's output, as in the QuAC pipeline), ``"auto"``
-            (spatial; in a host that has none, as most token networks, all; without activations, last), or a glob
+            (spatial; all where spatial reaches less than a fifth of the activations, as in most token and
+            pre-activation networks; last without any activation), or a glob
             over module names such as ``"layer3.*.act2"``, a regex written ``"re:…"``, or a list of those.
         quality: name of a quality function (``"brisque"``, ``"contrique"``, ``"pyiqa:NAME"``), or a callable
             (B, 3, H, W) RGB in [0, 1] → (B, Q).

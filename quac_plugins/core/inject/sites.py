@@ -12,6 +12,9 @@ from quac_plugins.core.activations.hosts import is_activation
 from quac_plugins.core.inject.trace import Call, Trace
 
 PLACES = ("auto", "spatial", "all", "last")
+# "auto" is "spatial" where that reaches a fifth of the activations: below, it is hardly more than the stem (tokens,
+# pre-activation networks, separable convolutions whose second half is 1×1)
+_AUTO_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -90,11 +93,10 @@ def _site(name: str, calls: list[Call]) -> Site | str:
 
 def _matching(model: nn.Module, seen: Trace, usable: dict[str, Site], pattern: str) -> list[Site]:
     if pattern == "auto":
-        for place in ("spatial", "all", "last"):
-            sites = _matching(model, seen, usable, place)
-            if sites:
-                return sites
-        return []
+        spatial = _matching(model, seen, usable, "spatial")
+        if spatial and len(spatial) >= len(usable) * _AUTO_SHARE:
+            return spatial
+        return list(usable.values()) or _last(seen)
     if pattern == "all":
         return list(usable.values())
     if pattern == "spatial":

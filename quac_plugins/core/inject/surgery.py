@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quac_plugins.core.activations import ChannelActivation
-from quac_plugins.core.hooks import AFTER_NAME, TAP_NAME, after_hook, remove_hooks
+from quac_plugins.core.hooks import AFTER_NAME, TAP_NAME, after_hook, remove_hooks, root_pre_hook
 from quac_plugins.core.inject.config import QuACConfig
 from quac_plugins.core.inject.sites import Site, find_sites
 from quac_plugins.core.inject.trace import Trace, trace
@@ -50,7 +50,9 @@ class Injection:
         tap: name of the layer that is tapped, None if the activation needs no quality.
         quality: the quality function, None likewise.
         replaced: site name → the host's own module (in a tuple, so that it is no parameter of the host).
+        context: what carries q from the tap to the sites, None if no q is needed.
         attributes: attributes of the host that a door has rewritten, as they were; :func:`remove` restores them.
+        added: attributes that a door has added; :func:`remove` deletes them.
     """
 
     config: QuACConfig
@@ -58,7 +60,9 @@ class Injection:
     tap: str | None
     quality: QualityFunction | None
     replaced: dict[str, tuple[nn.Module, ...]]
+    context: QualityContext | None = None
     attributes: dict[str, Any] = field(default_factory=dict)
+    added: list[str] = field(default_factory=list)
 
     def prefixes(self) -> tuple[str, ...]:
         """State-dict prefixes of what was put in."""
@@ -108,6 +112,9 @@ def inject(model: nn.Module, config: QuACConfig | None = None, example: Tensor |
     config = config if config is not None else QuACConfig()
     if not isinstance(config, QuACConfig):
         raise TypeError(f"config must be a QuACConfig, got {type(config).__name__}")
+    if example is not None and (not isinstance(example, Tensor) or example.ndim != 4):
+        got = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
+        raise ValueError(f"example must be a tensor of images (B, C, H, W), got {got}")
     if injection_of(model) is not None:
         raise ValueError(f"{type(model).__name__} already holds QuAC; call quac_plugins.remove(model) first")
     quality = None
@@ -127,7 +134,7 @@ def place(
     model: nn.Module, config: QuACConfig, sites: list[Site], seen: Trace, quality: QualityFunction | None
 ) -> nn.Module:
     """Carry out an injection whose sites are known: build all modules first, then put them in."""
-    context = QualityContext(quality.channels) if quality is not None else None
+    context = QualityContext(quality.channels, seen.tap or "") if quality is not None else None
     device, dtype = _placement(model)
     built = []
     with torch.device(device):
@@ -140,8 +147,8 @@ def place(
             tap = QualityTap(quality, context, seen.tap, seen.in_chans, mean, std, config.channel_order)
     replaced: dict[str, tuple[nn.Module, ...]] = {}
     for site, module in zip(sites, built, strict=True):
-        module.train(model.training)
         host = model.get_submodule(site.name)
+        module.train(host.training)
         if site.after:
             host.add_module(AFTER_NAME, module)
             if not _runs_children(host):
@@ -149,10 +156,10 @@ def place(
         else:
             replaced[site.name] = (host,)
             _swap(model, host, module)
+    setattr(model, _RECORD, Injection(config, sites, seen.tap if tap is not None else None, quality, replaced, context))
     if tap is not None and seen.tap is not None:
+        model.register_forward_pre_hook(root_pre_hook)
         tap.attach(model.get_submodule(seen.tap))
-    record = Injection(config, sites, seen.tap if tap is not None else None, quality, replaced)
-    setattr(model, _RECORD, record)
     return model
 
 
@@ -236,6 +243,7 @@ def remove(model: nn.Module) -> nn.Module:
         raise ValueError(f"{type(model).__name__} holds no QuAC; nothing to remove")
     whole, model = model, unwrap(model)
     if record.tap is not None:
+        remove_hooks(model, root_pre_hook)
         layer = model.get_submodule(record.tap)
         layer.get_submodule(TAP_NAME).detach(layer)  # type: ignore[operator]
     for site in reversed(record.sites):
@@ -247,5 +255,7 @@ def remove(model: nn.Module) -> nn.Module:
             _swap(model, module, record.replaced[site.name][0].train(module.training))
     for name, value in record.attributes.items():
         setattr(model, name, value)
+    for name in record.added:
+        delattr(model, name)
     delattr(model, _RECORD)
     return whole

@@ -9,6 +9,7 @@ hands on. Hosts that fake tensors cannot run are run for real on a small batch i
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import warnings
 from collections.abc import Iterator
@@ -185,25 +186,39 @@ def trace(model: nn.Module, example: Tensor | None = None) -> Trace:
     if first is not None and first.is_floating_point():
         images = images.to(dtype=first.dtype, device=first.device)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
             fake = mode.from_tensor(images).new_empty(_BATCH, *images.shape[1:])
             return _run(model, fake, _BATCH)
     except Exception as fake_error:
         if images.is_meta:
-            raise RuntimeError(_cannot_run(model, images)) from fake_error
+            raise RuntimeError(_cannot_run(model, images, fake_error)) from fake_error
         try:
             # a host that decides by the values of its tensors cannot run on fake ones
             with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
                 return _run(copy.deepcopy(model), torch.rand(2, *images.shape[1:]).to(images), 2)
         except Exception as error:
-            raise RuntimeError(_cannot_run(model, images)) from error
+            raise RuntimeError(_cannot_run(model, images, error)) from error
 
 
-def _cannot_run(model: nn.Module, images: Tensor) -> str:
+def _cannot_run(model: nn.Module, images: Tensor, error: Exception) -> str:
+    reason = (str(error).splitlines() or [""])[0]
     return (
-        f"{type(model).__name__} does not run on images of shape {tuple(images.shape)}, so its activations cannot be "
-        "found. Give images it takes: inject(model, config, example=torch.rand(1, C, H, W))"
+        f"{type(model).__name__} does not run on images of shape {tuple(images.shape)} alone, so its activations "
+        f"cannot be found ({type(error).__name__}: {reason}). Give images it takes: inject(model, config, "
+        "example=torch.rand(1, C, H, W)). A host that takes more than images: inject the part of it that takes them, "
+        "or a module around it that supplies the rest"
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A host that fake tensors cannot run is run for real: what they say about it is of no use to anybody."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
 
 
 def _input_size(model: nn.Module) -> tuple[int, int, int]:
@@ -234,7 +249,8 @@ def _run(model: nn.Module, images: Tensor, batch: int) -> Trace:
 
     def sees_image(module: nn.Module, args: tuple, kwargs: dict) -> None:
         name = names[id(module)]
-        if args and args[0] is images and (not chain or _inside(name, chain[-1])):
+        seen = args[0] if args else next(iter(kwargs.values()), None)
+        if seen is images and (not chain or _inside(name, chain[-1])):
             chain.append(name)
 
     def called(module: nn.Module, args: tuple) -> None:

@@ -89,10 +89,12 @@ class QualityContext:
 
     Args:
         channels: Q, the width of the quality features that it carries.
+        tap: name of the layer whose tap writes, for errors.
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, tap: str = ""):
         self.channels = channels
+        self.tap = tap
         self._reset()
 
     def _reset(self) -> None:
@@ -108,14 +110,14 @@ class QualityContext:
         _contexts[self._handle] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"channels": self.channels}
+        return {"channels": self.channels, "tap": self.tap}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.channels = state["channels"]
+        self.channels, self.tap = state["channels"], state["tap"]
         self._reset()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QualityContext:
-        memo[id(self)] = copied = type(self)(self.channels)
+        memo[id(self)] = copied = type(self)(self.channels, self.tap)
         return copied
 
     # -- written by the tap
@@ -125,6 +127,15 @@ class QualityContext:
         if torch.compiler.is_compiling():
             return self.given
         return getattr(self._local, "given", None)
+
+    def forget(self) -> None:
+        """A new forward pass of the whole model: the last one's q is none of its, even if its tap should be gone."""
+        if self.given_q() is not None:
+            return
+        if torch.compiler.is_compiling():
+            self.q = None
+        else:
+            self._compiled, self._local.forward = False, None
 
     def begin(self, q: Tensor, images: Tensor | None = None) -> None:
         """Start a forward pass whose quality features are q (B, Q)."""
@@ -252,9 +263,10 @@ class QualityContext:
 
     def _no_image(self, layer: str) -> str:
         return (
-            f"layer {layer!r} was called before any image reached the model, so there are no quality features. Call "
-            "the model on images, or give the features: `with quac_plugins.quality_of(model, q): …` with q of shape "
-            f"(B, {self.channels})."
+            f"layer {layer!r} was called before any image reached the model, so there are no quality features. They "
+            f"are computed where layer {self.tap or 'the model itself'!r} is called (if it was replaced, remove QuAC "
+            "and inject it again). Call the model on images, or give the features: `with "
+            f"quac_plugins.quality_of(model, q): …` with q of shape (B, {self.channels})."
         )
 
 
@@ -277,6 +289,7 @@ def quality_of(model: nn.Module, q: Tensor) -> Iterator[None]:
         q: (B, Q) or (B, Q, 1, 1), floating point.
 
     Raises:
+        TypeError: q is not a tensor.
         ValueError: the model holds no QuAC, or q has another width than its activations expect.
 
     Example:
@@ -286,6 +299,8 @@ def quality_of(model: nn.Module, q: Tensor) -> Iterator[None]:
         ...     model(torch.rand(2, 3, 64, 64)).shape
         torch.Size([2, 1000])
     """
+    if not isinstance(q, Tensor):
+        raise TypeError(f"q must be a tensor (B, Q), got {type(q).__name__}")
     contexts = contexts_of(model)
     if not contexts:
         raise ValueError(f"{type(model).__name__} has no QuAC activation inside; call quac_plugins.inject first")

@@ -46,7 +46,7 @@ class QualityTap(nn.Module):
         super().__init__()
         self.quality = quality
         self.context = context
-        self.layer = layer
+        self.layer = layer or "(the model itself)"
         self.in_chans = in_chans
         self.mean = tuple(mean) if mean is not None else None
         self.std = tuple(std) if std is not None else None
@@ -60,7 +60,7 @@ class QualityTap(nn.Module):
     def attach(self, host: nn.Module) -> None:
         """Become a child of the layer and listen to its calls."""
         host.add_module(TAP_NAME, self)
-        host.register_forward_pre_hook(tap_pre_hook)
+        host.register_forward_pre_hook(tap_pre_hook, with_kwargs=True)
         host.register_forward_hook(tap_hook)
 
     def detach(self, host: nn.Module) -> None:
@@ -116,7 +116,10 @@ class QualityTap(nn.Module):
     def _check(self, images: Tensor) -> None:
         if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != self.in_chans:
             got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
-            raise ValueError(f"layer {self.layer!r} expects images of shape (B, {self.in_chans}, H, W), got {got}")
+            hint = " (a detector that takes a list: inject its backbone)" if isinstance(images, (list, tuple)) else ""
+            raise ValueError(
+                f"layer {self.layer!r} expects images of shape (B, {self.in_chans}, H, W), got {got}{hint}"
+            )
         if not images.is_floating_point():
             raise TypeError(
                 f"layer {self.layer!r} expects floating point images, got {images.dtype}; "
