@@ -134,6 +134,7 @@ def kind_of(injected: Any) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pattern", nargs="?", default="*", help="which bases, as in timm.list_models")
+    parser.add_argument("--keep", action="store_true", help="keep the rows of other names from the file of results")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=RESULTS / "timm_coverage")
     args = parser.parse_args()
@@ -150,10 +151,15 @@ def main() -> None:
                 print(f"{row['name']}: {row['reason']} {row['where']}", flush=True)
             if len(rows) % 50 == 0:
                 print(f"{len(rows)}/{len(names)} in {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    table = args.out.with_suffix(".json")
+    if args.keep and table.is_file():
+        tried = {row["name"] for row in rows}
+        rows += [row for row in json.loads(table.read_text())["rows"] if row["name"] not in tried]
+        names = timm.list_models("*", exclude_filters="*_qacon")
     rows.sort(key=lambda row: names.index(row["name"].removesuffix("_qacon")))
     versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
+    table.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
     args.out.with_suffix(".md").write_text(markdown(rows, versions))
     print(f"{sum(row['ok'] for row in rows)} of {len(rows)} pass")
 

@@ -1,4 +1,4 @@
-"""Quality-adaptive activations (QuAC) and degradation priors for the networks people already use.
+"""Quality-adaptive activations (QuAC) for the networks people already use.
 
 Importing it registers ``NAME_qacon`` with timm for every architecture:
 

@@ -7,6 +7,7 @@ files they name are wrong, 3 the results are there but some images could not be 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import sys
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 WRONG, UNREADABLE = 2, 3
-_OURS = re.compile(r"_(qacon|ddp)(\.|$)")
+_OURS = re.compile(r"_qacon(\.|$)")
 _PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 
 app = typer.Typer(
-    help="Quality-adaptive activations and degradation priors: what there is, and how well it does.",
+    help="Quality-adaptive activations: what there is, and how well it does.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -96,6 +97,10 @@ def evaluate_command(
     with _plain_errors(debug):
         _check_outputs(json, plot)
         means, stds = numbers(mean, float, "--mean"), numbers(std, float, "--std")
+        if (means is None) != (stds is None):
+            raise ValueError("--mean and --std go together: give both or neither")
+        if not all(math.isfinite(value) for value in (*(means or ()), *(stds or ()))):
+            raise ValueError("--mean and --std must be finite numbers")
         size = numbers(input_size, int, "--input-size")
         side = size[0] if size and len(size) == 1 else size
         severities = numbers(severity, int, "--severity")

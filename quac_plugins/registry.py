@@ -28,7 +28,7 @@ def data_folder(name: str) -> Path:
 
 
 def registry_file(name: str) -> str:
-    """Path of a file of the registry, such as ``"timm.toml"`` or ``"detectron2/….yaml"``.
+    """Path of a file of the registry, such as ``"timm.toml"``.
 
     Raises:
         FileNotFoundError: there is no such file; the message lists those that are.

@@ -211,3 +211,10 @@ def test_without_its_packages_the_command_says_how_to_install_them(package, monk
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit, match=r'pip install "quac-plugins\[evaluate\]"'):
         cli.main()
+
+
+@pytest.mark.parametrize("options", [("--mean", 0.5), ("--std", 0.5), ("--mean", "nan", "--std", 1)])
+def test_half_a_normalization_is_refused(images, options):
+    done = quac("evaluate", "test_resnet", "--data", images, "--no-pretrained", *options)
+    assert done.exit_code == 2
+    assert "--mean and --std" in done.output

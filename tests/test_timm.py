@@ -10,7 +10,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.models import get_notrace_functions, get_notrace_modules, save_for_hf
-from timm.optim import param_groups_weight_decay
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
@@ -352,3 +352,13 @@ def test_removed_it_is_timms_own_model_again():
     assert model.default_cfg == base.default_cfg
     assert model._model_args == base._model_args
     assert model.state_dict().keys() == base.state_dict().keys()
+
+
+def test_optimizers_of_timm_leave_the_slopes_out_of_weight_decay():
+    model = timm.create_model("test_resnet_qacon")
+    slopes = {id(p) for name, p in model.named_parameters() if name.endswith((".p1", ".p2"))}
+    assert slopes
+    for group in param_groups_weight_decay(model, 0.1, no_weight_decay_list=model.no_weight_decay()):
+        assert group["weight_decay"] == 0 or not slopes & {id(p) for p in group["params"]}
+    assert create_optimizer_v2(copy.deepcopy(model), opt="adamw", weight_decay=0.1)
+    assert not hasattr(quac.remove(model), "no_weight_decay")

@@ -1,1 +1,1 @@
-"""The framework-free part: activations, quality functions, putting both into hosts. Imports torch and numpy only."""
+"""The framework-free part: activations, quality functions, putting both into hosts. Imports no framework."""

@@ -38,8 +38,8 @@ def build_model(
     Args:
         name: what `timm.create_model` takes: ``resnet18``, ``resnet50_qacon.a1_in1k``, ``hf-hub:…``, ``local-dir:…``.
         base_checkpoint: a file with the weights of the host (safetensors, or a torch file, read with
-            ``weights_only``). It stands in for the download of ``pretrained=True``: for a name with ``_qacon`` or
-            ``_ddp`` it fills the host before modules are put in.
+            ``weights_only``). It stands in for the download of ``pretrained=True``: for a name with ``_qacon``
+            it fills the host before modules are put in.
         checkpoint: such a file with the weights of the whole network, loaded strictly at the end.
         adapter: what `quac_plugins.load_adapter` takes: a directory, or ``org/name`` of the Hub.
         model_kwargs: further arguments of `timm.create_model`.

@@ -58,8 +58,16 @@ class ChannelActivation(nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.__dict__.get("name"):  # a subclass without a name of its own does not take its parent's place
-            ACTIVATIONS[cls.name] = cls
+        if not cls.__dict__.get("name"):  # a subclass without a name of its own does not take its parent's place
+            return
+        taken = ACTIVATIONS.get(cls.name)
+        if taken is not None and (taken.__module__, taken.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"the activation name {cls.name!r} is taken by {taken.__module__}.{taken.__qualname__}")
+        missing = [what for what in ("equation", "neutral") if not getattr(cls, what, None)]
+        if missing or len(cls.neutral) < cls.numbers:
+            what = " and ".join(missing) or f"{cls.numbers} values in neutral"
+            raise TypeError(f"activation {cls.name!r} ({cls.__qualname__}) must give {what}")
+        ACTIVATIONS[cls.name] = cls
 
     def __init__(self, channels: int, channel_dim: int = 1, init: str = "paper", host: nn.Module | None = None):
         super().__init__()

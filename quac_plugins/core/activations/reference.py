@@ -1,4 +1,4 @@
-"""The equations, plain: the functional twins of the modules, and what every faster kernel is checked against.
+"""The equations, plain: the functional twins of the modules.
 
 All take x and per-channel parameters that broadcast against it ((1, C, 1, 1) or (B, C, 1, 1) for NCHW), compute half
 precision in float32 and return the dtype of x.

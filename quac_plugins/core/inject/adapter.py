@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quac_plugins.core.activations.driver import EXPANSIONS
-from quac_plugins.core.inject.config import QuACConfig
+from quac_plugins.core.inject.config import QuACConfig, without_path
 from quac_plugins.core.inject.sites import Site
 from quac_plugins.core.inject.surgery import Injection, inject, injection_of, remove, unwrap
 
@@ -162,7 +162,12 @@ def _differences(there: QuACConfig, here: QuACConfig) -> list[str]:
         fields += ["norm", "reduction"]
     if here.activation_class.needs_quality and isinstance(here.quality, str) and not _is_own(there):
         fields += ["quality"]
-    pairs = [(field, getattr(there, field), getattr(here, field)) for field in fields]
+    if there.mean is not None:  # explicit there; otherwise each host brings its own, and q is that of the pictures
+        fields += ["mean", "std"]
+    if here.activation_class.needs_quality:
+        fields += ["channel_order"]
+    known = there.to_dict(), here.to_dict()
+    pairs = [(field, known[0][field], known[1][field]) for field in fields]
     return [f"{field} is {a!r} in the adapter, {b!r} in this host" for field, a, b in pairs if a != b]
 
 
@@ -197,7 +202,10 @@ def _read_config(path: Path) -> tuple[QuACConfig, list[Site], dict[str, Any]]:
         if values.get("format") != FORMAT:
             raise ValueError(f"format is {values.get('format')!r}; this version reads {FORMAT}")
         sites = [_read_site(site) for site in values["sites"]]
-        return QuACConfig.from_dict(values["config"]), sites, dict(values["host"])
+        config = QuACConfig.from_dict(values["config"])
+        if isinstance(config.quality, str):
+            config.quality = without_path(config.quality)
+        return config, sites, dict(values["host"])
     except (KeyError, TypeError, ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} is not an adapter's config: {what}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
@@ -30,6 +30,17 @@ def _numbers(what: str, value: Any) -> tuple[float, ...]:
     if not numbers or not all(math.isfinite(v) for v in numbers):
         raise ValueError(f"{what} must be a number or one for each channel, got {value!r}")
     return numbers
+
+
+def without_path(quality: str) -> str:
+    """``contrique:/some/file`` as ``contrique``: files of one machine are neither saved nor opened for another's sake.
+
+    Example:
+        >>> without_path("contrique:/some/file"), without_path("pyiqa:piqe")
+        ('contrique', 'pyiqa:piqe')
+    """
+    prefix, _, argument = quality.partition(":")
+    return prefix if any(mark in argument for mark in "/\\") else quality
 
 
 @dataclass
@@ -127,8 +138,10 @@ class QuACConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serializable; a callable quality appears as its name, and must be given again when it is read back."""
-        values = asdict(self)
-        if not isinstance(self.quality, str):
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if isinstance(self.quality, str):
+            values["quality"] = without_path(self.quality)
+        else:
             values["quality"] = f"callable:{getattr(self.quality, '__name__', type(self.quality).__name__)}"
         return values
 

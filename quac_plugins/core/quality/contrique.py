@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import copy
 import os
-import pickle
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -116,14 +116,14 @@ def load_contrique(path: str | os.PathLike[str]) -> nn.Sequential:
     return encoder.float().eval().requires_grad_(False)
 
 
-def _read(path: str) -> dict[str, Any]:
-    if path.endswith(".safetensors"):
-        from safetensors.torch import load_file
+def _load_pickle(path: str) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)
 
-        return load_file(path)
+
+def _read(path: str) -> dict[str, Any]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        state = load_file(path) if path.endswith(".safetensors") else _load_pickle(path)
+    except Exception as error:  # whatever a file that is no checkpoint makes of the reader
         raise ValueError(f"{path!r} cannot be read as a checkpoint of weights: {error}") from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 QualityCallable = Callable[[Tensor], Tensor]
 
@@ -38,8 +38,14 @@ class QualityFunction:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Compute q (B, Q) of images (B, 3, H, W); raises ValueError if the function returns another shape."""
+        if isinstance(self.function, nn.Module):
+            first = next(self.function.parameters(), None)
+            if first is not None and first.device != images.device:
+                self.function.to(images.device)
         with torch.set_grad_enabled(self.needs_grad and torch.is_grad_enabled()):
             q = self.function(images)
+        if not isinstance(q, Tensor):
+            raise TypeError(f"quality function {self.name!r} returned {type(q).__name__}, not a tensor (B, Q)")
         if q.ndim != 2 or q.shape[0] != images.shape[0] or q.shape[1] != self.channels:
             raise ValueError(
                 f"quality function {self.name!r} returned shape {tuple(q.shape)} for images {tuple(images.shape)}; "
@@ -56,6 +62,11 @@ def quality_function(name: str, channels: int) -> Callable[[QualityCallable], Qu
     """Register a function (B, 3, H, W) in [0, 1] → (B, ``channels``) under ``name``."""
 
     def register(function: QualityCallable) -> QualityCallable:
+        taken = _TABLE.get(name)
+        if taken is not None and taken.function.__module__ != function.__module__:
+            raise ValueError(
+                f"the quality function {name!r} is taken by {taken.function.__module__}; choose another name"
+            )
         _TABLE[name] = QualityFunction(name, channels, function)
         return function
 
@@ -90,7 +101,9 @@ def resolve_quality(
     """Turn a name or a callable into a :class:`QualityFunction`.
 
     Args:
-        spec: a name of :func:`quality_names`, or any callable (B, 3, H, W) in [0, 1] → (B, Q).
+        spec: a name of :func:`quality_names`, or any callable (B, 3, H, W) in [0, 1] → (B, Q). An ``nn.Module`` is put
+            into eval mode and follows the images from device to device; it is no part of the model: neither trained
+            nor saved with it.
         channels: Q of a callable; measured on a grey 64×64 picture when not given.
         needs_grad: let gradients flow through the quality function (by default it is under ``no_grad``).
 
@@ -122,6 +135,8 @@ def resolve_quality(
             raise ValueError(f"unknown quality function {spec!r}{hint} Known: {', '.join(quality_names())}")
         return QualityFunction(found.name, found.channels, found.function, needs_grad, found.builtin)
     if callable(spec):
+        if isinstance(spec, nn.Module):
+            spec.eval()  # it measures and does not learn: its own batch norms must not move with every picture
         if channels is None:
             channels = _measure_channels(spec)
         name = getattr(spec, "__name__", type(spec).__name__)
@@ -130,8 +145,16 @@ def resolve_quality(
 
 
 def _measure_channels(function: Any) -> int:
-    with torch.no_grad():
-        q = function(torch.full((1, 3, 64, 64), 0.5))
+    first = next(function.parameters(), None) if isinstance(function, nn.Module) else None
+    grey = torch.full((1, 3, 64, 64), 0.5, device=first.device if first is not None else None)
+    try:
+        with torch.no_grad():
+            q = function(grey)
+    except Exception as error:
+        raise ValueError(
+            f"quality callable {function!r} failed on a grey picture (1, 3, 64, 64), which measures its width Q "
+            f"({type(error).__name__}: {error}). If it needs larger ones, give Q: QuACConfig(quality_channels=…)"
+        ) from error
     if not isinstance(q, Tensor) or q.ndim != 2 or q.shape[0] != 1:
         shape = tuple(q.shape) if isinstance(q, Tensor) else type(q).__name__
         raise ValueError(f"quality callable {function!r} returned {shape} for images (1, 3, 64, 64); expected (1, Q)")

@@ -411,3 +411,20 @@ def test_a_save_that_is_killed_leaves_a_whole_adapter(saved):
 
 def test_public_functions_find_the_same_adapter(saved):
     assert quac.load_adapter(host(), saved).act1.p1.equal(load_adapter(host(), str(saved)).act1.p1)
+
+
+def test_paths_of_this_machine_are_not_saved(tmp_path, monkeypatch):
+    checkpoint = tmp_path / "contrique.tar"
+    torch.save({"a": torch.zeros(1)}, checkpoint)
+    with pytest.raises(ValueError, match=r"contrique\.tar"):
+        timm.create_model("test_resnet_qacon", quality=f"contrique:{checkpoint}")
+    assert quac.QuACConfig(quality=f"contrique:{checkpoint}").to_dict()["quality"] == "contrique"
+
+
+def test_an_adapter_for_another_normalization_is_refused(cheap, tmp_path):
+    own = {"quality": cheap, "norm": "layer"}
+    there = quac.inject(timm.create_model("test_resnet"), quac.QuACConfig(mean=(0.4,), std=(0.2,), **own))
+    quac.save_adapter(there, tmp_path)
+    here = quac.inject(timm.create_model("test_resnet"), quac.QuACConfig(mean=(0.5,), std=(0.2,), **own))
+    with pytest.raises(ValueError, match="mean"):
+        quac.load_adapter(here, tmp_path)

@@ -358,3 +358,60 @@ def test_a_multiple_of_the_batch_is_expanded_only_as_the_config_says(cheap):
 
 def test_public_names_are_there():
     assert all(hasattr(quac, name) for name in quac.__all__)
+
+
+# -- the tap
+
+
+def test_a_tapped_layer_that_was_replaced_is_an_error_and_not_the_last_images_quality(cheap, photographs):
+    model = timm.create_model("test_resnet").eval()
+    quac.inject(model, quac.QuACConfig(quality=cheap, init="paper", norm="layer"))
+    model(photographs(2, 64))
+    first = model.conv1[0]
+    model.conv1[0] = nn.Conv2d(3, first.out_channels, first.kernel_size, first.stride, first.padding)
+    with pytest.raises(quac.QualityError, match=r"'conv1\.0'.*replaced"):
+        model(photographs(2, 64))
+
+
+def test_images_given_by_name(cheap, photographs):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.act = nn.Conv2d(3, 4, 3), nn.ReLU()
+
+        def forward(self, pixels):
+            return self.act(self.conv(input=pixels))
+
+    class Scaled(Named):
+        def forward(self, pixels):
+            return self.act(self.conv((pixels - 0.45) / 0.22))
+
+    for host in (Named().eval(), Scaled().eval()):
+        images = photographs(2, 32)
+        before = host(images)
+        quac.inject(host, quac.QuACConfig(quality=cheap, mean=(0.0,), std=(1.0,)))
+        assert torch.equal(host(pixels=images), before)
+        assert torch.equal(host(images), before)
+
+
+def test_what_is_put_into_a_frozen_part_is_frozen_with_it(cheap):
+    model = timm.create_model("test_resnet").train()
+    model.layer1.eval()
+    quac.inject(model, quac.QuACConfig(quality=cheap, where="all"))
+    assert not any(m.training for m in model.layer1.modules())
+    assert all(m.training for m in model.layer2.modules())
+
+
+def test_a_host_that_takes_more_than_images_says_why(cheap):
+    class Timed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.act = nn.Conv2d(3, 4, 3), nn.ReLU()
+
+        def forward(self, x, t):
+            return self.act(self.conv(x)) + t
+
+    with pytest.raises(RuntimeError, match="'t'"):
+        quac.inject(Timed(), quac.QuACConfig(quality=cheap))
+    with pytest.raises(ValueError, match="example"):
+        quac.inject(Timed(), quac.QuACConfig(quality=cheap), example=torch.rand(3, 8, 8))

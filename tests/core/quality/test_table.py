@@ -129,3 +129,42 @@ def test_every_size_of_image_has_a_finite_feature(batch, height, width, seed):
         q = found(images)
         assert q.shape == (batch, found.channels)
         assert q.isfinite().all()
+
+
+def test_a_module_as_quality_function_only_measures(photographs):
+    import timm
+
+    import quac_plugins as quac
+
+    own = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.AdaptiveAvgPool2d(1))
+    own.append(torch.nn.Flatten())
+    before = {name: tensor.clone() for name, tensor in own.state_dict().items()}
+    model = timm.create_model("test_resnet")
+    names = set(model.state_dict())
+    quac.inject(model, quac.QuACConfig(quality=own, norm="layer")).train()
+    model(photographs(2, 64)).mean().backward()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in own.state_dict().items())
+    assert all(p.grad is None for p in own.parameters())
+    assert not any(name.startswith("quality") for name in set(model.state_dict()) - names)
+
+
+def test_names_that_are_taken_are_refused():
+    import quac_plugins as quac
+
+    with pytest.raises(ValueError, match=r"'brisque' is taken by quac_plugins"):
+
+        @quac.quality_function("brisque", channels=3)
+        def mine(images):
+            return images.mean((2, 3))
+
+    with pytest.raises(ValueError, match=r"'qacon' is taken by quac_plugins"):
+
+        class Mine(quac.QualityDriven):
+            name, neutral, equation = "qacon", (1.0,), staticmethod(lambda x, a: x * a)
+
+    with pytest.raises(TypeError, match="neutral"):
+
+        class Unfinished(quac.QualityDriven):
+            name, equation = "unfinished", staticmethod(lambda x, a: x * a)
+
+    assert quac.ACTIVATIONS["qacon"] is quac.QACON
