@@ -71,8 +71,8 @@ def create_qacon(
         >>> model(torch.rand(2, 1, 64, 64)).shape
         torch.Size([2, 10])
     """
-    config = QuACConfig(**{key: kwargs.pop(key) for key in OPTIONS if key in kwargs})
-    options = {key: value for key, value in config.to_dict().items() if key in OPTIONS}
+    given = {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
+    config = QuACConfig(**given)
     source = _field(pretrained_cfg, "source")
     whole = source in ("hf-hub", "local-dir")  # a model that was saved with QuAC inside
     if pretrained and config.init == "paper" and not whole:
@@ -80,6 +80,9 @@ def create_qacon(
             f"{base}{SUFFIX}: pretrained=True with init='paper' would put random activations into trained weights; "
             "use init='preserve', or pretrained=False"
         )
+    entry = _published(base, pretrained_cfg) if pretrained and not whole else None
+    if entry is not None:
+        pretrained_cfg = entry.get("base", pretrained_cfg)
     if pretrained_model_args is not None:
         kwargs["pretrained_model_args"] = {k: v for k, v in pretrained_model_args.items() if k not in OPTIONS}
     try:
@@ -95,8 +98,11 @@ def create_qacon(
         if pretrained and not whole and _is_network(error):
             raise RuntimeError(_not_found(base, pretrained_cfg)) from error
         raise
-    inject(model, config)
-    _describe(model, base + SUFFIX, options)
+    if entry is None or given:
+        inject(model, config)
+    if entry is not None:  # alone, it also says what to put in; with options given, they must be its own
+        load_adapter(model, entry["adapter"], revision=entry.get("revision"))
+    _describe(model, base + SUFFIX)
     if pretrained and whole:
         in_chans = _field(model.pretrained_cfg, "input_size")[0]
         load_pretrained(
@@ -106,22 +112,27 @@ def create_qacon(
             in_chans=kwargs.get("in_chans", in_chans),
             cache_dir=cache_dir,
         )
-    elif pretrained:
-        tag = pretrained_cfg if isinstance(pretrained_cfg, str) else _field(pretrained_cfg, "tag")
-        entry = published().get(f"{base}{SUFFIX}.{tag}" if tag else base + SUFFIX)
-        if entry is not None:
-            load_adapter(model, entry["adapter"], revision=entry.get("revision"))
     return model
+
+
+def _published(base: str, pretrained_cfg: Any) -> dict[str, Any] | None:
+    """The registry's entry for a name and its tag; without a tag, for the base's default one."""
+    name = base + SUFFIX
+    tag = pretrained_cfg if isinstance(pretrained_cfg, str) else _field(pretrained_cfg, "tag")
+    if pretrained_cfg is None:
+        tag = _field(timm.get_pretrained_cfg(base), "tag")
+    return published().get(f"{name}.{tag}" if tag else name)
 
 
 def _field(cfg: Any, name: str) -> Any:
     return cfg.get(name) if isinstance(cfg, dict) else getattr(cfg, name, None)
 
 
-def _describe(model: nn.Module, name: str, options: dict[str, Any]) -> None:
+def _describe(model: nn.Module, name: str) -> None:
     """Let timm's savers write the name and options with which ``create_model`` builds this model again."""
     record = injection_of(model)
     assert record is not None
+    options = {key: value for key, value in record.config.to_dict().items() if key in OPTIONS}
     for attribute in ("pretrained_cfg", "default_cfg"):
         cfg = getattr(model, attribute, None)
         if isinstance(cfg, dict):

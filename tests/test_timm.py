@@ -251,6 +251,27 @@ def test_adapter_over_pretrained_weights(weights, tmp_path, normalized):
         assert torch.equal(again.eval()(images), model.eval()(images))
 
 
+def test_an_adapter_that_the_registry_names_goes_over_the_bases_weights(weights, tmp_path, normalized, monkeypatch):
+    file, base = weights
+    kwargs = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}
+    model = moved(timm.create_model("test_resnet_qacon", where="all", norm="layer", **kwargs))
+    quac.save_adapter(model, tmp_path / "adapter")
+    table = {
+        "test_resnet_qacon.r160_in1k": {"adapter": str(tmp_path / "adapter")},
+        "test_resnet_qacon.own": {"adapter": str(tmp_path / "adapter"), "base": "r160_in1k"},
+    }
+    monkeypatch.setattr("quac_plugins.timm.published", lambda: table)
+    images, saved = normalized(2, 64), quac.adapter_state(model)
+    assert len(saved) > 10
+    for name in ("test_resnet_qacon", "test_resnet_qacon.r160_in1k", "test_resnet_qacon.own"):
+        again = timm.create_model(name, **kwargs).eval()
+        assert all(torch.equal(saved[key], tensor) for key, tensor in quac.adapter_state(again).items())
+        assert again._model_args["norm"] == "layer"
+        assert not torch.equal(again(images), base(images))
+    with pytest.raises(ValueError, match="norm is 'layer' in the adapter, 'none' in this host"):
+        timm.create_model("test_resnet_qacon", norm="none", **kwargs)
+
+
 def test_no_network_says_what_was_looked_for_and_how_to_give_a_file(tmp_path):
     code = (
         "import sys, timm, quac_plugins\n"
