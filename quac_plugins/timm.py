@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -183,7 +183,8 @@ def _configs(base: str) -> DefaultCfg:
     cfgs = {}
     for tag, cfg in configs.cfgs.items():
         if cfg.hf_hub_id == "timm/":  # timm completes this with the name it registers, which here is not the base's
-            cfg = replace(cfg, hf_hub_id=f"timm/{base}.{tag}" if tag else f"timm/{base}")
+            cfg = copy(cfg)
+            cfg.hf_hub_id = f"timm/{base}.{tag}" if tag else f"timm/{base}"
         cfgs[tag] = cfg
     return DefaultCfg(configs.tags, cfgs, configs.is_pretrained)
 
@@ -198,7 +199,11 @@ def register() -> list[str]:
         entry = _entrypoint(base)
         default_cfgs[name] = _configs(base)
         setattr(module, name, entry)
+        vars(module)["__all__"] = [
+            name
+        ]  # timm looks every name up in this list: a long one would cost more than the rest
         register_model(entry)
     for cls in (*ACTIVATIONS.values(), WidthSwitch, QualityTap):
         register_notrace_module(cls)  # torch.fx feature extraction takes them whole
+    vars(module)["__all__"] = sorted(default_cfgs)
     return [base + SUFFIX for base in names]

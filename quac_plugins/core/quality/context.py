@@ -23,6 +23,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -62,26 +63,26 @@ _handles = itertools.count()
 _contexts: weakref.WeakValueDictionary[int, QualityContext] = weakref.WeakValueDictionary()
 
 
-@torch.library.custom_op("quac_plugins::current_q", mutates_args=())
-def _fetch(like: Tensor, x: Tensor, handle: int, layer: str) -> Tensor:
-    """The q that belongs to x, when compiled code runs; ``like`` has its shape."""
-    q = _contexts[handle].current(x, layer)
-    if q.shape != like.shape or q.dtype != like.dtype:
-        raise QualityError(
-            f"layer {layer!r} is compiled apart from the layer that sees the images, and another thread uses the "
-            f"model with another batch (q {tuple(q.shape)}, there {tuple(like.shape)}). Compile the whole model, or "
-            "give each thread a copy."
-        )
-    return q.clone()
+@lru_cache(maxsize=1)
+def _define_operator() -> Any:
+    """``torch.ops.quac_plugins.current_q``; made with the first context, since making it costs a third of an import."""
 
+    def current_q(like: Tensor, x: Tensor, handle: int, layer: str) -> Tensor:
+        """The q that belongs to x, when compiled code runs; ``like`` has its shape."""
+        q = _contexts[handle].current(x, layer)
+        if q.shape != like.shape or q.dtype != like.dtype:
+            raise QualityError(
+                f"layer {layer!r} is compiled apart from the layer that sees the images, and another thread uses the "
+                f"model with another batch (q {tuple(q.shape)}, there {tuple(like.shape)}). Compile the whole model, "
+                "or give each thread a copy."
+            )
+        return q.clone()
 
-@_fetch.register_fake
-def _(like: Tensor, x: Tensor, handle: int, layer: str) -> Tensor:
-    return torch.empty_like(like)
-
-
-# quality functions that have a gradient: ``like`` is the q that was current when the graph ran
-_fetch.register_autograd(lambda ctx, grad: (grad, None, None, None))
+    operator = torch.library.custom_op("quac_plugins::current_q", current_q, mutates_args=())
+    operator.register_fake(lambda like, x, handle, layer: torch.empty_like(like))
+    # quality functions that have a gradient: ``like`` is the q that was current when the graph ran
+    operator.register_autograd(lambda ctx, grad: (grad, None, None, None))
+    return operator
 
 
 class QualityContext:
@@ -106,6 +107,7 @@ class QualityContext:
         self._lock = threading.Lock()
         self._alive: weakref.WeakSet[_Forward] = weakref.WeakSet()
         self._reentrant: deque[_Forward] = deque(maxlen=64)
+        _define_operator()
         self._handle = next(_handles)  # how compiled code names this context
         _contexts[self._handle] = self
 
@@ -181,7 +183,7 @@ class QualityContext:
             if self.q is None:
                 raise QualityError(self._no_image(layer))
             # in one graph with the tap, q is a value of that graph; else it is asked for when the graph runs
-            return self.q if self._compiled else _fetch(self.q, x, self._handle, layer)
+            return self.q if self._compiled else torch.ops.quac_plugins.current_q(self.q, x, self._handle, layer)
         if _in_backward():
             return self._recomputed(x, layer).q
         if self._compiled and self.q is not None:  # the tap ran in compiled code, this activation does not
