@@ -13,11 +13,6 @@ TAP_NAME = "quac_tap"
 AFTER_NAME = "quac_last"
 
 
-def root_pre_hook(model: Any, args: tuple) -> None:
-    """Forget the last forward pass before the next begins."""
-    model._quac_injection.context.forget()
-
-
 def tap_pre_hook(layer: Any, args: tuple, kwargs: dict) -> None:
     """Show the tap the images, the layer's first argument, before its layer runs."""
     layer.quac_tap(args[0] if args else next(iter(kwargs.values()), None))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quac_plugins.core.activations import ChannelActivation
-from quac_plugins.core.hooks import AFTER_NAME, TAP_NAME, after_hook, remove_hooks, root_pre_hook
+from quac_plugins.core.hooks import AFTER_NAME, TAP_NAME, after_hook, remove_hooks
 from quac_plugins.core.inject.config import QuACConfig
 from quac_plugins.core.inject.sites import Site, find_sites
 from quac_plugins.core.inject.trace import Trace, trace
@@ -158,7 +158,6 @@ def place(
             _swap(model, host, module)
     setattr(model, _RECORD, Injection(config, sites, seen.tap if tap is not None else None, quality, replaced, context))
     if tap is not None and seen.tap is not None:
-        model.register_forward_pre_hook(root_pre_hook)
         tap.attach(model.get_submodule(seen.tap))
     return model
 
@@ -243,7 +242,6 @@ def remove(model: nn.Module) -> nn.Module:
         raise ValueError(f"{type(model).__name__} holds no QuAC; nothing to remove")
     whole, model = model, unwrap(model)
     if record.tap is not None:
-        remove_hooks(model, root_pre_hook)
         layer = model.get_submodule(record.tap)
         layer.get_submodule(TAP_NAME).detach(layer)  # type: ignore[operator]
     for site in reversed(record.sites):

@@ -107,6 +107,7 @@ class QualityContext:
         self._lock = threading.Lock()
         self._alive: weakref.WeakSet[_Forward] = weakref.WeakSet()
         self._reentrant: deque[_Forward] = deque(maxlen=64)
+        self._tap: weakref.ref[nn.Module] | None = None
         _define_operator()
         self._handle = next(_handles)  # how compiled code names this context
         _contexts[self._handle] = self
@@ -130,14 +131,10 @@ class QualityContext:
             return self.given
         return getattr(self._local, "given", None)
 
-    def forget(self) -> None:
-        """A new forward pass of the whole model: the last one's q is none of its, even if its tap should be gone."""
-        if self.given_q() is not None:
-            return
-        if torch.compiler.is_compiling():
-            self.q = None
-        else:
-            self._compiled, self._local.forward = False, None
+    def watch(self, tap: nn.Module) -> None:
+        """Remember the tap that writes: once its layer is replaced and it is gone, its last q is nobody's."""
+        if not torch.compiler.is_compiling():
+            self._tap = weakref.ref(tap)
 
     def begin(self, q: Tensor, images: Tensor | None = None) -> None:
         """Start a forward pass whose quality features are q (B, Q)."""
@@ -189,7 +186,7 @@ class QualityContext:
         if self._compiled and self.q is not None:  # the tap ran in compiled code, this activation does not
             self._start(_Forward(self.q))
         forward = getattr(self._local, "forward", None)
-        if forward is None:
+        if forward is None or (self._tap is not None and self._tap() is None):
             raise QualityError(self._no_image(layer))
         if forward.grad_enabled and not forward.anchored and not torch.is_grad_enabled():
             forward.recomputations += 1

@@ -75,6 +75,7 @@ class QualityTap(nn.Module):
     def observe(self, images: Tensor) -> None:
         """Compute q of images (B, C, H, W) as the host gets them, and start a forward pass with it."""
         self._check(images)
+        self.context.watch(self)
         if self.context.resume(images, self.layer):
             return
         q = self.context.given_q()

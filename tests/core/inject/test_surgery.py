@@ -369,6 +369,7 @@ def test_a_tapped_layer_that_was_replaced_is_an_error_and_not_the_last_images_qu
     model(photographs(2, 64))
     first = model.conv1[0]
     model.conv1[0] = nn.Conv2d(3, first.out_channels, first.kernel_size, first.stride, first.padding)
+    del first
     with pytest.raises(quac.QualityError, match=r"'conv1\.0'.*replaced"):
         model(photographs(2, 64))
 
