@@ -50,7 +50,6 @@ class Injection:
         tap: name of the layer that is tapped, None if the activation needs no quality.
         quality: the quality function, None likewise.
         replaced: site name → the host's own module (in a tuple, so that it is no parameter of the host).
-        context: what carries q from the tap to the sites, None if no q is needed.
         attributes: attributes of the host that a door has rewritten, as they were; :func:`remove` restores them.
         added: attributes that a door has added; :func:`remove` deletes them.
     """
@@ -60,7 +59,6 @@ class Injection:
     tap: str | None
     quality: QualityFunction | None
     replaced: dict[str, tuple[nn.Module, ...]]
-    context: QualityContext | None = None
     attributes: dict[str, Any] = field(default_factory=dict)
     added: list[str] = field(default_factory=list)
 
@@ -156,7 +154,7 @@ def place(
         else:
             replaced[site.name] = (host,)
             _swap(model, host, module)
-    setattr(model, _RECORD, Injection(config, sites, seen.tap if tap is not None else None, quality, replaced, context))
+    setattr(model, _RECORD, Injection(config, sites, seen.tap if tap is not None else None, quality, replaced))
     if tap is not None and seen.tap is not None:
         tap.attach(model.get_submodule(seen.tap))
     return model
