@@ -1,12 +1,14 @@
-"""Quality-adaptive activations (QuAC) for the networks people already use.
+"""Quality-adaptive activations (QuAC) and degradation priors for the networks people already use.
 
-Importing it registers ``NAME_qacon`` with timm for every architecture:
+Importing it registers ``NAME_qacon``, ``NAME_ddp`` and ``NAME_qacon_ddp`` with timm for every architecture:
 
     >>> import timm, torch, quac_plugins
     >>> model = timm.create_model("test_resnet_qacon", num_classes=10).eval()
     >>> model(torch.rand(1, 3, 64, 64)).shape
     torch.Size([1, 10])
 """
+
+from typing import TYPE_CHECKING, Any
 
 from quac_plugins import functional
 from quac_plugins import timm as _timm_door
@@ -21,32 +23,47 @@ from quac_plugins.core.activations import (
     QSwish,
     QualityDriven,
 )
-from quac_plugins.core.inject import Injection, QuACConfig, inject, injection_of, remove
+from quac_plugins.core.inject import Injection, PriorConfig, QuACConfig, inject, injection_of, remove
 from quac_plugins.core.inject.adapter import adapter_state, save_adapter
+from quac_plugins.core.prior.fdm import FDM, FDMS
 from quac_plugins.core.quality import QualityFunction, quality_function, quality_names, resolve_quality
 from quac_plugins.core.quality.brisque import brisque
+from quac_plugins.core.quality.brisque_tone import brisque_tone
 from quac_plugins.core.quality.context import QualityError, quality_of
+from quac_plugins.core.restore import RestoreThen, restore_then
 from quac_plugins.hub import load_adapter
 from quac_plugins.registry import registry_file
+
+if TYPE_CHECKING:
+    from quac_plugins.fit import FitReport, Recipe, fit_prior, fit_qacon
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ACTIVATIONS",
+    "FDM",
+    "FDMS",
     "QACON",
     "QGELU",
     "AconC",
     "ChannelActivation",
+    "FitReport",
     "Injection",
     "MetaACON",
+    "PriorConfig",
     "QPReLU",
     "QSwish",
     "QuACConfig",
     "QualityDriven",
     "QualityError",
     "QualityFunction",
+    "Recipe",
+    "RestoreThen",
     "adapter_state",
     "brisque",
+    "brisque_tone",
+    "fit_prior",
+    "fit_qacon",
     "functional",
     "inject",
     "injection_of",
@@ -57,7 +74,23 @@ __all__ = [
     "registry_file",
     "remove",
     "resolve_quality",
+    "restore_then",
     "save_adapter",
 ]
+
+_LATER = ("FitReport", "Recipe", "fit_prior", "fit_qacon")  # imported when they are asked for
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from quac_plugins import fit
+
+    return getattr(fit, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
+
 
 _timm_door.register()

@@ -47,10 +47,11 @@ def load_adapter(
     """Put a saved adapter into a host, or its parameters into a host that already holds the same.
 
     Args:
-        model: a fresh host, or one with the same injection.
+        model: a fresh host, or one with the same injection. A prior that was never fitted makes room for the adapter's.
         source: a folder that :func:`save_adapter` wrote, a name of ``hub/``, or ``"org/name"`` on the Hub.
         revision: branch, tag or commit (Hub only).
-        check_host: refuse a host of another architecture than the adapter was made for.
+        check_host: refuse a host of another architecture than the adapter was made for, and for an adapter with a
+            degradation prior one with other weights; activations alone are warned of other weights.
         example: images as a fresh host gets them, where :func:`inject` needs them.
 
     Returns:
@@ -62,9 +63,10 @@ def load_adapter(
 
     Example:
         >>> import tempfile, timm, quac_plugins as quac
+        >>> model = timm.create_model("test_resnet_qacon")
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = quac.save_adapter(timm.create_model("test_resnet_qacon"), folder)
-        ...     model = quac.load_adapter(timm.create_model("test_resnet"), folder)
+        ...     _ = quac.save_adapter(model, folder)
+        ...     model = quac.load_adapter(quac.remove(model), folder)
         >>> quac.injection_of(model).config.activation
         'qacon'
     """

@@ -1,7 +1,8 @@
-"""The timm door: `NAME_qacon` for every architecture of timm.
+"""The timm door: `NAME_qacon`, `NAME_ddp` and `NAME_qacon_ddp` for every architecture of timm.
 
 ``import quac_plugins`` registers the names; ``timm.create_model("resnet50_qacon")`` builds timm's own ``resnet50`` and
-puts QuAC into it. Everything that timm's factory takes passes through.
+puts QuAC into it, ``"resnet50_ddp"`` freezes it and puts a degradation prior into it, ``"resnet50_qacon_ddp"`` both.
+Everything that timm's factory takes passes through.
 """
 
 from __future__ import annotations
@@ -9,41 +10,49 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable
-from copy import copy
 from functools import partial
 from typing import Any
 
 import timm
-from timm.models import DefaultCfg, PretrainedCfg, load_pretrained, register_model, register_notrace_module
+from timm.models import DefaultCfg, PretrainedCfg, _registry, load_pretrained, register_model, register_notrace_module
 from torch import nn
 
-from quac_plugins.core.activations import ACTIVATIONS
-from quac_plugins.core.inject import QuACConfig, inject, injection_of
+from quac_plugins.core.activations import ACTIVATIONS, ChannelActivation
+from quac_plugins.core.inject import PriorConfig, QuACConfig, inject, injection_of
 from quac_plugins.core.inject.surgery import WidthSwitch
+from quac_plugins.core.prior.fdm import FDMS
+from quac_plugins.core.prior.routed import RoutedFDM
 from quac_plugins.core.quality.tap import QualityTap
 from quac_plugins.hub import load_adapter
 from quac_plugins.registry import published
 
-SUFFIX = "_qacon"
+SUFFIXES = ("_qacon", "_ddp", "_qacon_ddp")
 OPTIONS = ("activation", "where", "quality", "init", "norm", "reduction")
+PRIOR_OPTIONS = ("site", "fdm", "fdm_width", "fdm_act", "experts", "top_k", "freeze")
 
 # timm's register_model reads the pretrained configs of a name from this module-level table
 default_cfgs: dict[str, Any] = {}
 __all__: list[str] = []
 
 
-def _entrypoint(base: str) -> Callable[..., nn.Module]:
+def _entrypoint(base: str, suffix: str) -> Callable[..., nn.Module]:
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return create_qacon(base, pretrained, **kwargs)
+        return create_quac(base, suffix, pretrained, **kwargs)
 
-    create.__name__ = create.__qualname__ = base + SUFFIX
+    what = {
+        "_qacon": "quality-adaptive activations",
+        "_ddp": "a degradation prior, the host frozen",
+        "_qacon_ddp": "quality-adaptive activations and a degradation prior, the host frozen",
+    }
+    create.__name__ = create.__qualname__ = base + suffix
     create.__module__ = __name__
-    create.__doc__ = f"{base} with quality-adaptive activations; see :func:`quac_plugins.timm.create_qacon`."
+    create.__doc__ = f"{base} with {what[suffix]}; see :func:`quac_plugins.timm.create_quac`."
     return create
 
 
-def create_qacon(
+def create_quac(
     base: str,
+    suffix: str = "_qacon",
     pretrained: bool = False,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
@@ -51,15 +60,18 @@ def create_qacon(
     pretrained_model_args: dict[str, Any] | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build a timm model and put QuAC into it.
+    """Build a timm model and put QuAC, a degradation prior, or both into it.
 
     Args:
         base: name of timm's architecture, such as ``"resnet50"``.
+        suffix: ``"_qacon"``, ``"_ddp"`` (the degradation prior) or ``"_qacon_ddp"``.
         pretrained: timm's weights for the base in a preserved host; where ``registry/timm.toml`` knows the name and
             tag, its published adapter over them.
         pretrained_cfg, pretrained_cfg_overlay, cache_dir, pretrained_model_args: as in ``timm.create_model``.
-        **kwargs: ``activation``, ``where``, ``quality``, ``init``, ``norm``, ``reduction`` (see
-            :class:`quac_plugins.QuACConfig`); everything else goes to the base.
+        **kwargs: for QuAC ``activation``, ``where``, ``quality``, ``init``, ``norm``, ``reduction`` (see
+            :class:`quac_plugins.QuACConfig`); for a prior ``site``, ``fdm``, ``fdm_width``, ``fdm_act``, ``experts``,
+            ``top_k``, ``freeze`` and ``quality`` (see :class:`quac_plugins.PriorConfig`); everything else goes to the
+            base.
 
     Raises:
         ValueError: an option is not known, or a pattern of ``where`` matches nothing.
@@ -71,20 +83,21 @@ def create_qacon(
         >>> model(torch.rand(2, 1, 64, 64)).shape
         torch.Size([2, 10])
     """
-    given = {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
-    config = QuACConfig(**given)
+    configs, given = _configs_of(suffix, kwargs)
     source = _field(pretrained_cfg, "source")
     whole = source in ("hf-hub", "local-dir")  # a model that was saved with QuAC inside
-    if pretrained and config.init == "paper" and not whole:
+    if pretrained and not whole and any(isinstance(c, QuACConfig) and c.init == "paper" for c in configs):
         raise ValueError(
-            f"{base}{SUFFIX}: pretrained=True with init='paper' would put random activations into trained weights; "
+            f"{base}{suffix}: pretrained=True with init='paper' would put random activations into trained weights; "
             "use init='preserve', or pretrained=False"
         )
-    entry = _published(base, pretrained_cfg) if pretrained and not whole else None
+    entry = _published(base, suffix, pretrained_cfg) if pretrained and not whole else None
     if entry is not None:
         pretrained_cfg = entry.get("base", pretrained_cfg)
     if pretrained_model_args is not None:
-        kwargs["pretrained_model_args"] = {k: v for k, v in pretrained_model_args.items() if k not in OPTIONS}
+        kwargs["pretrained_model_args"] = {
+            k: v for k, v in pretrained_model_args.items() if k not in (*OPTIONS, *PRIOR_OPTIONS)
+        }
     try:
         model = timm.create_model(
             base,
@@ -96,13 +109,13 @@ def create_qacon(
         )
     except Exception as error:
         if pretrained and not whole and _is_network(error):
-            raise RuntimeError(_not_found(base, pretrained_cfg)) from error
+            raise RuntimeError(_not_found(base, suffix, pretrained_cfg)) from error
         raise
-    if entry is None or given:
+    for config in configs if entry is None or given else ():
         inject(model, config)
     if entry is not None:  # alone, it also says what to put in; with options given, they must be its own
         load_adapter(model, entry["adapter"], revision=entry.get("revision"))
-    _describe(model, base + SUFFIX)
+    _describe(model, base + suffix)
     if pretrained and whole:
         in_chans = _field(model.pretrained_cfg, "input_size")[0]
         load_pretrained(
@@ -115,9 +128,22 @@ def create_qacon(
     return model
 
 
-def _published(base: str, pretrained_cfg: Any) -> dict[str, Any] | None:
+def _configs_of(suffix: str, kwargs: dict[str, Any]) -> tuple[list[QuACConfig | PriorConfig], bool]:
+    """Take the options of what a suffix puts in out of ``kwargs``; also whether there were any."""
+    quac = OPTIONS if "_qacon" in suffix else ()
+    prior = (*PRIOR_OPTIONS, "quality") if "_ddp" in suffix else ()
+    given = {key: kwargs.pop(key) for key in dict.fromkeys((*quac, *prior)) if key in kwargs}
+    configs: list[QuACConfig | PriorConfig] = []
+    if quac:
+        configs.append(QuACConfig(**{key: value for key, value in given.items() if key in quac}))
+    if prior:
+        configs.append(PriorConfig(**{key: value for key, value in given.items() if key in prior}))
+    return configs, bool(given)
+
+
+def _published(base: str, suffix: str, pretrained_cfg: Any) -> dict[str, Any] | None:
     """The registry's entry for a name and its tag; without a tag, for the base's default one."""
-    name = base + SUFFIX
+    name = base + suffix
     tag = pretrained_cfg if isinstance(pretrained_cfg, str) else _field(pretrained_cfg, "tag")
     if pretrained_cfg is None:
         tag = _field(timm.get_pretrained_cfg(base), "tag")
@@ -132,19 +158,29 @@ def _describe(model: nn.Module, name: str) -> None:
     """Let timm's savers write the name and options with which ``create_model`` builds this model again."""
     record = injection_of(model)
     assert record is not None
-    options = {key: value for key, value in record.config.to_dict().items() if key in OPTIONS}
+    options: dict[str, Any] = {}
+    if record.prior is not None:
+        options = {k: v for k, v in record.prior.config.to_dict().items() if k in (*PRIOR_OPTIONS, "quality")}
+    if record.config is not None:
+        quac = {key: value for key, value in record.config.to_dict().items() if key in OPTIONS}
+        if "quality" in options and options["quality"] != quac["quality"]:
+            del options["quality"], quac["quality"]  # each its own default; one name given to both is written
+        options |= quac
     for attribute in ("pretrained_cfg", "default_cfg"):
-        cfg = getattr(model, attribute, None)
+        cfg: Any = getattr(model, attribute, None)
         if isinstance(cfg, dict):
-            record.attributes[attribute] = cfg
+            record.attributes.setdefault(attribute, cfg)
             setattr(model, attribute, {**cfg, "architecture": name})
-    skipped = {f"{prefix}{leaf}" for prefix in record.prefixes() for leaf in ("p1", "p2", "beta")}
-    own = getattr(model, "no_weight_decay", None)
-    names = {*(own() if callable(own) else ()), *(name for name, _ in model.named_parameters() if name in skipped)}
+    inside = [(where, module) for where, module in model.named_modules() if isinstance(module, ChannelActivation)]
+    slopes = {f"{where}.{leaf}" for where, m in inside for leaf in ("p1", "p2", "beta") if leaf in m._parameters}
+    own = getattr(type(model), "no_weight_decay", None)
+    names = {*(own(model) if callable(own) else ()), *slopes}
     model.no_weight_decay = partial(_names, frozenset(names))  # type: ignore[assignment]
-    record.added.append("no_weight_decay")
-    record.attributes["_model_args"] = args = getattr(model, "_model_args", {})
+    if "no_weight_decay" not in record.added:
+        record.added.append("no_weight_decay")
+    args = record.attributes.setdefault("_model_args", getattr(model, "_model_args", {}))
     model._model_args = {**args, **options}  # type: ignore[assignment]
+    record.changed = partial(_describe, name=name)
 
 
 def _names(names: frozenset[str]) -> set[str]:
@@ -163,7 +199,7 @@ def _is_network(error: BaseException) -> bool:
     return False
 
 
-def _not_found(base: str, pretrained_cfg: Any) -> str:
+def _not_found(base: str, suffix: str, pretrained_cfg: Any) -> str:
     tag = pretrained_cfg if isinstance(pretrained_cfg, str) else None
     name = f"{base}.{tag}" if tag else base
     cfg = timm.get_pretrained_cfg(name) if pretrained_cfg is None or tag else pretrained_cfg
@@ -171,7 +207,7 @@ def _not_found(base: str, pretrained_cfg: Any) -> str:
     return (
         f"no pretrained weights for {name}: looked for {' and '.join(sources) or 'a source, and found none'}, neither "
         "in the cache nor reachable. Without a network give a local file of the base's weights: "
-        f"timm.create_model('{base}{SUFFIX}', pretrained=True, pretrained_cfg_overlay=dict(file='weights.safetensors'))"
+        f"timm.create_model('{base}{suffix}', pretrained=True, pretrained_cfg_overlay=dict(file='weights.safetensors'))"
     )
 
 
@@ -183,27 +219,75 @@ def _configs(base: str) -> DefaultCfg:
     cfgs = {}
     for tag, cfg in configs.cfgs.items():
         if cfg.hf_hub_id == "timm/":  # timm completes this with the name it registers, which here is not the base's
-            cfg = copy(cfg)
-            cfg.hf_hub_id = f"timm/{base}.{tag}" if tag else f"timm/{base}"
+            cfg = _with(cfg, hf_hub_id=f"timm/{base}.{tag}" if tag else f"timm/{base}")
         cfgs[tag] = cfg
     return DefaultCfg(configs.tags, cfgs, configs.is_pretrained)
 
 
+def _with(cfg: PretrainedCfg, **changes: Any) -> PretrainedCfg:
+    """``dataclasses.replace``, which takes ten times as long."""
+    new = object.__new__(type(cfg))
+    new.__dict__ = {**cfg.__dict__, **changes}
+    return new
+
+
+def _entries(name: str, configs: DefaultCfg) -> dict[str, dict[str, Any]]:
+    """What timm's ``register_model`` writes into its tables for the configs of a name."""
+    cfgs: dict[str, PretrainedCfg] = {}
+    names = [f"{name}.{tag}" if tag else name for tag in configs.tags]
+    for full, tag in zip(names, configs.tags, strict=True):
+        cfgs[full] = _with(configs.cfgs[tag], architecture=name, tag=tag or None)
+    cfgs.setdefault(name, cfgs[names[0]])
+    return {
+        "_model_pretrained_cfgs": cfgs,
+        "_model_has_pretrained": dict.fromkeys(full for full, cfg in cfgs.items() if cfg.has_weights),
+        "_model_with_tags": {name: names},
+        "_model_default_cfgs": {name: configs},
+    }
+
+
 def register() -> list[str]:
-    """Register ``NAME_qacon`` for every name of ``timm.list_models()`` that has none yet; returns the new names."""
+    """Register the names with our suffixes for every name of ``timm.list_models()``; returns the new ones.
+
+    Most of the time would go into timm's copies of the configs, so it registers the names alone, and the configs are
+    written beside them, in its own tables. If these are not what they were for the first name, it does all itself.
+    """
     module = sys.modules[__name__]
-    existing = set(timm.list_models())
-    names = [name for name in sorted(existing) if not name.endswith(SUFFIX) and name + SUFFIX not in existing]
-    for base in names:
-        name = base + SUFFIX
-        entry = _entrypoint(base)
-        default_cfgs[name] = _configs(base)
-        setattr(module, name, entry)
-        vars(module)["__all__"] = [
-            name
-        ]  # timm looks every name up in this list: a long one would cost more than the rest
-        register_model(entry)
-    for cls in (*ACTIVATIONS.values(), WidthSwitch, QualityTap):
+    existing, names = set(timm.list_models()), list(__all__)
+    tables: dict[str, Any] = {}
+    new: list[str] = []
+    for base in sorted(name for name in existing if not name.endswith(SUFFIXES)):
+        wanted = [suffix for suffix in SUFFIXES if base + suffix not in existing]
+        if not wanted:
+            continue
+        configs = _configs(base)
+        for suffix in wanted:
+            name = base + suffix
+            entry = _entrypoint(base, suffix)
+            setattr(module, name, entry)
+            # timm looks every name up in this list: a long one would cost more than the rest
+            vars(module)["__all__"] = [name]
+            written = _entries(name, configs)
+            if not tables:
+                default_cfgs[name] = configs
+            register_model(entry)
+            for table, entries in tables.items():
+                entries.update(written[table])
+            if not new:
+                tables = _tables(written)
+            new.append(name)
+    for cls in (*ACTIVATIONS.values(), *FDMS.values(), RoutedFDM, WidthSwitch, QualityTap):
         register_notrace_module(cls)  # torch.fx feature extraction takes them whole
-    vars(module)["__all__"] = sorted(default_cfgs)
-    return [base + SUFFIX for base in names]
+    vars(module)["__all__"] = sorted({*names, *new})
+    return new
+
+
+def _tables(written: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """timm's tables, if they hold what ``register_model`` is known to write; else nothing."""
+    tables = {name: getattr(_registry, name, {}) for name in written}
+    for name, entries in written.items():
+        if any(key not in tables[name] for key in entries):
+            return {}
+        if isinstance(tables[name], dict) and any(tables[name][key] != entry for key, entry in entries.items()):
+            return {}
+    return tables

@@ -3,6 +3,7 @@ import socket
 import numpy as np
 import pytest
 import torch
+from fit_fixtures import build, equal, folder, interrupt, photos, put_in, quick, snapshot  # noqa: F401
 from skimage import data
 
 NAMES = ("astronaut", "coffee", "chelsea", "rocket")

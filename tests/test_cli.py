@@ -185,10 +185,12 @@ def test_list():
     assert quac("list", "--what", "corruptions").stdout.split() == [*CORRUPTIONS, *EXTRA_CORRUPTIONS]
     assert quac("list", "--what", "corruptions", "*_blur").stdout.split()[-1] == "gaussian_blur"
     assert "qacon" in quac("list", "--what", "activations").stdout.split()
+    assert {"light", "ncrf"} <= set(quac("list", "--what", "priors").stdout.split())
     assert "brisque" in quac("list", "--what", "quality").stdout.split()
     names = quac("list", "resnet*").stdout.splitlines()
     assert names.index("resnet18_qacon") < names.index("resnet101_qacon")
-    assert all(name.startswith("resnet") and "_qacon" in name for name in names)
+    assert {"resnet18_ddp", "resnet18_qacon_ddp"} < set(names)
+    assert all(name.startswith("resnet") and name.endswith(("_qacon", "_ddp")) for name in names)
     assert "resnet18_qacon.a1_in1k" in quac("list", "resnet18_qacon", "--pretrained").stdout.splitlines()
     done = quac("list", "no_such_*")
     assert (done.exit_code, done.stdout, done.stderr) == (0, "", "no models match 'no_such_*'\n")
@@ -198,15 +200,15 @@ def test_the_module_runs_and_pipes_plain_lines():
     done = subprocess.run(
         [sys.executable, "-m", "quac_plugins.cli", "list", "test_resnet*"], capture_output=True, text=True, timeout=120
     )
-    assert (done.returncode, done.stdout) == (0, "test_resnet_qacon\n"), done.stderr
+    names = ["test_resnet_ddp", "test_resnet_qacon", "test_resnet_qacon_ddp"]
+    assert (done.returncode, done.stdout.splitlines()) == (0, names), done.stderr
 
 
 @pytest.mark.parametrize("package", ["typer", "rich"])
 def test_without_its_packages_the_command_says_how_to_install_them(package, monkeypatch):
     from quac_plugins import cli
 
-    monkeypatch.delitem(sys.modules, "quac_plugins.commands")
-    for name in [name for name in sys.modules if name.split(".")[0] == package]:
+    for name in [n for n in sys.modules if n.split(".")[0] == package or n.startswith("quac_plugins.commands")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit, match=r'pip install "quac-plugins\[evaluate\]"'):

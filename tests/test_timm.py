@@ -1,6 +1,7 @@
-"""The timm door: NAME_qacon is timm's NAME in everything that timm's factory and savers do."""
+"""The timm door: NAME_qacon, NAME_ddp and NAME_qacon_ddp are timm's NAME in all that timm's factory and savers do."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import quac_plugins as quac
 from quac_plugins import injection_of
 
 BASES = ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_mambaout"]
+SUFFIXES = ("_qacon", "_ddp", "_qacon_ddp")
 
 
 def size_of(name):
@@ -37,52 +39,94 @@ def moved(model):
 # -- names
 
 
-def test_every_architecture_has_its_name():
+def test_every_architecture_has_its_names():
     names = set(timm.list_models())
-    bases = {name for name in names if not name.endswith("_qacon")}
+    bases = {name for name in names if not name.endswith(SUFFIXES)}
     assert len(bases) > 1000
-    assert {f"{base}_qacon" for base in bases} == names - bases
-    assert set(timm.list_models("*_qacon")) == names - bases
-    assert timm.is_model("resnet50_qacon")
-    assert not timm.is_model("resnet50_qacon_qacon")
+    assert {base + suffix for base in bases for suffix in SUFFIXES} == names - bases
+    assert set(timm.list_models("*_qacon")) == {f"{base}_qacon" for base in bases}
+    assert set(timm.list_models("*_ddp")) == {f"{base}{suffix}" for base in bases for suffix in ("_ddp", "_qacon_ddp")}
+    assert all(timm.is_model(f"resnet50{suffix}") for suffix in SUFFIXES)
+    assert not any(timm.is_model(f"resnet50{suffix}_qacon") for suffix in SUFFIXES)
+    assert not any(timm.is_model(f"resnet50{suffix}_ddp") for suffix in ("_ddp", "_qacon_ddp"))
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("base", ["resnet50", "vit_base_patch16_224", "test_resnet", "convnextv2_atto"])
-def test_pretrained_configs_are_the_bases(base):
-    ours, theirs = timm.get_pretrained_cfg(f"{base}_qacon"), timm.get_pretrained_cfg(base)
-    assert ours.architecture == f"{base}_qacon"
+def test_pretrained_configs_are_the_bases(base, suffix):
+    ours, theirs = timm.get_pretrained_cfg(f"{base}{suffix}"), timm.get_pretrained_cfg(base)
+    assert ours.architecture == f"{base}{suffix}"
     for field in ("hf_hub_id", "url", "tag", "mean", "std", "input_size", "num_classes", "interpolation", "crop_pct"):
         assert getattr(ours, field) == getattr(theirs, field), field
     assert ours.hf_hub_id == f"timm/{base}.{ours.tag}"
 
 
-def test_tags():
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_tags(suffix):
     tags = [name.partition(".")[2] for name in timm.list_pretrained("resnet50.*")]
     assert len(tags) > 10
-    assert sorted(timm.list_pretrained("resnet50_qacon.*")) == sorted(f"resnet50_qacon.{tag}" for tag in tags)
-    cfg = timm.get_pretrained_cfg("resnet50_qacon.a1_in1k")
+    assert sorted(timm.list_pretrained(f"resnet50{suffix}.*")) == sorted(f"resnet50{suffix}.{tag}" for tag in tags)
+    cfg = timm.get_pretrained_cfg(f"resnet50{suffix}.a1_in1k")
     assert (cfg.tag, cfg.hf_hub_id) == ("a1_in1k", "timm/resnet50.a1_in1k")
-    model = timm.create_model("test_resnet_qacon.r160_in1k")
+    model = timm.create_model(f"test_resnet{suffix}.r160_in1k")
     assert model.pretrained_cfg["tag"] == "r160_in1k"
+    assert model.pretrained_cfg["architecture"] == f"test_resnet{suffix}"
     with pytest.raises(RuntimeError, match="nothing_in1k"):
-        timm.create_model("test_resnet_qacon.nothing_in1k")
+        timm.create_model(f"test_resnet{suffix}.nothing_in1k")
+
+
+def test_configs_of_all_names_are_the_bases_and_their_own():
+    for name in timm.list_models():
+        suffix = next((suffix for suffix in SUFFIXES[::-1] if name.endswith(suffix)), "")
+        ours, theirs = (timm.get_pretrained_cfg(n) for n in (name, name.removesuffix(suffix)))
+        if suffix and theirs is not None:
+            assert ours.architecture == name
+            assert ours.to_dict() == {**theirs.to_dict(), "architecture": name}
 
 
 def test_registering_again_adds_nothing():
-    from quac_plugins.timm import register
+    from quac_plugins import timm as door
 
-    assert register() == []
+    names = list(door.__all__)
+    assert door.register() == []
+    assert door.__all__ == names
+    assert {"resnet50_qacon", "resnet50_ddp"} < set(names)
+
+
+def test_timms_tables_are_written_only_where_they_are_as_they_were():
+    from quac_plugins.timm import _configs, _entries, _tables
+
+    written = _entries("test_resnet_ddp", _configs("test_resnet"))
+    assert _tables(written) == {table: getattr(timm.models._registry, table) for table in written}
+    assert not _tables({**written, "_model_of_tomorrow": {"test_resnet_ddp": 1}})
+    assert not _tables({**written, "_model_with_tags": {"test_resnet_ddp": ["test_resnet_ddp.other"]}})
+    assert not _tables(_entries("test_resnet_of_tomorrow", _configs("test_resnet")))
+
+
+def test_a_name_that_is_registered_later_is_found(monkeypatch):
+    code = (
+        "import sys, timm, quac_plugins\nfrom quac_plugins import timm as door\n"
+        "def later(pretrained=False, **kwargs):\n    return timm.create_model('test_resnet', **kwargs)\n"
+        "timm.models.register_model(later)\n"
+        "print(*door.register(), 'later_ddp' in door.__all__, 'resnet50_ddp' in door.__all__)\n"
+        "print(timm.create_model('later_qacon_ddp', num_classes=3).pretrained_cfg['architecture'])\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.split("\n")[:2] == ["later_qacon later_ddp later_qacon_ddp True True", "later_qacon_ddp"]
 
 
 # -- the factory's options
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("base", BASES)
-def test_logits_are_the_bases(base, normalized):
+def test_logits_are_the_bases(base, suffix, normalized):
     torch.manual_seed(0)
     plain = moved(timm.create_model(base, num_classes=7))
-    model = timm.create_model(f"{base}_qacon", num_classes=7).eval()
-    assert injection_of(model).sites
+    model = timm.create_model(base + suffix, num_classes=7).eval()
+    record = injection_of(model)
+    assert bool(record.sites) == ("_qacon" in suffix)
+    assert (record.prior is not None) == ("_ddp" in suffix)
     model.load_state_dict(plain.state_dict(), strict=False)
     images = normalized(2, size_of(base))
     torch.testing.assert_close(model(images), plain(images), atol=1e-5, rtol=1e-5)
@@ -105,11 +149,12 @@ def test_logits_are_the_bases(base, normalized):
         ("test_resnet", {"output_stride": 16}, (2, 3, 64, 64)),
     ],
 )
-def test_options_of_the_factory(base, kwargs, images):
+@pytest.mark.parametrize(("suffix", "own"), [("_qacon", {"norm": "layer"}), ("_ddp", {"experts": ["fog"]})])
+def test_options_of_the_factory(base, kwargs, images, suffix, own):
     kwargs = {"num_classes": 4, **kwargs}
     torch.manual_seed(0)
     plain = timm.create_model(base, **kwargs).eval()
-    model = timm.create_model(f"{base}_qacon", norm="layer", **kwargs).eval()
+    model = timm.create_model(base + suffix, **own, **kwargs).eval()
     model.load_state_dict(plain.state_dict(), strict=False)
     x = torch.randn(images)
     expected = plain(x)
@@ -155,15 +200,56 @@ def test_unknown_options(kwargs, message):
         timm.create_model("test_resnet_qacon", **kwargs)
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"site": "layer9"}, "'layer9' matches no module"),
+        ({"fdm": "lite"}, "did you mean 'light'"),
+        ({"fdm_width": 0}, "fdm_width must be"),
+        ({"fdm_act": "rely"}, "unknown fdm_act 'rely'"),
+        ({"experts": "fog"}, "experts must be a list"),
+        ({"experts": ["fog"], "quality": "brisk"}, "did you mean 'brisque'"),
+        ({"top_k": 0}, "top_k must be"),
+        ({"freeze": 1}, "freeze must be"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["_ddp", "_qacon_ddp"])
+def test_unknown_options_of_a_prior(kwargs, message, suffix):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model(f"test_resnet{suffix}", **kwargs)
+
+
 def test_options_reach_the_injection():
     options = {"activation": "qswish", "where": "layer2.*", "init": "paper", "norm": "group", "reduction": 8}
     config = injection_of(timm.create_model("test_resnet_qacon", **options)).config
     assert {key: getattr(config, key) for key in options} == options
+    own = {"site": ["layer1", "layer2"], "fdm": "ncrf", "fdm_width": 8, "experts": ["fog"], "top_k": 2, "freeze": False}
+    record = injection_of(timm.create_model("test_resnet_qacon_ddp", fdm_act="gelu", **own, **options))
+    assert {key: getattr(record.prior.config, key) for key in own} == own
+    assert {key: getattr(record.config, key) for key in options} == options
 
 
-def test_an_option_that_nobody_knows_is_an_error_as_in_timm():
-    with pytest.raises(TypeError, match="colour"):
-        timm.create_model("test_resnet_qacon", colour="red")
+def test_one_quality_for_both_or_each_its_own():
+    for kwargs, expected in (({}, ("brisque", "brisque_tone")), ({"quality": "brisque"}, ("brisque", "brisque"))):
+        record = injection_of(timm.create_model("test_resnet_qacon_ddp", fdm_act="qacon", **kwargs))
+        assert (record.quality.name, record.prior.quality.name) == expected
+
+
+@pytest.mark.parametrize(
+    ("suffix", "option"),
+    [("_qacon", "colour"), ("_ddp", "colour"), ("_qacon_ddp", "colour"), ("_qacon", "site"), ("_ddp", "where")],
+)
+def test_an_option_that_nobody_knows_is_an_error_as_in_timm(suffix, option):
+    with pytest.raises(TypeError, match=option):
+        timm.create_model(f"test_resnet{suffix}", **{option: "red"})
+
+
+@pytest.mark.parametrize("suffix", ["_ddp", "_qacon_ddp"])
+def test_the_host_of_a_prior_is_frozen_and_what_was_put_in_is_not(suffix):
+    model = timm.create_model(f"test_resnet{suffix}")
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == set(quac.adapter_state(model)) & set(dict(model.named_parameters()))
+    assert all(p.requires_grad for p in timm.create_model(f"test_resnet{suffix}", freeze=False).parameters())
 
 
 # -- weights
@@ -178,22 +264,23 @@ def weights(tmp_path):
     return tmp_path / "base.safetensors", model
 
 
-@pytest.mark.parametrize("name", ["test_resnet_qacon", "test_resnet_qacon.r160_in1k"])
-def test_pretrained_weights_of_the_base_give_its_logits(name, weights, normalized):
+@pytest.mark.parametrize("suffix", [*SUFFIXES, "_qacon.r160_in1k", "_ddp.r160_in1k"])
+def test_pretrained_weights_of_the_base_give_its_logits(suffix, weights, normalized):
     file, base = weights
+    name = f"test_resnet{suffix}"
     model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": str(file)}).eval()
     assert torch.equal(model(normalized(2, 64)), base(normalized(2, 64)))
-    assert injection_of(model).sites
+    assert injection_of(model) is not None
 
 
 def test_pretrained_weights_adapt_to_classes_and_channels(weights):
     file, _ = weights
     kwargs = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}, "num_classes": 3, "in_chans": 1}
     torch.manual_seed(0)
-    plain = timm.create_model("test_resnet", **kwargs).eval()
-    model = timm.create_model("test_resnet_qacon", **kwargs).eval()
-    images = torch.randn(2, 1, 64, 64)
-    assert torch.equal(model.forward_features(images), plain.forward_features(images))
+    plain, images = timm.create_model("test_resnet", **kwargs).eval(), torch.randn(2, 1, 64, 64)
+    for suffix in SUFFIXES:
+        model = timm.create_model(f"test_resnet{suffix}", **kwargs).eval()
+        assert torch.equal(model.forward_features(images), plain.forward_features(images))
 
 
 def test_checkpoint_of_the_whole_model(tmp_path, normalized):
@@ -227,6 +314,48 @@ def test_saved_as_for_the_hub_and_created_again(base, kwargs, safe, tmp_path):
     assert torch.equal(again(images), model(images))
     fresh = timm.create_model(f"local-dir:{tmp_path}").eval()  # without weights: the same network, as initialized
     assert fresh.state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("test_resnet_ddp", {}),
+        ("test_resnet_ddp", {"site": ["layer1", "layer2"], "fdm": "ncrf", "fdm_width": 8, "in_chans": 1}),
+        ("test_resnet_ddp", {"experts": ["fog", "snow"], "top_k": 2, "quality": "brisque", "freeze": False}),
+        ("test_vit_ddp", {"fdm_act": "qacon", "img_size": 96}),
+        ("test_convnext_qacon_ddp", {}),
+        ("test_resnet_qacon_ddp", {"norm": "layer", "experts": ["fog"], "quality": "brisque_tone"}),
+    ],
+)
+def test_a_prior_is_saved_with_its_options_and_created_again(name, kwargs, tmp_path):
+    model = moved(timm.create_model(name, num_classes=6, **kwargs))
+    assert json.loads(json.dumps(model._model_args)) == model._model_args
+    save_for_hf(model, tmp_path, model_args=model._model_args)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    record, other = injection_of(model), injection_of(again)
+    assert (other.config, other.prior.config) == (record.config, record.prior.config)
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+    side = kwargs.get("img_size", 64)
+    images = torch.randn(2, kwargs.get("in_chans", 3), side, side)
+    assert torch.equal(again(images), model(images))
+
+
+def test_an_adapter_that_replaces_the_prior_is_saved_as_it_is(tmp_path):
+    torch.manual_seed(0)
+    base = timm.create_model("test_resnet", num_classes=6)
+    there = quac.inject(copy.deepcopy(base), quac.PriorConfig(site="layer2", fdm="ncrf", fdm_width=8))
+    quac.save_adapter(moved(there), tmp_path / "adapter")
+    model = timm.create_model("test_resnet_ddp", num_classes=6, site="auto")
+    model.load_state_dict(there.state_dict(), strict=False)
+    quac.load_adapter(model, tmp_path / "adapter")
+    save_for_hf(model, tmp_path / "whole", model_args=model._model_args)
+    again = timm.create_model(f"local-dir:{tmp_path / 'whole'}", pretrained=True).eval()
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(again(images), there(images))
+    assert quac.remove(model).pretrained_cfg == base.pretrained_cfg
+    assert model._model_args == base._model_args
 
 
 def test_options_are_saved_without_being_named_again(tmp_path):
@@ -280,13 +409,13 @@ def test_no_network_says_what_was_looked_for_and_how_to_give_a_file(tmp_path):
         "    except RuntimeError as error:\n        print(error)\n"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "TORCH_HOME": str(tmp_path)}
-    names = ("test_resnet_qacon", "resnet50_qacon.a1_in1k")
+    names = ("test_resnet_qacon", "resnet50_ddp.a1_in1k", "resnet50_qacon_ddp.a1_in1k")
     command = [sys.executable, "-c", code, *names]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    for name, line, tag in zip(names, run.stdout.splitlines(), ("r160_in1k", "a1_in1k"), strict=True):
-        base = name.partition("_qacon")[0]
+    for name, line, tag in zip(names, run.stdout.splitlines(), ("r160_in1k", "a1_in1k", "a1_in1k"), strict=True):
+        base = name.partition("_qacon")[0].partition("_ddp")[0]
         assert f"looked for hf_hub_id='timm/{base}.{tag}'" in line
-        assert f"timm.create_model('{base}_qacon', pretrained=True, pretrained_cfg_overlay=dict(file=" in line
+        assert f"timm.create_model('{name.partition('.')[0]}', pretrained=True, pretrained_cfg_overlay=dict(f" in line
 
 
 # -- importing
@@ -346,12 +475,70 @@ def test_two_processes_have_the_gradients_of_one(normalized, tmp_path, free_port
 # -- feature extraction
 
 
+@pytest.mark.parametrize("suffix", ["_qacon", "_qacon_ddp"])
 @pytest.mark.parametrize("name", ["nf_resnet26", "hrnet_w18_small", "test_resnet"])
-def test_features_of_networks_whose_stem_or_wrapper_is_special(name, normalized):
-    model = timm.create_model(f"{name}_qacon", features_only=True).eval()
+def test_features_of_networks_whose_stem_or_wrapper_is_special(name, suffix, normalized):
+    model = timm.create_model(f"{name}{suffix}", features_only=True).eval()
     with torch.no_grad():
         features = model(normalized(2, 64))
     assert [f.shape[1] for f in features] == model.feature_info.channels()
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs"),
+    [
+        ("test_resnet", {}),
+        ("test_efficientnet", {}),
+        ("test_efficientnet", {"feature_cls": "hook"}),
+        ("test_resnet", {"feature_cls": "fx", "out_indices": (1, 2, 3)}),
+        ("test_resnet", {"feature_cls": "getter", "out_indices": (1, 2, 3)}),
+        ("test_vit", {}),
+        ("test_convnext", {"out_indices": (1, 3)}),
+        ("test_mambaout", {}),
+    ],
+)
+def test_features_only_are_those_behind_the_prior(name, kwargs, normalized):
+    torch.manual_seed(0)
+    base = timm.create_model(name, features_only=True, **kwargs).eval()
+    model = timm.create_model(f"{name}_ddp", features_only=True, site="auto", experts=["fog"], top_k=2, **kwargs).eval()
+    model.load_state_dict(base.state_dict(), strict=False)
+    images = normalized(2, size_of(name))
+    with torch.no_grad():
+        plain, features = base(images), model(images)
+        assert all(torch.equal(one, other) for one, other in zip(plain, features, strict=True))
+        for tensor in quac.adapter_state(model).values():
+            tensor.add_(torch.rand_like(tensor) * 0.1)
+        repaired = model(images)
+        assert not torch.equal(repaired[-1], plain[-1])
+        (site,) = injection_of(model).prior.sites
+        behind = [info["module"] for info in model.feature_info.get_dicts(keys=["module"])]
+        if site.name.replace("_", ".") in behind:  # what comes out at the site itself is repaired too
+            index = behind.index(site.name.replace("_", "."))
+            assert not torch.equal(repaired[index], plain[index])
+
+
+@pytest.mark.parametrize(("site", "first"), [("act1", 0), ("layer1", 1), ("layer1.0", 1), ("layer2.0", 2)])
+@pytest.mark.parametrize("feature_cls", ["hook", "list"])
+def test_features_at_the_site_itself_are_repaired(site, first, feature_cls, normalized):
+    site = f"body.{site}" if feature_cls == "hook" else site
+    kwargs = {"features_only": True, "feature_cls": feature_cls, "out_indices": (0, 1, 2)}
+    model, images = timm.create_model("test_resnet_ddp", site=site, **kwargs).eval(), normalized(2, 64)
+    with torch.no_grad():
+        before = model(images)
+        for tensor in quac.adapter_state(model).values():
+            tensor.add_(torch.rand_like(tensor) * 0.1)
+        same = [torch.equal(one, other) for one, other in zip(before, model(images), strict=True)]
+    assert same == [index < first for index in range(3)]
+
+
+@pytest.mark.parametrize("options", [{"site": "layer1.0"}, {"site": "act1", "experts": ["fog"]}, {"fdm_act": "qacon"}])
+def test_torch_fx_keeps_the_prior(options, normalized):
+    model = moved(timm.create_model("test_resnet_ddp", **options))
+    leaves = {"leaf_modules": list(get_notrace_modules()), "autowrap_functions": list(get_notrace_functions())}
+    _, nodes = get_graph_node_names(model, tracer_kwargs=leaves)
+    traced = create_feature_extractor(model, return_nodes=[nodes[-1]], tracer_kwargs=leaves).eval()
+    for images in (normalized(2, 64), normalized(2, 64) * 0.3):
+        assert torch.equal(traced(images)[nodes[-1]], model(images))
 
 
 @pytest.mark.parametrize("name", ["nf_resnet26", "test_resnet"])
@@ -366,17 +553,21 @@ def test_torch_fx_keeps_the_tap_and_the_activations(name, normalized):
         assert torch.equal(traced(x)[nodes[-1]], model(x))
 
 
-def test_removed_it_is_timms_own_model_again():
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_removed_it_is_timms_own_model_again(suffix):
     base = timm.create_model("test_resnet", num_classes=3)
-    model = quac.remove(timm.create_model("test_resnet_qacon", num_classes=3, where="all"))
+    model = quac.remove(timm.create_model(f"test_resnet{suffix}", num_classes=3))
     assert model.pretrained_cfg == base.pretrained_cfg
     assert model.default_cfg == base.default_cfg
     assert model._model_args == base._model_args
     assert model.state_dict().keys() == base.state_dict().keys()
+    assert set(model.__dict__) == set(base.__dict__)
+    assert all(p.requires_grad for p in model.parameters())
 
 
-def test_optimizers_of_timm_leave_the_slopes_out_of_weight_decay():
-    model = timm.create_model("test_resnet_qacon")
+@pytest.mark.parametrize(("name", "options"), [("test_resnet_qacon", {}), ("test_resnet_ddp", {"fdm_act": "qacon"})])
+def test_optimizers_of_timm_leave_the_slopes_out_of_weight_decay(name, options):
+    model = timm.create_model(name, **options)
     slopes = {id(p) for name, p in model.named_parameters() if name.endswith((".p1", ".p2"))}
     assert slopes
     for group in param_groups_weight_decay(model, 0.1, no_weight_decay_list=model.no_weight_decay()):

@@ -11,6 +11,8 @@ from torch import nn
 
 TAP_NAME = "quac_tap"
 AFTER_NAME = "quac_last"
+PRIOR_NAME = "quac_prior"
+PRIOR_TAP_NAME = "quac_prior_tap"
 
 
 def tap_pre_hook(layer: Any, args: tuple, kwargs: dict) -> None:
@@ -23,9 +25,35 @@ def tap_hook(layer: Any, args: tuple, output: Any) -> None:
     layer.quac_tap.mark(output)
 
 
+def prior_tap_pre_hook(layer: Any, args: tuple, kwargs: dict) -> None:
+    """The same for a prior whose quality function is another one."""
+    layer.quac_prior_tap(args[0] if args else next(iter(kwargs.values()), None))
+
+
+def prior_tap_hook(layer: Any, args: tuple, output: Any) -> None:
+    """The same for a prior whose quality function is another one."""
+    layer.quac_prior_tap.mark(output)
+
+
+def prior_hook(layer: Any, args: tuple, output: Any) -> Any:
+    """Repair the output of a layer."""
+    return layer.quac_prior(output)
+
+
 def after_hook(layer: Any, args: tuple, output: Any) -> Any:
     """Activate the output of a layer."""
     return layer.quac_last(output)
+
+
+TAP_HOOKS = {TAP_NAME: (tap_pre_hook, tap_hook), PRIOR_TAP_NAME: (prior_tap_pre_hook, prior_tap_hook)}
+
+
+def add_prior_hook(layer: nn.Module) -> None:
+    """Repair the output of a layer before anybody else's hook sees it, and behind the taps, which mark it."""
+    layer.register_forward_hook(prior_hook, prepend=True)
+    taps = [key for key, hook in layer._forward_hooks.items() if hook in (tap_hook, prior_tap_hook)]
+    for key in reversed(taps):
+        layer._forward_hooks.move_to_end(key, last=False)  # type: ignore[attr-defined]
 
 
 def remove_hooks(layer: nn.Module, *functions: Any) -> None:

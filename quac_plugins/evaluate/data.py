@@ -22,7 +22,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from quac_plugins.degradations import image_seed
 
-__all__ = ["CLEAN", "ImageDirectory", "Item", "read_class_map", "read_image"]
+__all__ = ["CLEAN", "ImageDirectory", "Item", "image_files", "read_class_map", "read_image"]
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
 CLEAN = ("clean", 0)
@@ -90,7 +90,7 @@ class ImageDirectory:
 
     def _items(self, place: Path) -> Iterator[Item]:
         for folder in _folders(place):
-            for path in _images(folder):
+            for path in image_files(folder):
                 yield Item(path, self.class_to_index[folder.name], path.relative_to(place).as_posix())
 
     def limited(self, limit: int | None, seed: int) -> dict[tuple[str, int], list[Item]]:
@@ -229,7 +229,8 @@ def _folders(root: Path) -> list[Path]:
     return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _images(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
+    """Return the image files below a folder, sorted; hidden files and folders are left out, links are followed."""
     found = []
     for parent, inner, files in os.walk(folder, followlinks=True):
         inner[:] = [name for name in inner if not name.startswith(".")]

@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from timm.models import load_state_dict
 from torch import nn
 
+from quac_plugins.core.inject.fingerprint import base_name
 from quac_plugins.evaluate.preprocessing import per_channel, square_or_not
 
-__all__ = ["build_model"]
+__all__ = ["build_model", "plain_name"]
 
 
 def build_model(
@@ -41,7 +42,8 @@ def build_model(
             ``weights_only``). It stands in for the download of ``pretrained=True``: for a name with ``_qacon``
             it fills the host before modules are put in.
         checkpoint: such a file with the weights of the whole network, loaded strictly at the end.
-        adapter: what `quac_plugins.load_adapter` takes: a directory, or ``org/name`` of the Hub.
+        adapter: what `quac_plugins.load_adapter` takes: a directory, or ``org/name`` of the Hub. It says what is put
+            in, so that ``NAME_qacon`` and ``NAME_ddp`` then mean ``NAME``, unless ``model_kwargs`` say how to build it.
         model_kwargs: further arguments of `timm.create_model`.
         num_classes: of the classifier. A file must have as many.
         input_size: a side or (H, W) to evaluate at; passed on as ``img_size`` to networks built for one size.
@@ -55,6 +57,7 @@ def build_model(
         RuntimeError: if timm knows no such name, or has no weights for it.
     """
     import quac_plugins  # registers the names
+    from quac_plugins.timm import OPTIONS, PRIOR_OPTIONS
 
     for path in (base_checkpoint, checkpoint):
         if path is not None and not Path(path).is_file():
@@ -64,6 +67,8 @@ def build_model(
     if pretrained is None:
         pretrained = checkpoint is None
     kwargs: dict[str, Any] = dict(model_kwargs or {})
+    if adapter is not None and not set(kwargs) & {*OPTIONS, *PRIOR_OPTIONS}:
+        name = plain_name(name)
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
     if input_size is not None and _built_for_one_size(name):
@@ -82,6 +87,17 @@ def build_model(
         with _explained(checkpoint, name):
             model.load_state_dict(_tensors(checkpoint), strict=True)
     return model.float().eval()
+
+
+def plain_name(name: str) -> str:
+    """The name of the host alone, with its tag.
+
+    Example:
+        >>> plain_name("resnet50_qacon_ddp.a1_in1k"), plain_name("hf-hub:me/model_ddp")
+        ('resnet50.a1_in1k', 'hf-hub:me/model_ddp')
+    """
+    architecture, dot, tag = name.partition(".")
+    return name if ":" in name else f"{base_name(architecture)}{dot}{tag}"
 
 
 def _source(path: str | os.PathLike[str], num_classes: int | None) -> dict[str, Any]:

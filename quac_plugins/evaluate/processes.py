@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch.distributed as dist
 
 __all__ = ["gather", "is_main_process", "process_group"]
+
+_groups = itertools.count()
 
 
 def is_main_process() -> bool:
@@ -31,12 +35,22 @@ def process_group() -> Iterator[tuple[int, int]]:
         return
     ours = not dist.is_initialized()
     if ours:
-        dist.init_process_group("gloo", timeout=datetime.timedelta(hours=24))
+        store, rank, world_size = _meeting_place()
+        # under a name of its own: what an earlier group left there would be taken for this one's addresses
+        store = dist.PrefixStore(f"quac_plugins/{next(_groups)}", store)
+        timeout = datetime.timedelta(hours=24)
+        dist.init_process_group("gloo", timeout=timeout, store=store, rank=rank, world_size=world_size)
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:
         if ours:
             dist.destroy_process_group()
+
+
+@lru_cache(maxsize=1)
+def _meeting_place() -> tuple[dist.Store, int, int]:
+    """The store through which the processes find each other, this one's rank, and how many there are."""
+    return next(iter(dist.rendezvous("env://")))
 
 
 def gather(value: Any, world_size: int) -> list[Any]:

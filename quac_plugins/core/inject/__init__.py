@@ -2,5 +2,6 @@
 
 from quac_plugins.core.inject.config import QuACConfig
 from quac_plugins.core.inject.surgery import Injection, inject, injection_of, remove
+from quac_plugins.core.prior.config import PriorConfig
 
-__all__ = ["Injection", "QuACConfig", "inject", "injection_of", "remove"]
+__all__ = ["Injection", "PriorConfig", "QuACConfig", "inject", "injection_of", "remove"]

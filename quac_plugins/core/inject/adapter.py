@@ -10,7 +10,9 @@ import json
 import os
 import re
 import tempfile
-from dataclasses import asdict
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,31 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quac_plugins.core.activations.driver import EXPANSIONS
-from quac_plugins.core.inject.config import QuACConfig, without_path
+from quac_plugins.core.hooks import PRIOR_NAME
+from quac_plugins.core.inject.config import QuACConfig
+from quac_plugins.core.inject.fingerprint import describe_host, same_weights
 from quac_plugins.core.inject.sites import Site
-from quac_plugins.core.inject.surgery import Injection, inject, injection_of, remove, unwrap
+from quac_plugins.core.inject.surgery import (
+    Injection,
+    PriorInjection,
+    build_prior,
+    inject,
+    injection_of,
+    remove,
+    take_prior,
+    unwrap,
+)
+from quac_plugins.core.options import QualityOptions
+from quac_plugins.core.prior.config import PriorConfig
+from quac_plugins.core.prior.fdm import FDM, LAYOUTS
+from quac_plugins.core.prior.routed import Gate
+from quac_plugins.core.prior.sites import PriorSite
+from quac_plugins.core.quality.context import QualityContext
+from quac_plugins.core.quality.table import resolve_quality
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-FORMAT = 1
-_OF_HOST = re.compile(r"(widths\.\d+\.)?host\.")  # behind a site's name: parameters of the activation that it keeps
+FORMATS = (1, 2)  # 2: with a degradation prior
 _LIMIT = 4 << 20  # bytes of a config: a list of sites is far below
 
 
@@ -37,12 +56,8 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     Raises:
         ValueError: the model holds no QuAC.
     """
-    prefixes = _record(model).prefixes()
-    return {
-        name: tensor
-        for name, tensor in unwrap(model).state_dict().items()
-        if any(name.startswith(prefix) and not _OF_HOST.match(name, len(prefix)) for prefix in prefixes)
-    }
+    record = _record(model)
+    return {name: t for name, t in unwrap(model).state_dict().items() if record.name_in_host(name) is None}
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> Path:
@@ -68,14 +83,21 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     """
     record = _record(model)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(model).items()}
+    prior = record.prior
     config = {
         "peft_type": "QUAC",
-        "format": FORMAT,
-        "config": record.config.to_dict(),
+        "format": FORMATS[0] if prior is None else FORMATS[1],
+        "config": record.config.to_dict() if record.config is not None else None,
         "sites": [asdict(site) for site in record.sites],
         "tap": record.tap,
-        "host": _host(model),
+        "host": describe_host(model),
     }
+    if prior is not None:
+        config["prior"] = {
+            "config": prior.config.to_dict(),
+            "sites": [asdict(site) for site in prior.sites],
+            "tap": prior.tap,
+        }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as beside:
@@ -86,73 +108,203 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     return folder
 
 
+@dataclass
+class _Saved:
+    """What an adapter's config says."""
+
+    folder: Path
+    config: QuACConfig | None
+    sites: list[Site]
+    prior: PriorConfig | None
+    prior_sites: list[PriorSite]
+    host: dict[str, Any]
+
+
 def load_adapter_folder(
     model: nn.Module, folder: Path, check_host: bool = True, example: Tensor | None = None
 ) -> nn.Module:
     """See :func:`quac_plugins.load_adapter`; from a local folder."""
-    config, sites, host = _read_config(folder / CONFIG_NAME)
+    saved = _read_config(folder / CONFIG_NAME)
     state = _read_tensors(folder / WEIGHTS_NAME)
-    name = _host(model)["architecture"]
-    if check_host and host.get("architecture") != name:
-        raise ValueError(
-            f"the adapter in {folder} was made for {host.get('architecture')!r}, this host is {name!r} "
-            "(load_adapter(…, check_host=False) tries all the same)"
-        )
-    record = injection_of(model)
-    fresh = record is None
-    if record is None:
-        if _is_own(config):
+    if check_host:
+        _check_host(model, saved)
+    for config, what in ((saved.config, "QuACConfig"), (saved.prior, "PriorConfig")):
+        if config is not None and config.has_own_quality and not _holds(model, config):
             raise ValueError(
                 f"the adapter in {folder} was made with the quality function {config.quality!r} of the user's own. Put "
-                "it in first: inject(model, QuACConfig(quality=the function, …)), then load_adapter(model, …)"
+                f"it in first: inject(model, {what}(quality=the function, …)), then load_adapter(model, …)"
             )
-        inject(model, config, example)
-        record = _record(model)
+    undo = _make_room(model, saved, state, example)
     try:
-        _check(model, record, config, sites, state, folder)
-    except ValueError:
-        if fresh:
-            remove(model)
+        _check(model, saved, state)
+    except Exception:
+        undo()
         raise
     unwrap(model).load_state_dict(state, strict=False)
+    changed = _record(model).changed
+    if changed is not None:
+        changed(unwrap(model))
     return model
 
 
-def _check(
-    model: nn.Module, record: Injection, config: QuACConfig, sites: list[Site], state: dict[str, Tensor], folder: Path
-) -> None:
+def _check_host(model: nn.Module, saved: _Saved) -> None:
+    here = describe_host(model)
+    name, fingerprint = saved.host.get("architecture"), saved.host.get("fingerprint")
+    if name != here["architecture"]:
+        raise ValueError(
+            f"the adapter in {saved.folder} was made for {name!r}, this host is {here['architecture']!r} "
+            "(load_adapter(…, check_host=False) tries all the same)"
+        )
+    if same_weights(fingerprint, here["fingerprint"]):
+        return
+    message = (
+        f"the adapter in {saved.folder} was made for {name!r} with other weights than this host has (fingerprint "
+        f"{fingerprint}, here {here['fingerprint']}; tag {saved.host.get('tag')!r}, here {here['tag']!r})"
+    )
+    if saved.prior is not None:  # it undoes the drift of these very features; on others it is noise
+        raise ValueError(
+            f"{message}. Load those weights into the host first (load_adapter(…, check_host=False) tries all the same)"
+        )
+    warnings.warn(message, stacklevel=4)
+
+
+def _holds(model: nn.Module, config: QualityOptions) -> bool:
+    record = injection_of(model)
+    return record is not None and (record.config if isinstance(config, QuACConfig) else record.prior) is not None
+
+
+def _make_room(
+    model: nn.Module, saved: _Saved, state: dict[str, Tensor], example: Tensor | None
+) -> Callable[[], object]:
+    """Put what the adapter holds into a host that holds nothing yet, or a prior that is as it was created.
+
+    Returns:
+        How to make the host what it was.
+    """
+    record = injection_of(model)
+    try:
+        if record is None:
+            try:
+                if saved.config is not None:
+                    inject(model, saved.config, example)
+                if saved.prior is not None:
+                    _inject_prior(model, saved, state, example)
+            except Exception:
+                if injection_of(model) is not None:
+                    remove(model)
+                raise
+            return lambda: remove(model)
+        if record.prior is None or saved.prior is None or not is_fresh(model) or _same_prior(saved, record.prior):
+            return lambda: None
+        put_back = take_prior(model)
+        try:
+            _inject_prior(model, saved, state, example)
+        except Exception:
+            put_back()
+            raise
+        return lambda: (take_prior(model), put_back())
+    except ValueError as error:
+        raise _refused(saved, str(error)) from error
+
+
+def _same_prior(saved: _Saved, here: PriorInjection) -> bool:
+    assert saved.prior is not None
+    names = [site.name for site in here.sites], [site.name for site in saved.prior_sites]
+    return names[0] == names[1] and not _prior_differences(saved.prior, here.config)
+
+
+def _inject_prior(model: nn.Module, saved: _Saved, state: dict[str, Tensor], example: Tensor | None) -> None:
+    """At the adapter's own sites: a rule such as "auto" is not asked twice."""
+    assert saved.prior is not None
+    known = dict(unwrap(model).named_modules())
+    problems = [
+        f"site {site.name!r} is in the adapter, not in this host"
+        for site in saved.prior_sites
+        if site.name not in known
+    ]
+    problems += _prior_shapes(saved, state)
+    if problems:
+        raise ValueError("; ".join(problems[:5]))
+    patterns = [rf"re:^{re.escape(site.name)}\Z" for site in saved.prior_sites]
+    inject(model, replace(saved.prior, site=patterns), example)
+    _prior_of(model).config = saved.prior
+
+
+def _prior_shapes(saved: _Saved, state: dict[str, Tensor]) -> list[str]:
+    """Tensors that are not as the config says; found without memory, which a damaged config asks for too much of."""
+    assert saved.prior is not None
+    context = None
+    if saved.prior.needs_quality:
+        context = QualityContext(resolve_quality(saved.prior.quality).channels)
+    problems = []
+    for site in saved.prior_sites:
+        with torch.device("meta"):
+            expected = build_prior(site, saved.prior, context).state_dict()
+        problems += _tensor_problems({f"{site.name}.{PRIOR_NAME}.{name}": t for name, t in expected.items()}, state)
+    return problems
+
+
+def _check(model: nn.Module, saved: _Saved, state: dict[str, Tensor]) -> None:
+    record = _record(model)
     expected = adapter_state(model)
-    problems = _differences(config, record.config)
-    here, there = ({(site.name, site.after): site for site in of} for of in (record.sites, sites))
-    problems += [f"site {name!r} is in the adapter, not in this host" for name, _ in sorted(there.keys() - here.keys())]
-    problems += [f"site {name!r} is in this host, not in the adapter" for name, _ in sorted(here.keys() - there.keys())]
-    problems += [
-        f"site {key[0]!r} has its channels on axis {there[key].channel_dim}, in this host on {here[key].channel_dim}"
-        for key in here
-        if key in there and there[key].channel_dim != here[key].channel_dim
-    ]
-    problems += [f"missing tensor {name!r}" for name in expected if name not in state]
+    problems = []
+    for what, there, here in (
+        ("a prior", saved.prior, record.prior.config if record.prior else None),
+        ("activations", saved.config, record.config),
+    ):
+        if (there is None) != (here is None):
+            problems.append(f"{what}: in the {'adapter' if here is None else 'host'} only")
+    if saved.config is not None and record.config is not None:
+        problems += _differences(saved.config, record.config)
+    if saved.prior is not None and record.prior is not None:
+        problems += _prior_differences(saved.prior, record.prior.config)
+    axes = [{(s.name, s.after): s.channel_dim for s in sites} for sites in (record.sites, saved.sites)]
+    problems += _site_problems(*axes)
+    problems += _site_problems(
+        {(s.name, "prior"): (s.layout, s.prefix) for s in (record.prior.sites if record.prior else ())},
+        {(s.name, "prior"): (s.layout, s.prefix) for s in saved.prior_sites},
+    )
+    problems += _tensor_problems(expected, state)
     problems += [f"surplus tensor {name!r}" for name in state if name not in expected]
-    problems += [
-        f"tensor {name!r} has shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    problems += [
-        f"tensor {name!r} holds {state[name].dtype}, expected {tensor.dtype}"
-        for name, tensor in expected.items()
-        if name in state and state[name].is_floating_point() != tensor.is_floating_point()
-    ]
-    problems += [
-        f"tensor {name!r} holds NaN or infinity"
-        for name, tensor in state.items()
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all())
-    ]
+    for name, tensor in state.items():
+        dtype = expected[name].dtype if name in expected else tensor.dtype
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.to(dtype)).all()):
+            problems.append(f"tensor {name!r} holds NaN or infinity (as {dtype})")
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(
-            f"the adapter in {folder} does not fit this host, which was left as it was: {'; '.join(problems[:5])}{more}"
-        )
+        raise _refused(saved, f"{'; '.join(problems[:5])}{more}")
+
+
+def _refused(saved: _Saved, why: str) -> ValueError:
+    return ValueError(f"the adapter in {saved.folder} does not fit this host, which was left as it was: {why}")
+
+
+def _tensor_problems(expected: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
+    problems = [f"missing tensor {name!r}" for name in expected if name not in state]
+    there = {name: (state[name], tensor) for name, tensor in expected.items() if name in state}
+    problems += [
+        f"tensor {name!r} has shape {tuple(found.shape)}, expected {tuple(tensor.shape)}"
+        for name, (found, tensor) in there.items()
+        if found.shape != tensor.shape
+    ]
+    problems += [
+        f"tensor {name!r} holds {found.dtype}, expected {tensor.dtype}"
+        for name, (found, tensor) in there.items()
+        if found.is_floating_point() != tensor.is_floating_point()
+    ]
+    return problems
+
+
+def _site_problems(here: dict[Any, Any], there: dict[Any, Any]) -> list[str]:
+    problems = [f"site {key[0]!r} is in the adapter, not in this host" for key in there if key not in here]
+    problems += [f"site {key[0]!r} is in this host, not in the adapter" for key in here if key not in there]
+    return problems + [
+        f"site {key[0]!r} has its channels on axis {there[key]}, in this host on {here[key]}"
+        if isinstance(here[key], int)
+        else f"site {key[0]!r} has layout {there[key]}, in this host {here[key]}"
+        for key in here
+        if key in there and there[key] != here[key]
+    ]
 
 
 def _differences(there: QuACConfig, here: QuACConfig) -> list[str]:
@@ -160,19 +312,23 @@ def _differences(there: QuACConfig, here: QuACConfig) -> list[str]:
     fields = ["activation", "init"]
     if here.is_driven:
         fields += ["norm", "reduction"]
-    if here.activation_class.needs_quality and isinstance(here.quality, str) and not _is_own(there):
-        fields += ["quality"]
+    return _compare(there, here, fields, here.activation_class.needs_quality)
+
+
+def _prior_differences(there: PriorConfig, here: PriorConfig) -> list[str]:
+    return _compare(there, here, ["fdm", "fdm_width", "fdm_act", "experts"], here.needs_quality)
+
+
+def _compare(there: QualityOptions, here: QualityOptions, fields: list[str], needs_quality: bool) -> list[str]:
+    if needs_quality and isinstance(here.quality, str) and not there.has_own_quality:
+        fields = [*fields, "quality"]
     if there.mean is not None:  # explicit there; otherwise each host brings its own, and q is that of the pictures
-        fields += ["mean", "std"]
-    if here.activation_class.needs_quality:
-        fields += ["channel_order"]
+        fields = [*fields, "mean", "std"]
+    if needs_quality:
+        fields = [*fields, "channel_order"]
     known = there.to_dict(), here.to_dict()
     pairs = [(field, known[0][field], known[1][field]) for field in fields]
     return [f"{field} is {a!r} in the adapter, {b!r} in this host" for field, a, b in pairs if a != b]
-
-
-def _is_own(config: QuACConfig) -> bool:
-    return isinstance(config.quality, str) and config.quality.startswith("callable:")
 
 
 def _read_site(values: dict[str, Any]) -> Site:
@@ -188,7 +344,28 @@ def _read_site(values: dict[str, Any]) -> Site:
     return site
 
 
-def _read_config(path: Path) -> tuple[QuACConfig, list[Site], dict[str, Any]]:
+def _read_prior(values: dict[str, Any]) -> tuple[PriorConfig, list[PriorSite]]:
+    sites = [_read_prior_site(site) for site in values["sites"]]
+    if not sites or len({site.name for site in sites}) < len(sites):
+        raise ValueError("the sites of the prior must be at least one, and different ones")
+    return PriorConfig.from_dict(values["config"]), sites
+
+
+def _read_prior_site(values: dict[str, Any]) -> PriorSite:
+    site = PriorSite(**{**values, "grid": tuple(values["grid"] or ()) or None})
+    numbers = (site.channels, site.prefix, site.stride, *(site.grid or ()))
+    if not (
+        isinstance(site.name, str)
+        and site.layout in LAYOUTS
+        and all(type(number) is int and 0 <= number < 1 << 20 for number in numbers)
+        and (len(site.grid) == 2 and all(site.grid) if site.grid else site.layout != "tokens")
+        and site.channels
+    ):
+        raise ValueError(f"a site of the prior is {values!r}")
+    return site
+
+
+def _read_config(path: Path) -> _Saved:
     if not path.is_file():
         raise FileNotFoundError(f"no adapter in {path.parent}: {path.name} is missing")
     if path.stat().st_size > _LIMIT:
@@ -199,13 +376,20 @@ def _read_config(path: Path) -> tuple[QuACConfig, list[Site], dict[str, Any]]:
             raise TypeError(f"holds a {type(values).__name__}, not an object")
         if values.get("peft_type") != "QUAC":
             raise ValueError(f"peft_type is {values.get('peft_type')!r}, not 'QUAC'")
-        if values.get("format") != FORMAT:
-            raise ValueError(f"format is {values.get('format')!r}; this version reads {FORMAT}")
-        sites = [_read_site(site) for site in values["sites"]]
-        config = QuACConfig.from_dict(values["config"])
-        if isinstance(config.quality, str):
-            config.quality = without_path(config.quality)
-        return config, sites, dict(values["host"])
+        if values.get("format") not in FORMATS:
+            raise ValueError(f"format is {values.get('format')!r}; this version reads {FORMATS[0]} and {FORMATS[1]}")
+        config, prior = values["config"], values.get("prior")
+        if config is None and prior is None:
+            raise ValueError("it holds neither activations nor a prior")
+        prior_config, prior_sites = _read_prior(prior) if prior is not None else (None, [])
+        return _Saved(
+            folder=path.parent,
+            config=QuACConfig.from_dict(config) if config is not None else None,
+            sites=[_read_site(site) for site in values["sites"]],
+            prior=prior_config,
+            prior_sites=prior_sites,
+            host=dict(values["host"]),
+        )
     except (KeyError, TypeError, ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} is not an adapter's config: {what}") from error
@@ -221,17 +405,22 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
 
 
+def is_fresh(model: nn.Module) -> bool:
+    """Whether the prior inside a model is as it was created: neither fitted nor loaded."""
+    inside = [
+        m for s in _prior_of(model).sites for m in unwrap(model).get_submodule(f"{s.name}.{PRIOR_NAME}").modules()
+    ]
+    return all(module.is_fresh for module in inside if isinstance(module, (FDM, Gate)))
+
+
+def _prior_of(model: nn.Module) -> PriorInjection:
+    prior = _record(model).prior
+    assert prior is not None
+    return prior
+
+
 def _record(model: nn.Module) -> Injection:
     record = injection_of(model)
     if record is None:
         raise ValueError(f"{type(model).__name__} holds no QuAC; call quac_plugins.inject first")
     return record
-
-
-def _host(model: nn.Module) -> dict[str, Any]:
-    model = unwrap(model)
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    name = cfg.get("architecture") if isinstance(cfg, dict) else None
-    if isinstance(name, str):
-        name = name.removesuffix("_qacon")
-    return {"architecture": name or type(model).__name__, "tag": cfg.get("tag") if isinstance(cfg, dict) else None}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from quac_plugins.core.activations.hosts import is_activation
-from quac_plugins.core.inject.trace import Call, Trace
+from quac_plugins.core.inject.trace import OURS, Call, Trace
 
 PLACES = ("auto", "spatial", "all", "last")
 # "auto" is "spatial" where that reaches a fifth of the activations: below, it is hardly more than the stem (tokens,
@@ -58,7 +58,7 @@ def _usable(model: nn.Module, seen: Trace) -> tuple[dict[str, Site], dict[str, s
     usable, unusable = {}, {}
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if not is_activation(module) or (inside and name.startswith(inside)):
+        if not is_activation(module) or (inside and name.startswith(inside)) or OURS in name:
             continue
         inside += (name + ".",)
         calls = seen.calls.get(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,15 +11,32 @@ import torch
 from torch import Tensor, nn
 
 from quac_plugins.core.activations import ChannelActivation
-from quac_plugins.core.hooks import AFTER_NAME, TAP_NAME, after_hook, remove_hooks
+from quac_plugins.core.hooks import (
+    AFTER_NAME,
+    PRIOR_NAME,
+    PRIOR_TAP_NAME,
+    TAP_HOOKS,
+    TAP_NAME,
+    add_prior_hook,
+    after_hook,
+    prior_hook,
+    remove_hooks,
+)
 from quac_plugins.core.inject.config import QuACConfig
+from quac_plugins.core.inject.containers import leave_out, let_chains_run, note_chain, runs_children
 from quac_plugins.core.inject.sites import Site, find_sites
+from quac_plugins.core.inject.tapping import tap_for, untap
 from quac_plugins.core.inject.trace import Trace, trace
+from quac_plugins.core.prior.config import PriorConfig
+from quac_plugins.core.prior.fdm import FDM, resolve_fdm
+from quac_plugins.core.prior.routed import RoutedFDM
+from quac_plugins.core.prior.sites import PriorSite, find_prior_sites
 from quac_plugins.core.quality.context import QualityContext
 from quac_plugins.core.quality.table import QualityFunction, resolve_quality
 from quac_plugins.core.quality.tap import QualityTap
 
 _RECORD = "_quac_injection"
+_OF_HOST = re.compile(r"(widths\.\d+\.)?host\.")  # behind a site's name: parameters of the activation that it keeps
 
 
 class WidthSwitch(nn.Module):
@@ -41,30 +60,62 @@ class WidthSwitch(nn.Module):
 
 
 @dataclass
+class PriorInjection:
+    """The degradation prior inside a host.
+
+    Attributes:
+        config: as given to :func:`inject`.
+        sites: after which modules, in the order they are called.
+        tap: name of the layer that is tapped, None if nothing in the prior reads q.
+        quality: the quality function, None likewise.
+        frozen: parameters of the host that took gradients before, as :meth:`Injection.name_in_host` names them.
+    """
+
+    config: PriorConfig
+    sites: list[PriorSite]
+    tap: str | None
+    quality: QualityFunction | None
+    frozen: list[str]
+
+
+@dataclass
 class Injection:
     """What was put into a host: enough to save it, take it out and describe it.
 
     Attributes:
-        config: as given to :func:`inject`.
-        sites: where, in module order.
-        tap: name of the layer that is tapped, None if the activation needs no quality.
-        quality: the quality function, None likewise.
+        config: of the activations, as given to :func:`inject`; None if only a prior was put in.
+        sites: of the activations, in module order.
+        tap: name of the layer that is tapped for the activations, None if they need no quality.
+        quality: their quality function, None likewise.
         replaced: site name → the host's own module (in a tuple, so that it is no parameter of the host).
+        prior: the degradation prior, if there is one.
         attributes: attributes of the host that a door has rewritten, as they were; :func:`remove` restores them.
         added: attributes that a door has added; :func:`remove` deletes them.
+        changed: what a door does when other things have been put in than those it asked for.
     """
 
-    config: QuACConfig
-    sites: list[Site]
-    tap: str | None
-    quality: QualityFunction | None
-    replaced: dict[str, tuple[nn.Module, ...]]
+    config: QuACConfig | None = None
+    sites: list[Site] = field(default_factory=list)
+    tap: str | None = None
+    quality: QualityFunction | None = None
+    replaced: dict[str, tuple[nn.Module, ...]] = field(default_factory=dict)
+    prior: PriorInjection | None = None
     attributes: dict[str, Any] = field(default_factory=dict)
     added: list[str] = field(default_factory=list)
+    changed: Callable[[nn.Module], None] | None = None
 
     def prefixes(self) -> tuple[str, ...]:
         """State-dict prefixes of what was put in."""
-        return tuple(f"{s.name}.{AFTER_NAME}." if s.after else f"{s.name}." for s in self.sites)
+        own = [f"{s.name}.{AFTER_NAME}." if s.after else f"{s.name}." for s in self.sites]
+        return (*own, *(f"{s.name}.{PRIOR_NAME}." for s in (self.prior.sites if self.prior else ())))
+
+    def name_in_host(self, name: str) -> str | None:
+        """What a tensor of the state dict is called in the host itself; None if it was put in."""
+        prefix = next((p for p in self.prefixes() if name.startswith(p)), None)
+        if prefix is None:
+            return name
+        kept = _OF_HOST.match(name, len(prefix))
+        return prefix + name[kept.end() :] if kept else None
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -82,12 +133,16 @@ def injection_of(model: nn.Module) -> Injection | None:
     return unwrap(model).__dict__.get(_RECORD)
 
 
-def inject(model: nn.Module, config: QuACConfig | None = None, example: Tensor | None = None) -> nn.Module:
-    """Put quality-adaptive activations into a host, in place.
+def inject(
+    model: nn.Module, config: QuACConfig | PriorConfig | None = None, example: Tensor | None = None
+) -> nn.Module:
+    """Put quality-adaptive activations, or a degradation prior, into a host, in place.
+
+    A host may hold one of each; put the one in after the other.
 
     Args:
         model: any network on images (B, C, H, W).
-        config: what and where; see :class:`QuACConfig`.
+        config: what and where; see :class:`QuACConfig` and :class:`PriorConfig`.
         example: images as the host gets them, used for their shape alone; needed when the host takes other sizes than
             its ``pretrained_cfg`` says, or than (B, 3, 224, 224).
 
@@ -95,7 +150,7 @@ def inject(model: nn.Module, config: QuACConfig | None = None, example: Tensor |
         The model.
 
     Raises:
-        ValueError: the model already holds QuAC; a pattern of ``where`` matches nothing; an unknown name.
+        ValueError: the model already holds such; a pattern of ``where`` or ``site`` matches nothing; an unknown name.
         RuntimeError: the host does not run on such images, or no layer of it sees the image.
 
     Example:
@@ -104,60 +159,150 @@ def inject(model: nn.Module, config: QuACConfig | None = None, example: Tensor |
         >>> images = torch.rand(2, 3, 64, 64)
         >>> before = host(images)
         >>> _ = quac.inject(host, quac.QuACConfig(activation="qacon", where="spatial"))
+        >>> _ = quac.inject(host, quac.PriorConfig(site="auto"))
         >>> torch.allclose(host(images), before)
         True
     """
     config = config if config is not None else QuACConfig()
-    if not isinstance(config, QuACConfig):
-        raise TypeError(f"config must be a QuACConfig, got {type(config).__name__}")
+    if not isinstance(config, (QuACConfig, PriorConfig)):
+        raise TypeError(f"config must be a QuACConfig or a PriorConfig, got {type(config).__name__}")
     if example is not None and (not isinstance(example, Tensor) or example.ndim != 4):
         got = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
         raise ValueError(f"example must be a tensor of images (B, C, H, W), got {got}")
-    if injection_of(model) is not None:
-        raise ValueError(f"{type(model).__name__} already holds QuAC; call quac_plugins.remove(model) first")
+    whole, model = model, unwrap(model)
+    there = injection_of(model)
+    holds = there is not None and (there.config if isinstance(config, QuACConfig) else there.prior)
+    if holds:
+        what = "QuAC" if isinstance(config, QuACConfig) else "a prior"
+        raise ValueError(f"{type(model).__name__} already holds {what}; call quac_plugins.remove(model) first")
     quality = None
-    if config.activation_class.needs_quality:
+    if config.activation_class.needs_quality if isinstance(config, QuACConfig) else config.needs_quality:
         quality = resolve_quality(config.quality, config.quality_channels, config.quality_grad)
     seen = trace(model, example)
-    sites, _ = find_sites(model, seen, config.patterns)
     if quality is not None and seen.tap is None:
         raise RuntimeError(
             f"no layer of {type(model).__name__} is called with the image itself as its first argument, so there is no "
             "place to compute its quality"
         )
-    return place(model, config, sites, seen, quality)
+    if isinstance(config, QuACConfig):
+        place(model, config, find_sites(model, seen, config.patterns)[0], seen, quality)
+        return whole
+    leave_out(model, seen)
+    sites = find_prior_sites(model, seen, config.patterns)
+    place_prior(model, config, sites, seen, quality)
+    try:
+        let_chains_run(model, [site.name for site in sites], example)
+    except Exception:
+        take_prior(model)
+        if there is None:
+            delattr(model, _RECORD)
+        raise
+    return whole
 
 
 def place(
     model: nn.Module, config: QuACConfig, sites: list[Site], seen: Trace, quality: QualityFunction | None
 ) -> nn.Module:
-    """Carry out an injection whose sites are known: build all modules first, then put them in."""
-    context = QualityContext(quality.channels, seen.tap or "") if quality is not None else None
+    """Carry out an injection of activations whose sites are known: build all first, then put them in."""
+    context, attach = tap_for(model, config, quality, seen)
     device, dtype = _placement(model)
     built = []
     with torch.device(device):
         for site in sites:
             host = None if site.after else model.get_submodule(site.name)
             built.append(_build(site, config, host, context).to(dtype=dtype))
-        tap = None
-        if quality is not None and context is not None and seen.tap is not None:
-            mean, std = _normalization(model, config, seen.in_chans)
-            tap = QualityTap(quality, context, seen.tap, seen.in_chans, mean, std, config.channel_order)
     replaced: dict[str, tuple[nn.Module, ...]] = {}
     for site, module in zip(sites, built, strict=True):
         host = model.get_submodule(site.name)
         module.train(host.training)
         if site.after:
-            host.add_module(AFTER_NAME, module)
-            if not _runs_children(host):
-                host.register_forward_hook(after_hook)
+            _put_behind(host, AFTER_NAME, module)
         else:
             replaced[site.name] = (host,)
+            _hand_over(host, module)
             _swap(model, host, module)
-    setattr(model, _RECORD, Injection(config, sites, seen.tap if tap is not None else None, quality, replaced))
-    if tap is not None and seen.tap is not None:
-        tap.attach(model.get_submodule(seen.tap))
+    record = injection_of(model) or Injection()
+    record.config, record.sites, record.quality, record.replaced = config, sites, quality, replaced
+    record.tap = seen.tap if quality is not None else None
+    setattr(model, _RECORD, record)
+    attach()
     return model
+
+
+def place_prior(
+    model: nn.Module, config: PriorConfig, sites: list[PriorSite], seen: Trace, quality: QualityFunction | None
+) -> nn.Module:
+    """Carry out the injection of a prior whose sites are known."""
+    context, attach = tap_for(model, config, quality, seen)
+    device, dtype = _placement(model)
+    with torch.device(device):
+        built = [build_prior(site, config, context).to(dtype=dtype) for site in sites]
+    record = injection_of(model) or Injection()
+    frozen = []
+    for name, parameter in model.named_parameters():
+        own = record.name_in_host(name)
+        if config.freeze and parameter.requires_grad and own is not None:
+            parameter.requires_grad_(False)
+            frozen.append(own)
+    attach()
+    for site, module in zip(sites, built, strict=True):
+        host = model.get_submodule(site.name)
+        _put_behind(host, PRIOR_NAME, module.train(host.training))
+    tap = seen.tap if quality is not None else None
+    record.prior = PriorInjection(config, sites, tap, quality, frozen)
+    setattr(model, _RECORD, record)
+    return model
+
+
+def build_prior(site: PriorSite, config: PriorConfig, context: QualityContext | None) -> nn.Module:
+    """What a config puts in at a site."""
+    channels = context.channels if context is not None else 0
+    module: FDM | RoutedFDM
+    if config.experts:
+        module = RoutedFDM(
+            site, config.fdm, len(config.experts), channels, config.top_k, config.fdm_width, config.fdm_act
+        )
+        module.context = context
+    else:
+        module = resolve_fdm(config.fdm)(site, config.fdm_width, config.fdm_act, channels)
+    for name, inner in module.named_modules():
+        if isinstance(inner, ChannelActivation):
+            inner.context, inner.layer = context, f"{site.name}.{PRIOR_NAME}.{name}"
+    return module
+
+
+def _put_behind(host: nn.Module, name: str, module: nn.Module) -> None:
+    """Let a module follow a layer: first the prior, then an activation. Chains run a new child by themselves."""
+    last = host._modules.pop(AFTER_NAME, None)
+    host.add_module(name, module)
+    if last is not None:
+        host.add_module(AFTER_NAME, last)
+    if runs_children(host):
+        return
+    if name == PRIOR_NAME:
+        add_prior_hook(host)
+    else:
+        host.register_forward_hook(after_hook)
+
+
+def _take_off(host: nn.Module, name: str) -> nn.Module:
+    """Undo :func:`_put_behind`; returns the module."""
+    hook = prior_hook if name == PRIOR_NAME else after_hook
+    if hook not in host._forward_hooks.values():
+        note_chain(host)  # which a copy of another process has seen, if not this one
+    remove_hooks(host, hook)
+    module = host.get_submodule(name)
+    delattr(host, name)
+    return module
+
+
+def _hand_over(old: nn.Module, new: nn.Module) -> None:
+    """What was put onto a module of the host serves the activation that takes its place."""
+    for name in TAP_HOOKS:
+        if name in old._modules:
+            QualityTap.detach(old, name).attach(new, name)
+    if PRIOR_NAME in old._modules:
+        _put_behind(new, PRIOR_NAME, _take_off(old, PRIOR_NAME))
 
 
 def _build(site: Site, config: QuACConfig, host: nn.Module | None, context: QualityContext | None) -> nn.Module:
@@ -179,11 +324,6 @@ def _build(site: Site, config: QuACConfig, host: nn.Module | None, context: Qual
     return WidthSwitch(modules)
 
 
-def _runs_children(module: nn.Module) -> bool:
-    """A Sequential runs a new child by itself, after the others."""
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-
-
 def _swap(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put ``new`` wherever ``old`` is: a module may hang at several places."""
     for parent in list(model.modules()):
@@ -199,26 +339,8 @@ def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return torch.device("cpu"), torch.get_default_dtype()
 
 
-def _normalization(
-    model: nn.Module, config: QuACConfig, in_chans: int
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """mean and std from the config, else from the host's pretrained_cfg, for as many channels as the tap reads."""
-    cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    mean, std = config.mean, config.std
-    if mean is None and isinstance(cfg, dict) and "mean" in cfg and "std" in cfg:
-        mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
-    if mean is None or std is None:
-        return None, None
-    wanted = min(in_chans, 3)
-    if len(mean) == 1 or len(mean) == wanted:
-        return mean, std
-    if len(mean) == 3:  # a grey host of a colour recipe: timm normalizes by the mean of the three
-        return (sum(mean) / 3,) * wanted, (sum(std) / 3,) * wanted
-    raise ValueError(f"mean and std have {len(mean)} numbers, the host's images have {in_chans} channels")
-
-
 def remove(model: nn.Module) -> nn.Module:
-    """Take out what :func:`inject` put in: the host has its own activations, parameters and names again.
+    """Take out all that :func:`inject` put in: the host has its own activations, parameters and names again.
 
     Args:
         model: a model with QuAC inside.
@@ -239,19 +361,55 @@ def remove(model: nn.Module) -> nn.Module:
     if record is None:
         raise ValueError(f"{type(model).__name__} holds no QuAC; nothing to remove")
     whole, model = model, unwrap(model)
-    if record.tap is not None:
-        layer = model.get_submodule(record.tap)
-        layer.get_submodule(TAP_NAME).detach(layer)  # type: ignore[operator]
+    if record.prior is not None:
+        take_prior(model)
+    untap(model)
     for site in reversed(record.sites):
         module = model.get_submodule(site.name)
         if site.after:
-            remove_hooks(module, after_hook)
-            delattr(module, AFTER_NAME)
+            _take_off(module, AFTER_NAME)
         else:
             _swap(model, module, record.replaced[site.name][0].train(module.training))
     for name, value in record.attributes.items():
         setattr(model, name, value)
     for name in record.added:
         delattr(model, name)
-    delattr(model, _RECORD)
+    model.__dict__.pop(_RECORD, None)  # without activations the prior took it along
     return whole
+
+
+def take_prior(model: nn.Module) -> Callable[[], None]:
+    """Take out the prior alone; activations that were put in stay. Returns what puts the very same back."""
+    record = injection_of(model)
+    assert record is not None
+    assert record.prior is not None
+    prior = record.prior
+    model = unwrap(model)
+    taken = {site.name: _take_off(model.get_submodule(site.name), PRIOR_NAME) for site in reversed(prior.sites)}
+    layer = next((module for module in model.modules() if PRIOR_TAP_NAME in module._modules), None)
+    tap = QualityTap.detach(layer, PRIOR_TAP_NAME) if layer is not None else None
+    shared = tap is not None and any(
+        isinstance(m, ChannelActivation) and m.context is tap.context for m in model.modules()
+    )
+    if layer is not None and tap is not None and shared:
+        tap.attach(layer, TAP_NAME)  # the activations go on reading it
+    _set_requires_grad(model, record, set(prior.frozen), True)
+    record.prior = None
+
+    def put_back() -> None:
+        if layer is not None and tap is not None:
+            if shared:
+                QualityTap.detach(layer, TAP_NAME)
+            tap.attach(layer, PRIOR_TAP_NAME)
+        for site in prior.sites:
+            _put_behind(model.get_submodule(site.name), PRIOR_NAME, taken[site.name])
+        _set_requires_grad(model, record, set(prior.frozen), False)
+        record.prior = prior
+
+    return put_back
+
+
+def _set_requires_grad(model: nn.Module, record: Injection, names: set[str], value: bool) -> None:
+    for name, parameter in model.named_parameters():
+        if record.name_in_host(name) in names:
+            parameter.requires_grad_(value)

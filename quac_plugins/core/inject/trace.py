@@ -1,14 +1,18 @@
-"""One shape-propagating forward pass: what every activation of a host is given, and which layer sees the image first.
+"""One shape-propagating forward pass: what the modules of a host are given and return, and which sees the image first.
 
 The pass runs on fake tensors, so it costs no memory and little time, with a large prime for the batch: an axis whose
 size it divides is the axis that holds the images. Each tensor that depends on the image carries a label (which axis
 holds the channels, which the images and in which order, and the size of the last convolution), which every operation
 hands on. Hosts that fake tensors cannot run are run for real on a small batch instead.
+
+The labelled tensors are also numbered, each with the tensors it was computed from. So it is known through which of them
+everything must pass that the host makes of an image: the ends of blocks and stages, but not the branches inside.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import math
 import warnings
@@ -21,9 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from quac_plugins.core.activations.base import ChannelActivation
 from quac_plugins.core.activations.hosts import is_activation
+from quac_plugins.core.hooks import TAP_HOOKS
+from quac_plugins.core.quality.context import contexts_of, quality_given
 
+OURS = "quac_"  # in the names of modules that were put in, which are no part of the host
 _BATCH = 10007  # prime, larger than any axis of a network, so that it divides no other
 
 
@@ -33,6 +42,7 @@ class _Label:
     fold: str | None = None  # other things on that axis too: images outside ("interleave"), inside ("tile"), or "mixed"
     channel: int | None = None
     kernel: int | None = None  # of the last convolution (1 for linear), None after sums of branches and activations
+    node: int = 0  # number of the tensor; 0 is the image, −1 what a tap makes of it, which is beside the host
 
 
 @dataclass
@@ -47,6 +57,33 @@ class Call:
     fold: str | None
 
 
+@dataclass(frozen=True)
+class Feature:
+    """A tensor (B, C, H, W), (B, H, W, C), (B, N, C) or alike that a module returned in one of its calls.
+
+    Attributes:
+        name: of the module.
+        call: the tensor.
+        layers: how many convolution and linear layers of the host had run when the module returned,
+        before: and when it was called.
+        depth: how many of these lead to the tensor one after another, on the longest way from the image.
+        node: number of the tensor; modules that return the same tensor share it.
+        made: the module computed it, rather than handing on what it was given.
+        cut: whatever the host makes of the image, it makes it of this tensor: nothing goes around it. True for the
+            ends of stages and blocks, false for the branches inside a block. (A host that returns several tensors: as
+            seen from the one that most of its computations lead to.)
+    """
+
+    name: str
+    call: Call
+    layers: int
+    before: int = 0
+    depth: int = 0
+    node: int = 0
+    made: bool = True
+    cut: bool = True
+
+
 @dataclass
 class Trace:
     """What a pass showed.
@@ -56,39 +93,57 @@ class Trace:
         tap: name of the first layer that sees the image.
         in_chans: channels of the image.
         last: name of the module whose output is the backbone's, and a Call that describes it.
+        features: what the modules returned, in that order, as far as it depends on the image and has 3 or 4 axes.
+        others: module name → what it returned instead of such a tensor, in words.
+        layers: how many convolution and linear layers ran, so that ``feature.layers / layers`` is a depth.
+        image_size: (H, W) of the images.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
     tap: str | None = None
     in_chans: int = 3
     last: tuple[str, Call] | None = None
+    features: list[Feature] = field(default_factory=list)
+    others: dict[str, str] = field(default_factory=dict)
+    layers: int = 0
+    image_size: tuple[int, int] = (0, 0)
 
 
 class _Labels(TorchDispatchMode):
-    """Hands labels from the inputs of every operation to its outputs."""
+    """Hands labels from the inputs of every operation to its outputs, numbers the outputs and counts the layers."""
 
     def __init__(self, batch: int):
         super().__init__()
         self.batch = batch
+        self.layers = 0
+        self.parents: list[tuple[int, ...]] = [()]  # of every numbered tensor,
+        self.depths = [0]  # and the layers on the longest way to it
+        self.uncounted = 0  # running modules whose layers are not the host's,
+        self.unnumbered = 0  # and whose tensors are beside the host
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[override]
         out = func(*args, **(kwargs or {}))
         flat = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
         labelled = [t for t in flat if label_of(t) is not None]
         if labelled:
+            name = func.overloadpacket.__name__.strip("_")
+            layer = not self.uncounted and _is_layer(name, flat)
+            self.layers += layer
+            nodes = {label.node for t in labelled if (label := label_of(t)) is not None and label.node >= 0}
+            parents = () if self.unnumbered else tuple(nodes)
             for tensor in out if isinstance(out, (list, tuple)) else (out,):
                 if isinstance(tensor, Tensor):
-                    self._hand_on(func, flat, labelled, args, tensor)
+                    self._hand_on(name, flat, labelled, args, tensor)
+                    self._number(tensor, parents, layer)
         return out
 
-    def _hand_on(self, func: Any, flat: list[Tensor], labelled: list[Tensor], args: tuple, out: Tensor) -> None:
+    def _hand_on(self, name: str, flat: list[Tensor], labelled: list[Tensor], args: tuple, out: Tensor) -> None:
         axes = [i for i, size in enumerate(out.shape) if size and size % self.batch == 0]
         source = labelled[0]
         label = label_of(source)
         assert label is not None
         if not axes:
             return
-        name = func.overloadpacket.__name__.strip("_")
         if name == "convolution":
             weight = flat[1]
             new = replace(label, channel=1, kernel=max(weight.shape[2:], default=1))
@@ -109,6 +164,14 @@ class _Labels(TorchDispatchMode):
         if new.channel is not None and new.channel >= out.ndim:
             new = replace(new, channel=None)
         out._quac_label = new  # type: ignore[attr-defined]
+
+    def _number(self, tensor: Tensor, parents: tuple[int, ...], layer: bool) -> None:
+        label = label_of(tensor)
+        if label is not None:
+            tensor._quac_label = replace(label, node=len(self.parents) if parents else -1)  # type: ignore[attr-defined]
+            if parents:
+                self.parents.append(parents)
+                self.depths.append(max(self.depths[node] for node in parents) + layer)
 
     @staticmethod
     def _permuted(name: str, label: _Label, source: Tensor, args: tuple, out: Tensor) -> _Label:
@@ -152,6 +215,15 @@ class _Labels(TorchDispatchMode):
             last = label.channel == source.ndim - 1
             label = replace(label, channel=out.ndim - 1 if last else min(label.channel, out.ndim - 1))
         return label
+
+
+def _is_layer(name: str, flat: list[Tensor]) -> bool:
+    """A convolution, or a matrix product with a matrix that does not come from the image: a weight."""
+    if name == "convolution":
+        return True
+    if name in ("mm", "addmm", "bmm", "baddbmm"):
+        return any(label_of(t) is None for t in flat[-2:])
+    return name == "linear"
 
 
 def label_of(tensor: Any) -> _Label | None:
@@ -242,16 +314,19 @@ def _input_size(model: nn.Module) -> tuple[int, int, int]:
 
 def _run(model: nn.Module, images: Tensor, batch: int) -> Trace:
     images._quac_label = _Label(batch=0, channel=1)  # type: ignore[attr-defined]
-    result = Trace(in_chans=images.shape[1])
+    result = Trace(in_chans=images.shape[1], image_size=(images.shape[2], images.shape[3]))
     names = {id(module): name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
+    labels = _Labels(batch)
     chain: list[str] = []
     outputs: list[tuple[str, Tensor]] = []
+    running: list[_Running] = []
 
     def sees_image(module: nn.Module, args: tuple, kwargs: dict) -> None:
         name = names[id(module)]
         seen = args[0] if args else next(iter(kwargs.values()), None)
-        if seen is images and (not chain or _inside(name, chain[-1])):
+        if seen is images and OURS not in name and (not chain or _inside(name, chain[-1])):
             chain.append(name)
+        running.append(_Running(module, name, labels))
 
     def called(module: nn.Module, args: tuple) -> None:
         call = _describe(args[0], batch) if args and isinstance(args[0], Tensor) else None
@@ -259,11 +334,18 @@ def _run(model: nn.Module, images: Tensor, batch: int) -> Trace:
             result.calls.setdefault(names[id(module)], []).append(call)
 
     def returned(module: nn.Module, args: tuple, output: Any) -> None:
+        name = names[id(module)]
         if isinstance(output, Tensor) and label_of(output) is not None:
             if is_activation(module):
                 output._quac_label = replace(label_of(output), kernel=None)  # type: ignore[attr-defined, type-var]
             if output.ndim >= 3:
-                outputs.append((names[id(module)], output))
+                outputs.append((name, output))
+        while running:  # the others, if any, ended with errors that the host caught
+            call = running.pop()
+            call.end(labels)
+            if call.module is module:
+                _note(result, call, output, labels, batch)
+                break
 
     handles = []
     for module in model.modules():
@@ -273,21 +355,86 @@ def _run(model: nn.Module, images: Tensor, batch: int) -> Trace:
             if is_activation(module):
                 handles.append(module.register_forward_pre_hook(called))
     try:
-        with _evaluating(model), torch.no_grad(), _Labels(batch), warnings.catch_warnings():
+        # quality functions read pictures: these are none, and far too many
+        nothing = [(context, images.new_zeros(batch, context.channels)) for context in contexts_of(model)]
+        with _evaluating(model), torch.no_grad(), labels, quality_given(nothing), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 features = model.forward_features(images)  # type: ignore[operator]
                 result.last = _backbone_output(features, outputs, batch)
-                model.forward_head(features)  # type: ignore[operator]
+                end = model.forward_head(features)  # type: ignore[operator]
             except Exception:  # it has none, or none for use: encoders without a head, wrappers that return features
-                model(images)
+                result.features, result.others, labels.layers = [], {}, 0
+                while running:
+                    running.pop().end(labels)
+                end = model(images)
     finally:
         for handle in handles:
             handle.remove()
     result.tap = chain[-1] if chain else None
     if result.last is None and outputs:
         result.last = _backbone_output(outputs[-1][1], outputs, batch)
+    result.layers = labels.layers
+    cuts = _cuts(labels.parents, [label.node for leaf in tree_leaves(end) if (label := label_of(leaf)) is not None])
+    result.features = [replace(feature, cut=feature.node in cuts) for feature in result.features]
     return result
+
+
+class _Running:
+    """A module that has been called and has not returned yet."""
+
+    def __init__(self, module: nn.Module, name: str, labels: _Labels):
+        self.module, self.name = module, name
+        self.layers, self.nodes = labels.layers, len(labels.parents)
+        # the driver of an activation that was put in is no depth of the host, and q no way around its layers
+        self.uncounted = OURS in name or isinstance(module, ChannelActivation)
+        self.unnumbered = name.rpartition(".")[2] in TAP_HOOKS
+        labels.uncounted += self.uncounted
+        labels.unnumbered += self.unnumbered
+
+    def end(self, labels: _Labels) -> None:
+        labels.uncounted -= self.uncounted
+        labels.unnumbered -= self.unnumbered
+
+
+def _note(result: Trace, call: _Running, output: Any, labels: _Labels, batch: int) -> None:
+    """Note what a module returned."""
+    if not call.name:
+        return
+    label = label_of(output)
+    if label is None:
+        kind = "nothing that depends on the image" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        result.others[call.name] = f"returns {kind}"
+        return
+    described = _describe(output, batch)
+    if described is None or output.ndim not in (3, 4):
+        sizes = ", ".join("B" if i == label.batch else str(size) for i, size in enumerate(output.shape))
+        result.others[call.name] = f"its output ({sizes}) is not a feature map (4-D or tokens)"
+        return
+    made = label.node >= call.nodes
+    depth = labels.depths[label.node] if label.node >= 0 else 0
+    result.features.append(Feature(call.name, described, labels.layers, call.layers, depth, label.node, made))
+
+
+def _cuts(parents: list[tuple[int, ...]], ends: list[int]) -> set[int]:
+    """The tensors that lie on every way from the image to the one of ``ends`` that most tensors lead to.
+
+    Tensors are numbered in the order they were computed, so a way avoids one of them only by a step across its number.
+    """
+    best: list[int] = []
+    for end in {node for node in ends if node >= 0}:
+        reached = {end}
+        for node in range(end, 0, -1):
+            if node in reached:
+                reached.update(parents[node])
+        best = max(best, sorted(reached), key=len)
+    steps = [0] * (len(parents) + 1)
+    for node in best:
+        for parent in parents[node]:
+            steps[parent + 1] += 1
+            steps[node] -= 1
+    across = list(itertools.accumulate(steps))
+    return {node for node in best if not across[node]}
 
 
 def _inside(name: str, parent: str) -> bool:

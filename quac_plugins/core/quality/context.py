@@ -21,7 +21,7 @@ import itertools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -270,7 +270,7 @@ class QualityContext:
 
 
 def contexts_of(model: nn.Module) -> list[QualityContext]:
-    """Every context in a model (one per injection), in module order."""
+    """Every context in a model (one for each tap), in module order."""
     found: dict[int, QualityContext] = {}
     for module in model.modules():
         context = getattr(module, "context", None)
@@ -283,13 +283,16 @@ def contexts_of(model: nn.Module) -> list[QualityContext]:
 def quality_of(model: nn.Module, q: Tensor) -> Iterator[None]:
     """Give the quality features by hand: inside, the tap does not compute them.
 
+    Activations and a prior with different quality functions have a tap each. Then q goes to those of its width, and
+    the others compute their own; nest two calls to give both.
+
     Args:
         model: a model with QuAC inside (also wrapped, as by DistributedDataParallel).
         q: (B, Q) or (B, Q, 1, 1), floating point.
 
     Raises:
         TypeError: q is not a tensor.
-        ValueError: the model holds no QuAC, or q has another width than its activations expect.
+        ValueError: the model holds nothing that reads q, or q has another width than all that does.
 
     Example:
         >>> import torch, timm, quac_plugins
@@ -302,23 +305,38 @@ def quality_of(model: nn.Module, q: Tensor) -> Iterator[None]:
         raise TypeError(f"q must be a tensor (B, Q), got {type(q).__name__}")
     contexts = contexts_of(model)
     if not contexts:
-        raise ValueError(f"{type(model).__name__} has no QuAC activation inside; call quac_plugins.inject first")
+        raise ValueError(f"{type(model).__name__} has no QuAC inside that reads q; call quac_plugins.inject first")
     if q.ndim == 4 and q.shape[2:] == (1, 1):
         q = q.flatten(1)
-    for context in contexts:
-        if q.ndim != 2 or q.shape[1] != context.channels or not q.is_floating_point():
-            raise ValueError(
-                f"q has shape {tuple(q.shape)} and dtype {q.dtype}; "
-                f"this model expects floating point (B, {context.channels})"
-            )
-    before = [(c.q, c.given, getattr(c._local, "given", None), getattr(c._local, "forward", None)) for c in contexts]
-    for context in contexts:
-        context.given = context._local.given = q
+    wanted = [c for c in contexts if q.ndim == 2 and q.shape[1] == c.channels and q.is_floating_point()]
+    if not wanted:
+        widths = " or ".join(f"(B, {width})" for width in dict.fromkeys(c.channels for c in contexts))
+        raise ValueError(
+            f"q has shape {tuple(q.shape)} and dtype {q.dtype}; this model expects floating point {widths}"
+        )
+    with quality_given([(context, q) for context in wanted]):
+        yield
+
+
+@contextmanager
+def quality_given(given: Iterable[tuple[QualityContext, Tensor]]) -> Iterator[None]:
+    """Give contexts a q (B, Q) each, unchecked: inside, their taps do not compute one. See :func:`quality_of`."""
+    pairs = list(given)
+    eager = not torch.compiler.is_compiling()  # thread-local storage cannot be traced
+    before = [
+        (c.q, c.given, *((getattr(c._local, "given", None), getattr(c._local, "forward", None)) if eager else ()))
+        for c, _ in pairs
+    ]
+    for context, q in pairs:
+        context.given = q
+        if eager:
+            context._local.given = q
         context.begin(q)
     try:
         yield
     finally:
-        for context, (latest, plain, given, forward) in zip(contexts, before, strict=True):
-            context.q, context.given, context._local.given = latest, plain, given
-            # an outer quality_of goes on; a finished forward pass does not become current again
-            context._local.forward = forward if given is not None else None
+        for (context, _), (latest, plain, *local) in zip(pairs, before, strict=True):
+            context.q, context.given = latest, plain
+            if local:
+                # an outer quality_of goes on; a finished forward pass does not become current again
+                context._local.given, context._local.forward = local[0], local[1] if local[0] is not None else None

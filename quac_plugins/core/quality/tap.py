@@ -11,7 +11,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from quac_plugins.core.hooks import TAP_NAME, remove_hooks, tap_hook, tap_pre_hook
+from quac_plugins.core.hooks import TAP_HOOKS, TAP_NAME, remove_hooks
 from quac_plugins.core.precision import full_precision
 from quac_plugins.core.quality.context import QualityContext
 from quac_plugins.core.quality.table import QualityFunction
@@ -57,16 +57,21 @@ class QualityTap(nn.Module):
         """What is computed, for ``print(model)``."""
         return f"{self.quality.name}, Q={self.quality.channels}, mean={self.mean}, std={self.std}"
 
-    def attach(self, host: nn.Module) -> None:
-        """Become a child of the layer and listen to its calls."""
-        host.add_module(TAP_NAME, self)
-        host.register_forward_pre_hook(tap_pre_hook, with_kwargs=True)
-        host.register_forward_hook(tap_hook)
+    def attach(self, host: nn.Module, name: str = TAP_NAME) -> None:
+        """Become a child of the layer, under a name of ``TAP_HOOKS``, and listen to its calls."""
+        before, after = TAP_HOOKS[name]
+        host.add_module(name, self)
+        host.register_forward_pre_hook(before, with_kwargs=True)
+        host.register_forward_hook(after)
 
-    def detach(self, host: nn.Module) -> None:
-        """Undo :meth:`attach`."""
-        remove_hooks(host, tap_pre_hook, tap_hook)
-        delattr(host, TAP_NAME)
+    @staticmethod
+    def detach(host: nn.Module, name: str = TAP_NAME) -> QualityTap:
+        """Undo :meth:`attach`; returns the tap."""
+        remove_hooks(host, *TAP_HOOKS[name])
+        tap = host.get_submodule(name)
+        assert isinstance(tap, QualityTap)
+        delattr(host, name)
+        return tap
 
     def forward(self, images: Tensor) -> None:
         """Called by the layer's hook, as a module so that torch.fx keeps the call; see :meth:`observe`."""

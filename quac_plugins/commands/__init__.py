@@ -1,0 +1,26 @@
+"""The commands of ``quac``: options in, one call, results out.
+
+Results go to standard output, everything else to standard error. Exit codes: 0 all is well, 2 the arguments or the
+files they name are wrong, 3 the results are there but some images could not be read, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from quac_plugins.commands.evaluate import evaluate_command
+from quac_plugins.commands.fit import fit_prior_command, fit_qacon_command
+from quac_plugins.commands.names import list_command
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Quality-adaptive activations and degradation priors: what there is, how to fit it, and how well it does.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("evaluate")(evaluate_command)
+app.command("fit-prior")(fit_prior_command)
+app.command("fit-qacon")(fit_qacon_command)
+app.command("list")(list_command)

@@ -1,0 +1,102 @@
+"""What the commands share: options, errors in one line, files that can be written."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quac_plugins.parsing import numbers
+
+WRONG, UNREADABLE, INTERRUPTED = 2, 3, 130
+_PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
+
+BaseCheckpoint = Annotated[Path | None, typer.Option(help="File with the host's weights, in place of downloaded ones.")]
+Checkpoint = Annotated[Path | None, typer.Option(help="File with the weights of the whole network.")]
+Pretrained = Annotated[
+    bool | None,
+    typer.Option("--pretrained/--no-pretrained", help="Load timm's weights. By default if no file is given."),
+]
+ModelKwargs = Annotated[list[str] | None, typer.Option(help="Arguments of the network: k=v,k2=v2. May be repeated.")]
+NumClasses = Annotated[int | None, typer.Option(min=1, help="Of the classifier; a file must agree.")]
+ClassMap = Annotated[Path | None, typer.Option(help="JSON or text file: folder to class index.")]
+Mean = Annotated[str | None, typer.Option(help="Of the normalization: 0.5 or 0.5,0.5,0.5.")]
+Std = Annotated[str | None, typer.Option(help="Likewise.")]
+InputSize = Annotated[str | None, typer.Option(help="Side, or height,width.")]
+CropPct = Annotated[
+    float | None,
+    typer.Option(help="Crop over resized side. By default the network's, images of its very size as they are."),
+]
+Interpolation = Annotated[str | None, typer.Option(help="Of the resizing: bilinear, bicubic, ….")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …. Default: a GPU if there is one.")]
+NumWorkers = Annotated[int, typer.Option(min=0, help="Processes that read and corrupt.")]
+Json = Annotated[Path | None, typer.Option(help="Write the report here.")]
+Plot = Annotated[Path | None, typer.Option(help="Draw the report here: .png, .svg, .pdf, ….")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@contextlib.contextmanager
+def plain_errors(debug: bool) -> Iterator[None]:
+    """Turn an error that the user can mend into one line and exit code 2."""
+    try:
+        yield
+    except (BrokenPipeError, NotImplementedError, RecursionError, typer.Exit):
+        raise
+    except (AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        if debug:
+            raise
+        text = " ".join(str(error).split()) or type(error).__name__
+        typer.echo(f"error: {text}", err=True)
+        raise typer.Exit(WRONG) from None
+
+
+def images_of(mean: str | None, std: str | None, input_size: str | None) -> dict[str, Any]:
+    """mean, std and input_size as `quac_plugins.evaluate` takes them."""
+    means, stds = numbers(mean, float, "--mean"), numbers(std, float, "--std")
+    if (means is None) != (stds is None):
+        raise ValueError("--mean and --std go together: give both or neither")
+    if not all(math.isfinite(value) for value in (*(means or ()), *(stds or ()))):
+        raise ValueError("--mean and --std must be finite numbers")
+    size = numbers(input_size, int, "--input-size")
+    return {"mean": means, "std": stds, "input_size": size[0] if size and len(size) == 1 else size}
+
+
+def check_outputs(json: Path | None, plot: Path | None) -> None:
+    """Refuse before the work what could not be written after it."""
+    for path in (json, plot):
+        if path is not None:
+            if path.is_dir():
+                raise IsADirectoryError(f"{path} is a directory, not a file to write")
+            check_folder(path.parent)
+    if plot is not None:
+        if plot.suffix.lower() not in _PICTURES:
+            raise ValueError(f"--plot: {plot.name} must end in one of {', '.join(_PICTURES)}")
+        from quac_plugins.evaluate.plot import require_matplotlib
+
+        require_matplotlib()
+
+
+def check_folder(folder: Path) -> None:
+    """Make a folder and refuse one that cannot be written into."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"cannot write into {folder}")
+
+
+def tell_unreadable(paths: Iterable[str]) -> None:
+    """One line for each file that was left out."""
+    for path in paths:
+        typer.echo(f"unreadable: {path}", err=True)
+
+
+def default_device() -> str:
+    """This process's GPU, if there is one."""
+    import torch
+
+    count = torch.cuda.device_count()
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}" if count else "cpu"

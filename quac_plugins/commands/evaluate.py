@@ -1,0 +1,108 @@
+"""``quac evaluate``: how well a network classifies, clean and under corruptions."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import rich.console
+import typer
+
+from quac_plugins.commands import common
+from quac_plugins.parsing import key_values, numbers
+
+if TYPE_CHECKING:
+    from quac_plugins.evaluate import EvaluationReport
+
+
+def evaluate_command(
+    model: Annotated[str, typer.Argument(help="A timm name, such as resnet50_qacon.a1_in1k, hf-hub:… or local-dir:…")],
+    data: Annotated[Path, typer.Option(help="A directory of folders of classes, or one laid out as ImageNet-C.")],
+    base_checkpoint: common.BaseCheckpoint = None,
+    checkpoint: common.Checkpoint = None,
+    adapter: Annotated[str | None, typer.Option(help="Adapter to put in: a directory, or org/name.")] = None,
+    pretrained: common.Pretrained = None,
+    model_kwargs: common.ModelKwargs = None,
+    num_classes: common.NumClasses = None,
+    class_map: common.ClassMap = None,
+    corruptions: Annotated[
+        str, typer.Option(help="Names, groups (noise, blur, weather, digital), all, extra or every; comma-separated.")
+    ] = "",
+    severity: Annotated[
+        str | None, typer.Option(help="1 to 5, comma-separated. Default 3; for ImageNet-C all that are there.")
+    ] = None,
+    clean: Annotated[bool, typer.Option(help="Measure the images without corruption too.")] = True,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many images, spread over classes.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the corruptions and the choice of images.")] = 0,
+    mean: common.Mean = None,
+    std: common.Std = None,
+    input_size: common.InputSize = None,
+    crop_pct: common.CropPct = None,
+    interpolation: common.Interpolation = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 32,
+    device: common.Device = None,
+    amp: Annotated[bool, typer.Option("--amp", help="Mixed precision.")] = False,
+    num_workers: common.NumWorkers = 0,
+    json: common.Json = None,
+    plot: common.Plot = None,
+    debug: common.Debug = False,
+) -> None:
+    """Measure top-1 and top-5 of a network, clean and under the corruptions of ImageNet-C.
+
+    Runs on several GPUs or processes with: torchrun --nproc-per-node N -m quac_plugins.cli evaluate …
+    """
+    with common.plain_errors(debug):
+        common.check_outputs(json, plot)
+        images = common.images_of(mean, std, input_size)
+        severities = numbers(severity, int, "--severity")
+        import torch
+
+        from quac_plugins.evaluate import evaluate
+        from quac_plugins.evaluate.model import build_model
+        from quac_plugins.evaluate.processes import is_main_process
+
+        torch.manual_seed(seed)
+        network = build_model(
+            model,
+            base_checkpoint=base_checkpoint,
+            checkpoint=checkpoint,
+            adapter=adapter,
+            model_kwargs=key_values(model_kwargs or []),
+            num_classes=num_classes,
+            pretrained=pretrained,
+            **images,
+        )
+        report = evaluate(
+            network,
+            data,
+            corruptions=corruptions,
+            severities=severities,
+            limit=limit,
+            seed=seed,
+            batch_size=batch_size,
+            crop_pct=crop_pct,
+            interpolation=interpolation,
+            device=device or common.default_device(),
+            amp=amp,
+            num_workers=num_workers,
+            clean=clean,
+            class_map=class_map,
+            **images,
+        )
+        report.model = model
+        if is_main_process():
+            _write(report, json, plot)
+    if report.unreadable:
+        raise typer.Exit(common.UNREADABLE)
+
+
+def _write(report: EvaluationReport, json: Path | None, plot: Path | None) -> None:
+    if json is not None:
+        report.to_json(json)
+    if plot is not None:
+        report.plot(plot)
+    rich.console.Console(soft_wrap=not sys.stdout.isatty()).print(report.table())
+    common.tell_unreadable(report.unreadable)
+    for condition, count in report.nan_outputs.items():
+        typer.echo(f"NaN in the output for {count} images ({condition}), counted as wrong", err=True)

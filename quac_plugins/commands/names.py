@@ -1,0 +1,59 @@
+"""``quac list``: what can be named."""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from quac_plugins.commands import common
+
+_OURS = re.compile(r"(_qacon|_ddp)(\.|$)")
+
+
+class What(str, Enum):
+    """What ``quac list`` lists."""
+
+    models = "models"
+    quality = "quality"
+    activations = "activations"
+    priors = "priors"
+    corruptions = "corruptions"
+
+
+def list_command(
+    pattern: Annotated[str, typer.Argument(help="Wildcards * and ?; without them, a part of the name.")] = "*",
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Only models with weights, with their tags.")
+    ] = False,
+    what: Annotated[What, typer.Option(help="What to list.")] = What.models,
+    debug: common.Debug = False,
+) -> None:
+    """List names, one a line: models of this package, quality functions, activations, priors or corruptions."""
+    from quac_plugins.parsing import matching
+
+    with common.plain_errors(debug):
+        names = matching(_names(what, pretrained), pattern)
+        typer.echo("".join(f"{name}\n" for name in names), nl=False)
+        if not names:
+            typer.echo(f"no {what.value} match {pattern!r}", err=True)
+
+
+def _names(what: What, pretrained: bool) -> list[str]:
+    if what is What.corruptions:
+        from quac_plugins.degradations import CORRUPTIONS, EXTRA_CORRUPTIONS
+
+        return [*CORRUPTIONS, *EXTRA_CORRUPTIONS]
+    import quac_plugins
+
+    if what is What.quality:
+        return quac_plugins.quality_names()
+    if what is What.activations:
+        return sorted(quac_plugins.ACTIVATIONS)
+    if what is What.priors:
+        return sorted(quac_plugins.FDMS)
+    import timm
+
+    return [name for name in timm.list_models(pretrained=pretrained) if _OURS.search(name)]

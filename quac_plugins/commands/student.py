@@ -1,0 +1,85 @@
+"""The network that a fit is of: a host by name, and in it what is to be fitted."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_NAME = re.compile(r"(?P<base>[^.:]+?)(?P<quac>_qacon)?(?P<prior>_ddp)?(?P<tag>\..*)?")
+
+
+def build_student(
+    name: str,
+    wanted: set[str],
+    *,
+    adapter: str | None = None,
+    prior: dict[str, Any] | None = None,
+    said: list[str] | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> nn.Module:
+    """Build a host and put into it what its name, an adapter and the fit ask for.
+
+    Args:
+        name: of timm, with or without ``_qacon``, ``_ddp`` or ``_qacon_ddp``; or ``hf-hub:…``, ``local-dir:…``.
+        wanted: what there must be, of ``"quac"`` and ``"prior"``.
+        adapter: what is put in first, if it is given.
+        prior: fields of the `PriorConfig` of a new prior.
+        said: options of the command line that say what the prior is, to be refused where the adapter says so.
+        model_kwargs: of timm, `QuACConfig` and `PriorConfig`.
+        seed: of what is put in.
+        **options: of `quac_plugins.evaluate.model.build_model`.
+
+    Raises:
+        ValueError: an option says of what the adapter holds what it is.
+    """
+    import torch
+
+    from quac_plugins import PriorConfig, QuACConfig, inject, injection_of
+    from quac_plugins.evaluate.model import build_model
+    from quac_plugins.evaluate.preprocessing import data_config
+    from quac_plugins.timm import OPTIONS, PRIOR_OPTIONS
+
+    found = _NAME.fullmatch(name)
+    if found is not None:
+        wanted = wanted | {what for what in ("quac", "prior") if found[what]}
+        name = found["base"] + (found["tag"] or "")
+    kwargs = dict(model_kwargs or {})
+    of_quac = {key: kwargs[key] for key in OPTIONS if key in kwargs} if "quac" in wanted else {}
+    of_prior = {key: kwargs[key] for key in (*PRIOR_OPTIONS, "quality") if key in kwargs} if "prior" in wanted else {}
+    kwargs = {key: value for key, value in kwargs.items() if key not in of_quac and key not in of_prior}
+    torch.manual_seed(seed)
+    network = build_model(name, adapter=adapter, model_kwargs=kwargs, **options)
+    record = injection_of(network)
+    size = data_config(network, input_size=options.get("input_size"))["input_size"][-2:]
+    example = torch.empty(1, 3, *size)
+    torch.manual_seed(seed)
+    for what, there, given in (
+        ("quac", record is not None and record.config is not None, list(of_quac)),
+        ("prior", record is not None and record.prior is not None, [*of_prior, *(said or [])]),
+    ):
+        if there and [key for key in given if key != "quality"]:
+            source = f"the adapter {adapter}" if adapter is not None else name
+            raise ValueError(f"{source} says itself what is put in: leave out {', '.join(dict.fromkeys(given))}")
+        if what in wanted and not there:
+            inject(
+                network,
+                QuACConfig(**of_quac) if what == "quac" else PriorConfig(**{**of_prior, **(prior or {})}),
+                example,
+            )
+    return network
+
+
+def labelled_files(images: Path, network: nn.Module, limit: int | None, seed: int, class_map: Path | None) -> list[Any]:
+    """(file, class index) of a folder of folders of classes; at most so many, spread over the classes."""
+    from quac_plugins.evaluate.data import CLEAN, ImageDirectory
+
+    directory = ImageDirectory(images, getattr(network, "num_classes", None), class_map)
+    if directory.is_imagenet_c:
+        raise ValueError(f"--labels: {images} is laid out as ImageNet-C; give a folder of folders of classes")
+    return [(item.path, item.target) for item in directory.limited(limit, seed)[CLEAN]]

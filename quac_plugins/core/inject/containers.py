@@ -1,0 +1,86 @@
+"""Modules that run their children themselves, and so would run what is put behind them as one more of them.
+
+A Sequential, or any module that does the same in its own words, runs it in the right place: after the others. Others
+(a block that concatenates what its children return, a list that is told to its parent) take no further child.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import FunctionType
+
+from torch import Tensor, nn
+
+from quac_plugins.core.hooks import PRIOR_NAME, add_prior_hook, prior_hook, remove_hooks
+from quac_plugins.core.inject.trace import Trace, trace
+
+_CHILDREN = {"children", "named_children", "_modules"}  # how a module's code names them
+# classes whose code names their children, as they turned out to be
+_chains: set[type[nn.Module]] = set()
+_others: set[type[nn.Module]] = set()
+
+
+def runs_children(module: nn.Module) -> bool:
+    """Whether a module runs its children one after the other, also one that is put into it last.
+
+    Example:
+        >>> runs_children(nn.Sequential()), runs_children(nn.ModuleList()), runs_children(nn.ReLU())
+        (True, False, False)
+    """
+    plain = isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+    return plain or type(module) in _chains
+
+
+def note_chain(module: nn.Module) -> None:
+    """Remember that the modules of a class run what is put into them, if they run their children at all."""
+    if _may_run_children(module):
+        _chains.add(type(module))
+
+
+def leave_out(model: nn.Module, seen: Trace) -> None:
+    """Take out of a trace what is no place: containers that do something else with their children."""
+    for name in {feature.name for feature in seen.features}:
+        module = model.get_submodule(name)
+        if isinstance(module, (nn.Sequential, nn.ModuleDict, nn.ModuleList)) and not runs_children(module):
+            seen.features = [feature for feature in seen.features if feature.name != name]
+            seen.others[name] = "runs its children by itself, and would run one more"
+
+
+def let_chains_run(model: nn.Module, names: list[str], example: Tensor | None) -> None:
+    """Take the prior's hook off modules that turn out to run it already.
+
+    Raises:
+        ValueError: a module runs it, but not behind its other children.
+    """
+    doubtful = [name for name in names if _may_run_children(model.get_submodule(name))]
+    if not doubtful:
+        return
+    called = Counter(feature.name for feature in trace(model, example).features)
+    twice = [name for name in doubtful if called[f"{name}.{PRIOR_NAME}"] > 1]
+    for name in twice:
+        remove_hooks(model.get_submodule(name), prior_hook)
+    try:
+        if twice:
+            _check(trace(model, example), twice)
+    except Exception:
+        for name in twice:
+            add_prior_hook(model.get_submodule(name))
+        raise
+    for name in doubtful:
+        (_chains if name in twice else _others).add(type(model.get_submodule(name)))
+
+
+def _check(seen: Trace, names: list[str]) -> None:
+    for name in names:
+        found = [feature.node for feature in seen.features if feature.name in (name, f"{name}.{PRIOR_NAME}")]
+        if len(found) != 2 or found[0] != found[1]:
+            raise ValueError(f"site={name!r}: it runs its children by itself, and not one after the other")
+
+
+def _may_run_children(module: nn.Module) -> bool:
+    """Whether the code of a module's class names its children, and it is not known yet what for."""
+    if runs_children(module) or type(module) in _others:
+        return False
+    classes = [cls for cls in type(module).__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module]
+    methods = [f for cls in classes for f in vars(cls).values() if isinstance(f, FunctionType)]
+    return any(_CHILDREN & set(f.__code__.co_names) for f in methods if f.__name__ != "__init__")

@@ -1,0 +1,82 @@
+"""Which host an adapter belongs to: its architecture by name, its weights by a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from quac_plugins.core.inject.surgery import Injection, injection_of, unwrap
+
+OUR_SUFFIXES = ("_qacon_ddp", "_qacon", "_ddp")
+_PRECISIONS = (torch.float16, torch.bfloat16)
+
+
+def base_name(name: str) -> str:
+    """A timm name without the suffix of what this package puts in.
+
+    Example:
+        >>> base_name("resnet50_qacon_ddp"), base_name("resnet50_ddp"), base_name("resnet50")
+        ('resnet50', 'resnet50', 'resnet50')
+    """
+    return next((name.removesuffix(suffix) for suffix in OUR_SUFFIXES if name.endswith(suffix)), name)
+
+
+def describe_host(model: nn.Module) -> dict[str, Any]:
+    """Architecture, tag and fingerprint of a host, whatever was put into it."""
+    model = unwrap(model)
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    name = cfg.get("architecture") if isinstance(cfg, dict) else None
+    return {
+        "architecture": base_name(name) if isinstance(name, str) and name else type(model).__name__,
+        "tag": cfg.get("tag") if isinstance(cfg, dict) else None,
+        "fingerprint": fingerprint(model),
+    }
+
+
+def fingerprint(model: nn.Module) -> str | None:
+    """A hash of the host's own weights, without what was put in; None on the meta device.
+
+    The classifier that a host of timm names does not count: with other classes it is a new one, and the features are
+    the same. There is a part for each half precision, so that :func:`same_weights` knows a host in float32 and its copy
+    in float16 or bfloat16 as the same one.
+
+    Example:
+        >>> import timm, quac_plugins as quac
+        >>> host = timm.create_model("test_resnet")
+        >>> before = fingerprint(host)
+        >>> before == fingerprint(quac.inject(host, quac.PriorConfig()))
+        True
+        >>> same_weights(before, fingerprint(host.bfloat16()))
+        True
+    """
+    model = unwrap(model)
+    record = injection_of(model) or Injection()
+    named = ((record.name_in_host(name), tensor) for name, tensor in model.state_dict().items())
+    head = _classifiers(model)
+    found = {n: tensor for n, tensor in named if n and not n.startswith(head) and tensor.is_floating_point()}
+    if any(tensor.is_meta for tensor in found.values()):
+        return None
+    digests = [hashlib.sha256() for _ in _PRECISIONS]
+    for name in sorted(found):
+        tensor = found[name].detach().cpu()
+        for digest, precision in zip(digests, _PRECISIONS, strict=True):
+            digest.update(f"{name} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.to(precision).contiguous().flatten().view(torch.uint8).numpy().data)
+    return "-".join(digest.hexdigest()[:16] for digest in digests)
+
+
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the classifiers that a host of timm names."""
+    cfg = getattr(model, "pretrained_cfg", None)
+    names = cfg.get("classifier") if isinstance(cfg, dict) else None
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names or ()) if name)
+
+
+def same_weights(one: Any, other: Any) -> bool:
+    """Whether two fingerprints may be of the same weights: those of one precision agree, or one is not known."""
+    if one is None or other is None:
+        return True
+    return not set(str(one).split("-")).isdisjoint(str(other).split("-"))

@@ -1,0 +1,79 @@
+"""Giving a host the tap that an injection needs: one of its own, or the one that is there already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from quac_plugins.core.hooks import PRIOR_TAP_NAME, TAP_HOOKS, TAP_NAME
+from quac_plugins.core.inject.trace import Trace
+from quac_plugins.core.options import QualityOptions
+from quac_plugins.core.prior.config import PriorConfig
+from quac_plugins.core.quality.context import QualityContext
+from quac_plugins.core.quality.table import QualityFunction
+from quac_plugins.core.quality.tap import QualityTap
+
+
+def tap_for(
+    model: nn.Module, config: QualityOptions, quality: QualityFunction | None, seen: Trace
+) -> tuple[QualityContext | None, Callable[[], None]]:
+    """The context from which what is put in reads q, and the function that attaches its tap, to be called at the end.
+
+    A tap that is there already, on the same layer and with the same quality function, serves both.
+    """
+    if quality is None or seen.tap is None:
+        return None, _nothing
+    mean, std = _normalization(model, config, seen.in_chans)
+    at = seen.tap
+    layer = model.get_submodule(at)
+    for name in TAP_HOOKS:
+        there = layer._modules.get(name)
+        if isinstance(there, QualityTap) and (there.quality, there.mean, there.std, there.channel_order) == (
+            quality,
+            tuple(mean) if mean is not None else None,
+            tuple(std) if std is not None else None,
+            config.channel_order,
+        ):
+            return there.context, _nothing
+    context = QualityContext(quality.channels, at)
+    device = next((p.device for p in model.parameters() if p.is_floating_point()), torch.device("cpu"))
+    with torch.device(device):
+        tap = QualityTap(quality, context, at, seen.in_chans, mean, std, config.channel_order)
+    own_name = PRIOR_TAP_NAME if isinstance(config, PriorConfig) else TAP_NAME
+
+    def attach() -> None:
+        tap.attach(model.get_submodule(at), own_name)  # the layer of today: an activation may have taken its place
+
+    return context, attach
+
+
+def _nothing() -> None:
+    """There is no tap to attach."""
+
+
+def untap(model: nn.Module) -> None:
+    """Detach all taps of a host."""
+    for layer in list(model.modules()):
+        for name in TAP_HOOKS:
+            if name in layer._modules:
+                QualityTap.detach(layer, name)
+
+
+def _normalization(
+    model: nn.Module, config: QualityOptions, in_chans: int
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """mean and std from the config, else from the host's pretrained_cfg, for as many channels as the tap reads."""
+    cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    mean, std = config.mean, config.std
+    if mean is None and isinstance(cfg, dict) and "mean" in cfg and "std" in cfg:
+        mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
+    if mean is None or std is None:
+        return None, None
+    wanted = min(in_chans, 3)
+    if len(mean) == 1 or len(mean) == wanted:
+        return mean, std
+    if len(mean) == 3:  # a grey host of a colour recipe: timm normalizes by the mean of the three
+        return (sum(mean) / 3,) * wanted, (sum(std) / 3,) * wanted
+    raise ValueError(f"mean and std have {len(mean)} numbers, the host's images have {in_chans} channels")

@@ -1,0 +1,122 @@
+"""What the configs share: checks of values, the normalization of the host's images, reading and writing as JSON."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+C = TypeVar("C", bound="QualityOptions")
+
+
+def one_of(what: str, value: Any, known: tuple[str, ...] | list[str]) -> None:
+    """ValueError that lists the known values, and the nearest, unless ``value`` is one of them."""
+    if value not in known:
+        close = difflib.get_close_matches(str(value), known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"unknown {what} {value!r}{hint} Known: {', '.join(known)}")
+
+
+def whole_number(what: str, value: Any, least: int = 1, most: int | None = None) -> None:
+    """ValueError unless ``value`` is an int from ``least`` to ``most``."""
+    wrong = isinstance(value, bool) or not isinstance(value, int) or value < least
+    if wrong or (most is not None and value > most):
+        limits = f"≥ {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{what} must be a whole number {limits}, got {value!r}")
+
+
+def numbers(what: str, value: Any) -> tuple[float, ...]:
+    """A number or one for each channel, as finite floats."""
+    try:
+        found = (float(value),) if isinstance(value, (int, float)) else tuple(float(v) for v in value)
+    except (TypeError, ValueError, OverflowError):
+        found = ()
+    if isinstance(value, str):  # whose letters may be digits
+        found = ()
+    if not found or not all(math.isfinite(v) for v in found):
+        raise ValueError(f"{what} must be a number or one for each channel, got {value!r}")
+    return found
+
+
+def pattern_list(what: str, value: Any) -> list[str]:
+    """A pattern or several, as a list."""
+    patterns = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else []
+    if not patterns or not all(p and isinstance(p, str) for p in patterns):
+        raise ValueError(f"{what} must be a name, a pattern or a list of patterns, got {value!r}")
+    return patterns
+
+
+def without_path(quality: str) -> str:
+    """``contrique:/some/file`` as ``contrique``: files of one machine are neither saved nor opened for another's sake.
+
+    Example:
+        >>> without_path("contrique:/some/file"), without_path("pyiqa:piqe")
+        ('contrique', 'pyiqa:piqe')
+    """
+    prefix, _, argument = quality.partition(":")
+    return prefix if any(mark in argument for mark in "/\\") else quality
+
+
+class QualityOptions:
+    """The part of a config that says how q is computed from the host's images.
+
+    A mixin of dataclasses, which declare these fields themselves: the order of their arguments is their own.
+    """
+
+    quality: str | Callable[[Tensor], Tensor]
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    channel_order: str
+    quality_grad: bool
+    quality_channels: int | None
+
+    def check_quality(self) -> None:
+        """ValueError or TypeError for a value that cannot be."""
+        one_of("channel_order", self.channel_order, ["rgb", "bgr"])
+        if not isinstance(self.quality, str) and not callable(self.quality):
+            raise TypeError(f"quality must be a name or a callable, got {type(self.quality).__name__}")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std go together; give both or neither")
+        for name in ("mean", "std"):
+            if getattr(self, name) is not None:
+                setattr(self, name, numbers(name, getattr(self, name)))
+        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
+            raise ValueError(f"mean and std must have as many numbers, got {self.mean} and {self.std}")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"std must be positive, got {self.std}")
+        if not isinstance(self.quality_grad, bool):
+            raise ValueError(f"quality_grad must be True or False, got {self.quality_grad!r}")
+        if self.quality_channels is not None:
+            whole_number("quality_channels", self.quality_channels)
+
+    @property
+    def has_own_quality(self) -> bool:
+        """Whether the quality function is the user's own, read back from a file that cannot hold it."""
+        return isinstance(self.quality, str) and self.quality.startswith("callable:")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serializable; a callable quality appears as its name, and must be given again when it is read back."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
+        if isinstance(self.quality, str):
+            values["quality"] = without_path(self.quality)
+        else:
+            values["quality"] = f"callable:{getattr(self.quality, '__name__', type(self.quality).__name__)}"
+        return values
+
+    @classmethod
+    def from_dict(cls: type[C], values: dict[str, Any]) -> C:
+        """Read what :meth:`to_dict` wrote; ValueError names unknown fields."""
+        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"unknown fields of {cls.__name__}: {', '.join(unknown)}. Known: {', '.join(sorted(known))}"
+            )
+        config = cls(**values)
+        if isinstance(config.quality, str):
+            config.quality = without_path(config.quality)
+        return config

@@ -1,0 +1,1 @@
+"""The deep degradation prior: small modules after shallow layers of a frozen host, and where they can go."""

@@ -1,0 +1,86 @@
+"""The config of a degradation prior: the whole description of what is put into a host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from quac_plugins.core.options import QualityOptions, one_of, pattern_list, whole_number
+from quac_plugins.core.prior.fdm import act_names, needs_quality, resolve_fdm
+
+_MOST_EXPERTS = 256
+
+
+@dataclass
+class PriorConfig(QualityOptions):
+    """What :func:`quac_plugins.inject` puts after a layer of a frozen host: feature de-drifting modules (FDM).
+
+    Attributes:
+        site: ``"auto"`` (one shallow layer, by the rule of :func:`quac_plugins.core.prior.sites.find_prior_sites`),
+            ``"stages"`` (that layer and the ends of the later stages), a module name, a glob, ``"re:…"``, or a list.
+        fdm: ``"light"`` (depthwise, for mobile networks), ``"dense"`` (3×3, the most exact) or ``"ncrf"`` (centre and
+            dilated surround, after the paper).
+        fdm_width: channels inside; None: the FDM's own rule.
+        fdm_act: activation inside: ``"relu"``, ``"gelu"``, … or one that QuAC drives, such as ``"qacon"``.
+        experts: names of degradations, one FDM for each: a routed prior, whose gate reads q. Empty: a single FDM.
+        top_k: how many experts an image is sent to (routed only).
+        quality: the quality function that the gate, or a driven activation inside, reads.
+        mean, std, channel_order, quality_grad, quality_channels: as in :class:`quac_plugins.QuACConfig`.
+        freeze: set ``requires_grad`` of the host's own parameters to False until the prior is removed.
+
+    Raises:
+        ValueError: a value is not known; the message lists those that are.
+
+    Example:
+        >>> PriorConfig(site="stages", experts=["fog", "contrast"]).needs_quality
+        True
+    """
+
+    site: str | list[str] = "stages"
+    fdm: str = "light"
+    fdm_width: int | None = None
+    fdm_act: str = "relu"
+    experts: list[str] = field(default_factory=list)
+    top_k: int = 1
+    quality: str | Callable[[Tensor], Tensor] = "brisque_tone"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    channel_order: str = "rgb"
+    quality_grad: bool = False
+    quality_channels: int | None = None
+    freeze: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.site, tuple):
+            self.site = list(self.site)
+        pattern_list("site", self.site)
+        resolve_fdm(self.fdm)
+        one_of("fdm_act", self.fdm_act, act_names())
+        if self.fdm_width is not None:
+            whole_number("fdm_width", self.fdm_width, 1, 65536)
+        if not isinstance(self.experts, (list, tuple)) or not all(n and isinstance(n, str) for n in self.experts):
+            raise ValueError(f"experts must be a list of names of degradations, got {self.experts!r}")
+        self.experts = list(self.experts)
+        if len(set(self.experts)) < len(self.experts) or len(self.experts) > _MOST_EXPERTS:
+            raise ValueError(f"experts must be at most {_MOST_EXPERTS} different names, got {self.experts!r}")
+        whole_number("top_k", self.top_k)
+        if self.experts and needs_quality(self.fdm_act):
+            raise ValueError(
+                f"a routed prior takes experts without q, since its gate reads it: fdm_act={self.fdm_act!r} needs q. "
+                "Use fdm_act='relu', or no experts"
+            )
+        if not isinstance(self.freeze, bool):
+            raise ValueError(f"freeze must be True or False, got {self.freeze!r}")
+        self.check_quality()
+
+    @property
+    def patterns(self) -> list[str]:
+        """``site`` as a list."""
+        return pattern_list("site", self.site)
+
+    @property
+    def needs_quality(self) -> bool:
+        """Whether anything in it reads q, and so a tap is put in."""
+        return bool(self.experts) or needs_quality(self.fdm_act)

@@ -1,0 +1,147 @@
+"""The routed prior: several FDMs and the identity under a gate that reads the image's quality.
+
+One adapter then serves all degradations: q tells which one to undo. With a gate g(q) = softmax(W₂ ReLU(W₁ q̂)) over
+[identity, expert 1, …, expert E] the features become x + Σ g_e · std · r_e(z). While it is fitted the sum is over all
+experts; afterwards only over the ``top_k`` most likely (their weights made to sum to one), each expert seeing the
+images that were sent to it, so that an image costs what ``top_k`` FDM cost. Graphs (``torch.compile``,
+``torch.export``, ``torch.jit.trace``) cannot look at the weights: they compute all experts, to the same result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from quac_plugins.core.precision import full_precision
+from quac_plugins.core.prior.fdm import all_zero, resolve_fdm
+from quac_plugins.core.prior.sites import PriorSite
+from quac_plugins.core.quality.context import QualityContext, QualityError
+
+_HIDDEN = 64
+IDENTITY = "identity"
+
+
+class Gate(nn.Module):
+    """Which expert an image needs, from its quality features alone.
+
+    Args:
+        quality_channels: Q.
+        choices: 1 + E: the identity first.
+
+    Attributes:
+        mean, std: (Q,) of q over the images that it was fitted on; 0 and 1 before.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, quality_channels: int, choices: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(quality_channels))
+        self.register_buffer("std", torch.ones(quality_channels))
+        self.fc1 = nn.Linear(quality_channels, _HIDDEN)
+        self.fc2 = nn.Linear(_HIDDEN, choices)
+        nn.init.zeros_(self.fc2.weight)
+        nn.init.zeros_(self.fc2.bias)
+
+    def forward(self, q: Tensor) -> Tensor:
+        """Logits (B, 1 + E) of q (B, Q), at least float32 in a host of any dtype."""
+        wide = torch.promote_types(self.mean.dtype, torch.float32)
+        with full_precision(q):
+            h = ((q.to(wide) - self.mean.to(wide)) / self.std.to(wide)).clamp(-10, 10)
+            h = F.linear(h, self.fc1.weight.to(wide), self.fc1.bias.to(wide)).relu()
+            return F.linear(h, self.fc2.weight.to(wide), self.fc2.bias.to(wide))
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether it is as it was made: no choice is preferred."""
+        return all_zero(self.mean, self.std - 1, self.fc2.weight, self.fc2.bias)
+
+
+class RoutedFDM(nn.Module):
+    """Experts at one site, and the gate over them.
+
+    Args:
+        site: where it goes.
+        fdm: the experts' FDM by name.
+        experts: how many, E.
+        quality_channels: Q.
+        top_k: how many experts an image is sent to.
+        width, act: of the experts; their activation cannot be one that reads q (the gate does).
+
+    Attributes:
+        soft: mix all experts instead of the best, so that all have gradients.
+        only: send every image to this expert, whatever its quality; for the fit of one after the other.
+    """
+
+    def __init__(
+        self,
+        site: PriorSite,
+        fdm: str,
+        experts: int,
+        quality_channels: int,
+        top_k: int = 1,
+        width: int | None = None,
+        act: str = "relu",
+    ):
+        super().__init__()
+        self.site = site
+        self.top_k = min(top_k, experts + 1)
+        self.soft = False
+        self.only: int | None = None
+        self.context: QualityContext | None = None
+        self.layer = site.name
+        self.gate = Gate(quality_channels, experts + 1)
+        self.experts: Any = nn.ModuleList(resolve_fdm(fdm)(site, width, act) for _ in range(experts))  # of FDM
+
+    def weights(self, x: Tensor) -> Tensor:
+        """(B, 1 + E) for features x of B images: each row sums to one."""
+        rows = x.shape[0]
+        if self.only is not None:
+            return torch.eye(len(self.experts) + 1, device=x.device)[self.only + 1].expand(rows, -1)
+        if self.context is None:
+            raise QualityError(f"the prior after {self.layer!r} has no quality features: it is not inside a model")
+        q = self.context.current(x, self.layer)
+        if q.shape[0] != rows:
+            raise QualityError(
+                f"the prior after {self.layer!r} got features of {rows} images, but quality features of {q.shape[0]}"
+            )
+        weights = self.gate(q.to(x.device)).softmax(dim=1)
+        if self.soft or self.top_k >= weights.shape[1]:
+            return weights
+        best, chosen = weights.topk(self.top_k, dim=1)
+        return torch.zeros_like(weights).scatter(1, chosen, best / best.sum(dim=1, keepdim=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Repair features x of the site's layout, each image by the experts that its quality asks for."""
+        weights = self.weights(x)
+        graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        everything = self.soft or graph or x.is_meta or isinstance(x, FakeTensor)
+        y = self._by_all(x, weights) if everything else self._by_chosen(x, weights)
+        if self.context is not None:
+            self.context.mark(y)
+        return y
+
+    def _by_chosen(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Each expert on the images that were sent to it."""
+        y = x.clone()
+        wanted = weights[:, 1:].ne(0)
+        for index in wanted.any(dim=0).nonzero().flatten().tolist():
+            rows = wanted[:, index].nonzero().flatten()
+            y[rows] = self.experts[index](x[rows], y[rows], weights[rows, index + 1])
+        return y
+
+    def _by_all(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Every expert on all images: for gradients to all, and for graphs, which cannot look at the weights."""
+        y = x
+        for index, expert in enumerate(self.experts):
+            y = expert(x, y, weights[:, index + 1])
+        return y
+
+    def extra_repr(self) -> str:
+        """Sizes, for ``print(model)``."""
+        return f"{len(self.experts)} experts, top_k={self.top_k}"

@@ -1,0 +1,308 @@
+"""Where a degradation prior can go: after which modules of a host, and how the features are laid out there.
+
+A prior takes the output of a module and gives it back changed. So the output must be one picture of features an image:
+channels before or after the pixels, or tokens that stand on a grid. Where it goes decides whether it works at all:
+later than the first layer, which tells too little, but early, at full detail.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from quac_plugins.core.inject.trace import OURS, Feature, Trace
+
+PLACES = ("auto", "stages")
+_QUARTER = 0.25
+_FEW = 2  # layers: one is no depth
+_MOST_PREFIXES = 16
+
+
+@dataclass(frozen=True)
+class PriorSite:
+    """A place in a host where a degradation prior is put in: after a module.
+
+    Attributes:
+        name: of the module.
+        channels: C.
+        layout: ``"nchw"``, ``"nhwc"`` or ``"tokens"`` (B, N, C).
+        prefix: tokens in front of those of the grid (class, registers).
+        grid: (h, w) of the tokens, N = prefix + h·w; None for the other layouts.
+        stride: height of the image over that of the features, rounded; 0 where the features are larger.
+    """
+
+    name: str
+    channels: int
+    layout: str
+    prefix: int = 0
+    grid: tuple[int, int] | None = None
+    stride: int = 0
+
+
+@dataclass(frozen=True)
+class _Place:
+    site: PriorSite
+    feature: Feature
+    main: bool = False
+
+    @property
+    def key(self) -> Any:
+        """The same for modules that return the same tensor: a prior after one is a prior after the other."""
+        return self.feature.node if self.feature.made else self.site.name
+
+
+def find_prior_sites(model: nn.Module, seen: Trace, patterns: list[str]) -> list[PriorSite]:
+    """The places that ``patterns`` mean, in the order in which the host comes to them.
+
+    Args:
+        model: the host.
+        seen: what a pass over it showed, see :func:`quac_plugins.core.inject.trace.trace`.
+        patterns: any of
+
+            - ``"auto"``: the end of the finest resolution at which the host computes with more than its first layer,
+              within the first quarter of its layers (see below).
+            - ``"stages"``: ``auto``, and after it the end of every coarser resolution; in a host of one resolution
+              the ends of the second, third and fourth quarter of its depth. timm's ``feature_info``, where the host
+              has one, names these ends.
+            - a module name; a glob (``"layer?"``); ``"re:"`` and a regular expression (searched for).
+
+            Of several modules that a pattern matches and that return the same tensor, it means the outermost.
+
+    The main path of a host is made of the modules whose output everything passes that the host makes of the image
+    (``Feature.cut``). What is inside a block is not on it: a block is a module in which branches meet that its own
+    modules return apart, and every module of the same class, unless it holds more than half of the host's layers.
+    Neither is on it what a module that lowers the resolution computes before it does so with one layer or none. Of the
+    main path ``auto`` takes the modules that at least two layers and at most a quarter of all lead to; of these, the
+    finest resolution; there, the last. If no module is so early, it is the first on the main path that two layers lead
+    to, in the first half; if there is none (parallel branches from the image on), the first usable module.
+
+    Raises:
+        ValueError: a pattern matches nothing usable; the message lists what there is.
+
+    Example:
+        >>> import timm
+        >>> from quac_plugins.core.inject.trace import trace
+        >>> host = timm.create_model("mobilenetv2_050")
+        >>> find_prior_sites(host, trace(host), ["auto"])
+        [PriorSite(name='blocks.0', channels=8, layout='nchw', prefix=0, grid=None, stride=2)]
+    """
+    places, unusable = _places(model, seen)
+    chosen: dict[Any, _Place] = {}
+    for pattern in patterns:
+        matching = _matching(model, seen, places, pattern)
+        if not matching:
+            raise ValueError(_nothing(model, places, unusable, pattern))
+        for place in matching:
+            chosen.setdefault(place.key, place)
+    order = [place.site.name for place in places]
+    return [place.site for place in sorted(chosen.values(), key=lambda place: order.index(place.site.name))]
+
+
+def _places(model: nn.Module, seen: Trace) -> tuple[list[_Place], dict[str, str]]:
+    """The usable modules in the order they returned, and the others with the reason."""
+    calls: dict[str, list[Feature]] = {}
+    for feature in seen.features:
+        calls.setdefault(feature.name, []).append(feature)
+    usable: list[_Place] = []
+    unusable = {name: why for name, why in seen.others.items() if OURS not in name}
+    for name, features in calls.items():
+        if OURS in name:
+            continue
+        site: PriorSite | str
+        if name in seen.others:
+            site = f"{seen.others[name]} in some of its calls"
+        elif len(features) > 1:
+            site = f"is called {len(features)} times in one pass"
+        else:
+            site = _site(model, features[0], seen.image_size)
+        if isinstance(site, str):
+            unusable[name] = site
+        else:
+            usable.append(_Place(site, features[0]))
+    off = _off_the_main_path(model, seen, usable)
+    return [_Place(p.site, p.feature, p.site.name not in off) for p in usable], unusable
+
+
+def _site(model: nn.Module, feature: Feature, image: tuple[int, int]) -> PriorSite | str:
+    call = feature.call
+    shape = f"its output (B, {', '.join(map(str, call.shape[1:]))})"
+    if call.batch_axis != 0:
+        return f"its output has the images on axis {call.batch_axis}, not on axis 0"
+    if call.fold is not None:
+        return "its output has other things than images on axis 0 (windows, patches, heads)"
+    if len(call.shape) == 3:
+        if call.channel_dim != -1:
+            return f"{shape} has its channels on axis {call.channel_dim}, not last"
+        own = getattr(model, "num_prefix_tokens", None)
+        for prefix in (own if isinstance(own, int) else 0, *range(_MOST_PREFIXES + 1)):
+            grid = _grid(call.shape[1] - prefix, image)
+            if grid is not None and (prefix == own or 2 * prefix <= grid[0] * grid[1]):
+                return PriorSite(feature.name, call.channels, "tokens", prefix, grid, round(image[0] / grid[0]))
+        return f"{shape} has {call.shape[1]} tokens, which are no grid over the image of {image[0]}×{image[1]}"
+    if call.channel_dim not in (1, -1):
+        return f"{shape} has its channels on axis {call.channel_dim}, neither 1 nor last"
+    height, width = _room(feature)
+    if min(height, width) < 2:
+        return f"{shape} has no room left: {height}×{width}"
+    down, across = image[0] / height, image[1] / width
+    if abs(down - across) > 0.3 * max(down, across):  # heads × tokens, or axes that mean something else yet
+        return f"{shape} is not a picture of the image's {image[0]}×{image[1]}"
+    return PriorSite(feature.name, call.channels, "nchw" if call.channel_dim == 1 else "nhwc", stride=round(down))
+
+
+def _room(feature: Feature) -> tuple[int, ...]:
+    """(h, w) of a feature with four axes."""
+    return feature.call.shape[2:] if feature.call.channel_dim == 1 else feature.call.shape[1:3]
+
+
+def _grid(tokens: int, image: tuple[int, int]) -> tuple[int, int] | None:
+    height, width = image
+    for stride in range(2, min(image) // 2 + 1):
+        if not height % stride and not width % stride and (height // stride) * (width // stride) == tokens:
+            return height // stride, width // stride
+    return None
+
+
+def _off_the_main_path(model: nn.Module, seen: Trace, usable: list[_Place]) -> set[str]:
+    """Names of the usable modules that are not on the main path; see :func:`find_prior_sites`."""
+    half = seen.layers / 2
+    # the modules that blocks and steps can be: the rest are the host itself, by whatever name
+    parts = {f.name: f for f in seen.features if f.cut and f.made and f.layers - f.before <= half}
+    blocks = set()
+    for feature in seen.features:
+        if not feature.cut:
+            within = next((name for name in _around(feature.name) if name in parts), None)
+            if within is not None:
+                blocks.add(within)
+    classes = {type(model.get_submodule(name)) for name in blocks} - {nn.Sequential}
+    blocks |= {name for name in parts if type(model.get_submodule(name)) in classes}
+    heads = {name for name, feature in parts.items() if len(feature.call.shape) == 4 and min(_room(feature)) < 2}
+    strides = {place.site.name: place.site.stride for place in usable}
+    off = set()
+    for place in usable:
+        name, stride, feature = place.site.name, place.site.stride, place.feature
+        around = [outer for outer in _around(name) if outer in parts]
+        if not (feature.cut and feature.made) or any(outer in blocks or outer in heads for outer in around):
+            off.add(name)
+        elif any(strides.get(o, stride) > stride and feature.layers - parts[o].before < _FEW for o in around):
+            off.add(name)  # the beginning of a step to a coarser resolution
+    return off
+
+
+def _around(name: str) -> Iterable[str]:
+    """The names of the modules around a module, the innermost first."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _matching(model: nn.Module, seen: Trace, places: list[_Place], pattern: str) -> list[_Place]:
+    if pattern in PLACES:
+        first = _auto(seen, places)
+        if first is None or pattern == "auto":
+            return [first] if first is not None else []
+        return [first, *_later(model, seen, places, first)]
+    if pattern.startswith("re:"):
+        try:
+            regex = re.compile(pattern[3:])
+        except re.error as error:
+            raise ValueError(f"site={pattern!r} is not a regular expression: {error}") from error
+        return _outermost(place for place in places if regex.search(place.site.name))
+    return _outermost(place for place in places if fnmatch.fnmatchcase(place.site.name, pattern))
+
+
+def _outermost(places: Iterable[_Place]) -> list[_Place]:
+    """One place for each tensor, the one with the outermost name."""
+    found: dict[Any, _Place] = {}
+    for place in places:
+        known = found.setdefault(place.key, place)
+        if place.site.name.count(".") < known.site.name.count("."):
+            found[place.key] = place
+    return list(found.values())
+
+
+def _auto(seen: Trace, places: list[_Place]) -> _Place | None:
+    deep = [place for place in _outermost(p for p in places if p.main) if place.feature.depth >= _FEW]
+    early = [place for place in deep if place.feature.layers <= _QUARTER * seen.layers]
+    if early:
+        finest = min(place.site.stride for place in early)
+        return [place for place in early if place.site.stride == finest][-1]
+    first = [place for place in deep if place.feature.layers <= seen.layers / 2] or _outermost(places)
+    return first[0] if first else None
+
+
+def _later(model: nn.Module, seen: Trace, places: list[_Place], first: _Place) -> list[_Place]:
+    """The ends of what comes after ``first``."""
+    main = _outermost(place for place in places if place.main)
+    named = _named(model, places, main)
+    strides = {place.site.stride for place in named}
+    # where the host names the ends of its stages, a stage ends there and not at a norm behind it, and what is coarser
+    # than all of them belongs to the head
+    ends = [p for p in main if not strides or (p.site.stride < max(strides) and p.site.stride not in strides)]
+    ends = [p for p in places if p in ends or p in named]
+    ends = [p for p in ends if p.feature.layers > first.feature.layers]
+    last: dict[int, _Place] = {}
+    for place in ends:
+        if place.site.stride > first.site.stride and place.site.stride >= max(last, default=0):
+            last[place.site.stride] = place
+    if last:
+        return list(last.values())
+    quarters = []
+    for part in (2, 3, 4):
+        quarters += [place for place in ends if place.feature.layers <= part * _QUARTER * seen.layers][-1:]
+    return quarters
+
+
+def _named(model: nn.Module, places: list[_Place], main: list[_Place]) -> list[_Place]:
+    """The places of the main path that a host of timm names as the ends of its stages, if it names usable ones."""
+    info = getattr(model, "feature_info", None)
+    if callable(getattr(info, "module_name", None)):
+        info = [{"module": name} for name in info.module_name()]  # type: ignore[union-attr]
+    entries = info if isinstance(info, (list, tuple)) else []
+    names = {str(entry.get("module")) for entry in entries if isinstance(entry, dict)}
+    found = [place for place in places if place.site.name in names]
+    if len(found) < len(names):
+        return []
+    makers = {place.key: place for place in main}  # of tensors that the named module only hands on
+    found = [place if place.main else makers.get(place.feature.node, place) for place in found]
+    return [place for place in found if place.main]
+
+
+def _nothing(model: nn.Module, places: list[_Place], unusable: dict[str, str], pattern: str) -> str:
+    host = type(model).__name__
+    if not places:
+        some = [f"{name} ({why})" for name, why in list(unusable.items())[:5]]
+        return (
+            f"site={pattern!r} finds nothing: a degradation prior comes after a module that returns a feature map of "
+            f"the image (4-D or tokens), and no module of {host} does{': ' + ', '.join(some) if some else ''}"
+        )
+    matched = {name: why for name, why in unusable.items() if fnmatch.fnmatchcase(name, pattern)}
+    known = {name for name, _ in model.named_modules() if name}
+    if pattern in known and pattern not in matched:
+        inside = "belongs to what was put in" if OURS in pattern else "is never called with what depends on the image"
+        matched = {pattern: inside}
+    if matched:
+        some = [f"{name}: {why}" for name, why in list(matched.items())[:3]]
+        reason = f"site={pattern!r} cannot be used in {host}. {'; '.join(some)}{' …' if len(matched) > 3 else ''}."
+    else:
+        names = [place.site.name for place in places]
+        close = difflib.get_close_matches(pattern, [*PLACES, *names], n=3)
+        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+        reason = f"site={pattern!r} matches no module of {host} that a degradation prior can come after.{hint}"
+    return f"{reason} Usable: {_listing(places)}. Places: {', '.join(PLACES)}; regular expressions are written 're:…'"
+
+
+def _listing(places: list[_Place], most: int = 20) -> str:
+    """Some usable modules, the outermost of the main path before others."""
+    found = _outermost(places)
+    first = sorted(found, key=lambda place: (not place.main, place.site.name.count(".")))[:most]
+    shown = ", ".join(
+        f"{p.site.name} ({p.site.channels} channels, stride {p.site.stride})" for p in found if p in first
+    )
+    return shown + (f", … ({len(found)} in all)" if len(found) > most else "")

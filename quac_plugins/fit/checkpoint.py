@@ -1,0 +1,76 @@
+"""Interrupted fits go on: the state of each stage is kept in a folder, and trusted only if it is of this very fit."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Checkpoints:
+    """The states of a fit in a folder, one file a stage.
+
+    Args:
+        folder: made if it does not exist; None: nothing is kept.
+        key: what the fit is (host, pictures, recipe, …), JSON-serializable; a state with another key is not used.
+        writes: whether this process writes (one of several does).
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None, key: dict[str, Any], writes: bool = True):
+        self.folder = Path(folder) if folder is not None else None
+        self.digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+        self.writes = writes
+        if self.folder is not None and writes:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, stage: str) -> Path | None:
+        return None if self.folder is None else self.folder / f"fit-{stage}.pt"
+
+    def load(self, stage: str, of: str = "") -> dict[str, Any] | None:
+        """The state of a stage, None if there is none.
+
+        Args:
+            stage: its name.
+            of: what else it must be of than the fit, such as a hash of the stage's pictures.
+
+        Raises:
+            ValueError: it is of another fit, or damaged.
+        """
+        path = self._path(stage)
+        if path is None or not path.is_file():
+            return None
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+            digest, state = found["digest"], found["state"]
+        except Exception as error:  # a damaged archive raises anything, from KeyError to UnpicklingError
+            raise ValueError(
+                f"{path} is no state of a fit that can be read ({type(error).__name__}); delete it to start again"
+            ) from error
+        if digest != self.digest + of:
+            raise ValueError(
+                f"{path} belongs to another fit (other images, corruptions, options, or another host); delete it, or "
+                "give another folder"
+            )
+        return state
+
+    def save(self, stage: str, state: dict[str, Any], of: str = "") -> None:
+        """Write beside, then rename: an interruption never leaves half a file."""
+        path = self._path(stage)
+        if path is None or not self.writes:
+            return
+        beside = path.with_suffix(".tmp")
+        torch.save({"digest": self.digest + of, "state": state}, beside)
+        os.replace(beside, path)
+
+    def clear(self) -> None:
+        """Delete all states: the fit is done."""
+        if self.folder is not None and self.writes:
+            for path in self.folder.glob("fit-*.pt"):
+                path.unlink()
+            with contextlib.suppress(OSError):  # there is something else in it
+                self.folder.rmdir()

@@ -1,0 +1,287 @@
+"""Fitting a degradation prior inside a frozen host on a few unlabelled photographs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quac_plugins.core.hooks import PRIOR_NAME
+from quac_plugins.core.inject.surgery import injection_of, unwrap
+from quac_plugins.core.prior.config import PriorConfig
+from quac_plugins.core.prior.fdm import FDM
+from quac_plugins.core.prior.routed import Gate, RoutedFDM
+from quac_plugins.core.prior.training import Fit, Recipe
+from quac_plugins.core.quality.tap import QualityTap
+from quac_plugins.fit.report import FitReport
+from quac_plugins.fit.session import Data, Session, parameters_of, progress_bar, recipe_with
+from quac_plugins.fit.start import put_in, unharmed
+
+_PICTURES = 160  # degraded pictures of each kind that a fit aims at
+_GATE_STEPS = 300
+_CLEAN_KEPT = 0.98  # share of clean pictures that the gate must send past all experts
+
+
+def fit_prior(
+    model: nn.Module,
+    images: Any = None,
+    *,
+    pairs: Any = None,
+    degrade: Callable[..., Any] | None = None,
+    corruptions: str | Sequence[str] | None = None,
+    severity: int | Sequence[int] = 3,
+    config: PriorConfig | None = None,
+    deep: str | Sequence[str] | None = "stages",
+    limit: int | None = None,
+    views: int | None = None,
+    draws: int | None = None,
+    clean_share: float | None = None,
+    held_out: float = 0.2,
+    recipe: Recipe | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    mean: Any = None,
+    std: Any = None,
+    input_size: Any = None,
+    crop_pct: float | None = None,
+    interpolation: str | None = None,
+    checkpoint: str | Path | None = None,
+    num_workers: int = 0,
+    progress: bool = True,
+    **settings: Any,
+) -> FitReport:
+    """Fit the degradation prior of a frozen host so that it repairs features of degraded images; labels are not needed.
+
+    Source: Wang et al., "Deep Degradation Prior for Low-Quality Image Classification", CVPR 2020: minimize
+    ‖FDM(low(x_degraded)) − low(x_clean)‖². Here the features are standardized, and after the shallow layer deeper ones
+    may be compared too; see :mod:`quac_plugins.core.prior.training`. The host never changes: its state dict is the same
+    bit for bit. The state kept is the best on images held out, the untouched host included.
+
+    Args:
+        model: a host with a prior inside (``timm.create_model("NAME_ddp")``, :func:`inject`); into a plain host
+            ``config`` is injected.
+        images: clean photographs: a folder, files, arrays, PIL images, tensors in [0, 1], or a Dataset of these.
+        pairs: (degraded, clean), each as ``images``, in place of them.
+        degrade: your own degradation, uint8 (H, W, 3) → the same, in place of corruptions.
+        corruptions: names or sets of :func:`quac_plugins.degradations.corruption_names`. None: the names of a routed
+            prior's experts, else all 15.
+        severity: 1 to 5, or several, which are mixed.
+        config: what to inject into a plain host.
+        deep: places whose features are compared in the second part of the fit: ``"stages"``, names, or None.
+        limit: at most so many images.
+        views: crops and flips of each image; draws: degraded pictures of each view and corruption.
+        clean_share: share of undegraded pictures among those of one FDM for several corruptions. None: 0 for one
+            corruption, else a tenth.
+        held_out: share of the images that are not fitted on but judge when to stop.
+        recipe: steps, learning rate, …; single ones may be given by name (``steps=200``).
+        seed: of everything that is drawn.
+        device: where to fit; None: where the model is. Processes that torchrun starts share the work.
+        mean, std, input_size, crop_pct, interpolation: of the host's images; None: the host's own.
+        checkpoint: folder for the state of an unfinished fit; the same call goes on from there, in this process or
+            another. After an error or an interruption the model itself is as it was.
+        num_workers: processes that draw degraded pictures.
+        progress: show a bar on a terminal.
+
+    Returns:
+        What was fitted and how well; print it, ``to_json`` it, ``plot`` it.
+
+    Raises:
+        FileNotFoundError, OSError: there are no images, or none can be read.
+        ValueError: an option, a name, a size or a pair does not fit.
+
+    Example:
+        >>> import numpy as np, timm, quac_plugins as quac
+        >>> model = timm.create_model("test_resnet_ddp")
+        >>> photographs = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+        >>> report = quac.fit_prior(model, photographs, corruptions="contrast", input_size=64, views=1, steps=4)
+        >>> report.what, list(report.stages)
+        ('prior', ['prior'])
+    """
+    started = time.perf_counter()
+    network = unwrap(model)
+    record = injection_of(network)
+    there = record.prior if record is not None else None
+    if there is not None and config is not None:
+        raise ValueError("the model holds a prior already; leave config out, or remove(model) first")
+    planned = there.config if there is not None else config if config is not None else PriorConfig()
+    experts = planned.experts
+    if corruptions is None and pairs is None and degrade is None and experts:
+        corruptions = experts
+    data = Data(
+        images, pairs, degrade, corruptions, severity, limit, views, draws, clean_share, held_out, seed, num_workers,
+        mean, std, input_size, crop_pct, interpolation,
+    )  # fmt: skip
+    session = Session(network, data, device, _PICTURES)
+    made = recipe_with(recipe, settings, seed, session.device)
+    session.check_labels(made)
+    kinds = session.names or (["degrade"] if degrade is not None else ["pairs"])
+    if experts and (not session.by_corruption or set(kinds) - set(experts)):
+        wrong = sorted(set(kinds) - set(experts)) or kinds
+        raise ValueError(
+            f"this prior is routed over the experts {', '.join(experts)}; it cannot be fitted on {', '.join(wrong)}. "
+            "Give corruptions among them, or inject PriorConfig(experts=[…]) with other names"
+        )
+    with unharmed(network):
+        if there is None:
+            put_in(network, planned, session.size, session.config["mean"], session.config["std"], seed)
+        prior = injection_of(network).prior  # type: ignore[union-attr]
+        assert prior is not None
+        modules = {site.name: network.get_submodule(f"{site.name}.{PRIOR_NAME}") for site in prior.sites}
+        fitted = parameters_of(network, [f"{name}.{PRIOR_NAME}." for name in modules])
+        report = session.report("prior", list(modules), kinds, made, sum(p.numel() for p in fitted.values()))
+        with session.open(fitted), progress_bar(progress) as show:
+            deeper = session.deep_sites(deep, prior.sites[0])
+            keep = session.checkpoints(checkpoint, made, what="prior", deep=deep, clean_share=clean_share)
+            if experts:
+                _fit_experts(session, prior.sites, deeper, modules, kinds, experts, made, keep, report, show)
+                report.gate = _fit_gate(session, modules, kinds, experts, seed)
+            else:
+                share = clean_share if clean_share is not None else 0.1 if len(kinds) > 1 else 0.0
+                pictures = session.pictures(session.draws(session.names, share, _per_view(session)))
+                fit = _fit_of(session, prior.sites, deeper, fitted, pictures, made, list(modules.values()))
+                session.fit("prior", fit, keep, report, show)
+            with _one_expert(modules):
+                report.multiply_adds = session.multiply_adds()
+        keep.clear()
+    report.seconds = round(time.perf_counter() - started, 1)
+    return report
+
+
+def _per_view(session: Session) -> int:
+    """Degraded pictures of each view: about ``_PICTURES`` of each kind in all."""
+    return max(1, round(_PICTURES / (session.views * len(session.few))))
+
+
+def _fit_of(
+    session: Session, sites: Any, deeper: Any, parameters: Any, pictures: Any, recipe: Recipe, modules: list[nn.Module]
+) -> Fit:
+    """A fit whose modules are standardized by the clean features."""
+    standardize(session, sites, modules, pictures)
+    first, record = modules[0], injection_of(session.model)
+    # activations that were put in too may change what comes to it
+    alone = isinstance(first, FDM) and not first.reads_quality and record is not None and record.config is None
+    return Fit(
+        session.model, session.teacher, parameters, sites, deeper, session.normalize, pictures, recipe, session.share,
+        front=first if alone else None,
+    )  # fmt: skip
+
+
+def standardize(session: Session, sites: Any, modules: list[nn.Module], pictures: Any) -> None:
+    """Give every fresh FDM the statistics of the clean features at its site."""
+    from quac_plugins.core.prior.training import channel_statistics
+
+    fresh = [
+        (site.name, [m for m in module.modules() if isinstance(m, FDM) and m.is_fresh])
+        for site, module in zip(sites, modules, strict=True)
+    ]
+    if not any(inner for _, inner in fresh):
+        return
+    views = sorted(set(pictures.view[pictures.train].tolist()))
+    axes = {site.name: 1 if site.layout == "nchw" else -1 for site in sites}
+    prefixes = {site.name: site.prefix for site in sites}
+    statistics = channel_statistics(
+        session.teacher, axes, prefixes, session.normalize, pictures.clean[views], session.device
+    )
+    for name, inner in fresh:
+        for module in inner:
+            module.mean.copy_(statistics[name][0])
+            module.std.copy_(statistics[name][1])
+
+
+def _fit_experts(
+    session: Session, sites: Any, deeper: Any, modules: dict[str, nn.Module], kinds: list[str], experts: list[str],
+    recipe: Recipe, keep: Any, report: FitReport, show: Any,
+) -> None:  # fmt: skip
+    """One expert after the other, each on its own degradation."""
+    for kind in kinds:
+        index = experts.index(kind)
+        inner = [module.experts[index] for module in modules.values() if isinstance(module, RoutedFDM)]
+        parameters = parameters_of(session.model, [f"{name}.{PRIOR_NAME}.experts.{index}." for name in modules])
+        pictures = session.pictures(session.draws([kind], 0.0, _per_view(session)))
+        with _one_expert(modules, index):
+            fit = _fit_of(session, sites, deeper, parameters, pictures, recipe, inner)
+            session.fit(kind, fit, keep, report, show)
+
+
+@contextlib.contextmanager
+def _one_expert(modules: dict[str, nn.Module], index: int = 0) -> Iterator[None]:
+    """Send every image to one expert, where there are several."""
+    routed = [module for module in modules.values() if isinstance(module, RoutedFDM)]
+    for module in routed:
+        module.only = index
+    try:
+        yield
+    finally:
+        for module in routed:
+            module.only = None
+
+
+def _fit_gate(
+    session: Session, modules: dict[str, nn.Module], kinds: list[str], experts: list[str], seed: int
+) -> float | None:
+    """Fit the gate as a classifier of degradations; returns its accuracy on held-out pictures.
+
+    Experts that were fitted before stay among its choices.
+    """
+    routed = [module for module in modules.values() if isinstance(module, RoutedFDM)]
+    fitted = {name for name, expert in zip(experts, routed[0].experts, strict=True) if not expert.is_fresh}
+    kinds = [name for name in experts if name in fitted.union(kinds)]
+    draws = session.draws(kinds, 1 / (len(kinds) + 1), max(1, _per_view(session) // 2))
+    pictures = session.pictures(draws)
+    choice = {kind: experts.index(kind) + 1 for kind in kinds}
+    target = torch.tensor([choice.get(draws.kinds[kind], 0) for kind in draws.kind], device=session.device)
+    tap = next(m for m in session.model.modules() if isinstance(m, QualityTap) and m.context is routed[0].context)
+    parts = []
+    with torch.no_grad():
+        for start in range(0, len(draws.degraded), 32):
+            batch = torch.from_numpy(draws.degraded[start : start + 32]).to(session.device)
+            parts.append(tap.quality(tap.to_rgb(session.normalize(batch))).float())
+    q = torch.cat(parts)
+    gate = routed[0].gate
+    train, held = torch.from_numpy(pictures.train), torch.from_numpy(pictures.held)
+    gate.mean.copy_(q[train].mean(0))
+    gate.std.copy_(q[train].std(0).clamp(min=1e-4))
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=1e-2, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _GATE_STEPS)
+    generator = torch.Generator().manual_seed(seed)
+    best = float("inf")
+    state = {name: value.clone() for name, value in gate.state_dict().items()}
+    judged = held if len(held) else train
+    for step in range(_GATE_STEPS):
+        with torch.enable_grad():
+            noise = 0.1 * torch.randn(q[train].shape, generator=generator).to(q) * gate.std
+            loss = F.cross_entropy(gate(q[train] + noise), target[train])
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 19:
+            with torch.no_grad():
+                value = float(F.cross_entropy(gate(q[judged]), target[judged]))
+            if value < best:
+                best, state = value, {name: tensor.clone() for name, tensor in gate.state_dict().items()}
+    gate.load_state_dict(state)
+    _protect_clean(gate, q[judged][target[judged] == 0])
+    for module in routed[1:]:
+        module.gate.load_state_dict(gate.state_dict())
+    if not len(held):
+        return None
+    with torch.no_grad():
+        return float(np.mean((gate(q[held]).argmax(1) == target[held]).cpu().numpy()))
+
+
+def _protect_clean(gate: Gate, clean: Tensor) -> None:
+    """Raise the bar for leaving the identity until nearly all clean pictures stay: good images are left alone."""
+    if not len(clean):
+        return
+    with torch.no_grad():
+        logits = gate(clean)
+        lead = logits[:, 1:].max(dim=1).values - logits[:, 0]
+        gate.fc2.bias[0] += float(lead.quantile(_CLEAN_KEPT).clamp(min=0))

@@ -1,0 +1,128 @@
+"""What a fit did, as numbers, a file and a picture."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quac_plugins.evaluate.report import write_beside
+
+if TYPE_CHECKING:
+    import os
+
+
+@dataclass
+class FitReport:
+    """The report of :func:`quac_plugins.fit_prior` and :func:`quac_plugins.fit_qacon`.
+
+    Losses are relative: 1 in each of their terms is what the untouched host has on the degraded images.
+
+    Attributes:
+        what: ``"prior"`` or ``"qacon"``.
+        sites: names of the places where the prior is, or of the activations.
+        kinds: the degradations, in the order of the stages' names.
+        stages: stage → its curve (step, loss, held_out), best_step, stopped, first and best held-out loss; a loss that
+            was not finite is None.
+        gate: share of held-out pictures that the gate sends to the right expert (routed priors), else None.
+        images: how many images were fitted on, and how many of them held out.
+        parameters: how many parameters were fitted.
+        multiply_adds: of what was put in, over the host's, for one image; None where it could not be counted.
+        unreadable: files that were left out.
+        recipe, seconds, seed: how, how long, and from which seed.
+    """
+
+    what: str
+    sites: list[str]
+    kinds: list[str]
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    gate: float | None = None
+    images: dict[str, int] = field(default_factory=dict)
+    parameters: int = 0
+    multiply_adds: float | None = None
+    unreadable: list[str] = field(default_factory=list)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    seed: int = 0
+
+    @property
+    def held_out(self) -> float:
+        """Mean over the stages of the best held-out loss over the untouched host's; below 1 is better than it."""
+        known = [(stage["best"], stage["first"]) for stage in _finite(list(self.stages.values()))]
+        ratios = [best / first for best, first in known if best is not None and first]
+        return sum(ratios) / len(ratios) if ratios else 1.0
+
+    @property
+    def stopped(self) -> list[str]:
+        """Why stages ended early, if any did."""
+        return [f"{name}: {stage['stopped']}" for name, stage in self.stages.items() if stage["stopped"]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serializable."""
+        return _finite(asdict(self))
+
+    def to_json(self, path: str | os.PathLike[str]) -> None:
+        """Write the report; beside, then renamed."""
+        write_beside(path, (json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n").encode())
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str]) -> FitReport:
+        """Read what :meth:`to_json` wrote."""
+        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw the held-out loss of every stage against the steps, as a PNG, SVG or PDF by the suffix.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from quac_plugins.evaluate.plot import require_matplotlib
+
+        figure = require_matplotlib()(figsize=(7, 4), layout="constrained")
+        axes = figure.add_subplot()
+        for name, stage in self.stages.items():
+            first = stage["first"] or 1
+            known = [(entry["step"], entry["held_out"]) for entry in stage["curve"] if entry["held_out"] is not None]
+            (line,) = axes.plot([step for step, _ in known], [held / first for _, held in known], label=name)
+            if stage["best"] is not None:
+                axes.plot(stage["best_step"], stage["best"] / first, "o", color=line.get_color())
+        axes.axhline(1, color="0.6", linewidth=0.8)
+        axes.set(xlabel="step", ylabel="held-out loss, untouched host = 1", title=f"fit of the {self.what}")
+        if len(self.stages) > 1:
+            axes.legend(fontsize="x-small", ncols=2)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=Path(path).suffix.lstrip(".").lower() or "png", dpi=150)
+        write_beside(path, buffer.getvalue())
+
+    def __str__(self) -> str:
+        """A few lines."""
+        share = "" if self.multiply_adds is None else f", {self.multiply_adds:.1%} of the host's multiply-adds"
+        lines = [
+            f"{self.what} after {', '.join(self.sites[:4])}{' …' if len(self.sites) > 4 else ''}: "
+            f"{self.parameters} parameters{share}; {self.images.get('all', 0)} images "
+            f"({self.images.get('held', 0)} held out), {self.seconds:.0f} s"
+        ]
+        lines += [
+            f"  {name}: held-out loss {_number(stage['first'])} → {_number(stage['best'])} at step {stage['best_step']}"
+            + (f" ({stage['stopped']})" if stage["stopped"] else "")
+            for name, stage in self.stages.items()
+        ]
+        if self.gate is not None:
+            lines.append(f"  gate: {self.gate:.0%} of held-out pictures to the right expert")
+        return "\n".join(lines)
+
+
+def _finite(values: Any) -> Any:
+    """None for every number that is not finite: JSON has none of these."""
+    if isinstance(values, dict):
+        return {key: _finite(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"

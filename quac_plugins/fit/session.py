@@ -1,0 +1,439 @@
+"""What both fits need: pictures as the host takes them, the untouched host as teacher, processes that share work."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from quac_plugins.core.inject.adapter import adapter_state, is_fresh
+from quac_plugins.core.inject.fingerprint import fingerprint
+from quac_plugins.core.inject.surgery import Injection, injection_of, remove, unwrap
+from quac_plugins.core.inject.trace import Trace, trace
+from quac_plugins.core.options import QualityOptions, whole_number
+from quac_plugins.core.prior.sites import PriorSite, find_prior_sites
+from quac_plugins.core.prior.training import Fit, Pictures, Recipe, Share
+from quac_plugins.core.quality.tap import QualityTap
+from quac_plugins.degradations import check_severity, corruption_names
+from quac_plugins.evaluate.preprocessing import Crop, data_config
+from quac_plugins.evaluate.processes import is_main_process, process_group
+from quac_plugins.fit.checkpoint import Checkpoints
+from quac_plugins.fit.draws import Draws, held_out, make_draws
+from quac_plugins.fit.report import FitReport
+from quac_plugins.fit.sources import few_images
+
+T = TypeVar("T")
+_START = "start"  # the stage whose state is what a fit began with
+
+
+@dataclass
+class Data:
+    """Where the pictures of a fit come from, and how many are drawn; see :func:`quac_plugins.fit_prior`."""
+
+    images: Any = None
+    pairs: Any = None
+    degrade: Callable[..., Any] | None = None
+    corruptions: str | Sequence[str] | None = None
+    severity: int | Sequence[int] = 3
+    limit: int | None = None
+    views: int | None = None
+    draws: int | None = None
+    clean_share: float | None = None
+    held_out: float = 0.2
+    seed: int = 0
+    num_workers: int = 0
+    mean: Any = None
+    std: Any = None
+    input_size: Any = None
+    crop_pct: float | None = None
+    interpolation: str | None = None
+
+
+class Session:
+    """One call of a fit: reads the pictures once, lends teacher and student out, and puts the model back as it was.
+
+    Args:
+        model: what is fitted; unwrapped.
+        data: the pictures.
+        device: where to fit; None: where the model is.
+    """
+
+    def __init__(self, model: nn.Module, data: Data, device: str | torch.device | None, pictures: int):
+        self.model, self.data = model, data
+        for what, value in (("views", data.views), ("draws", data.draws)):
+            if value is not None:
+                whole_number(what, value)
+        self.by_corruption = data.degrade is None and data.pairs is None
+        if data.corruptions is not None and not self.by_corruption:
+            raise ValueError(f"give either corruptions or {'degrade' if data.pairs is None else 'pairs'}, not both")
+        names = corruption_names("all" if data.corruptions is None else data.corruptions) if self.by_corruption else []
+        if self.by_corruption and not names:
+            raise ValueError("no corruptions to fit on: give names, such as corruptions=['fog'], or degrade, or pairs")
+        levels = list(data.severity) if isinstance(data.severity, Iterable) else [data.severity]
+        self.names, self.severities = names, [check_severity(level) for level in levels] if names else []
+        self.config = data_config(
+            model,
+            mean=data.mean,
+            std=data.std,
+            input_size=data.input_size,
+            crop_pct=data.crop_pct,
+            interpolation=data.interpolation,
+        )
+        self.home = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.device = self.home if device is None else torch.device(device)
+        self.crop = Crop(self.config, keep_ready=data.crop_pct is None)
+        self.size: tuple[int, int] = tuple(self.config["input_size"][-2:])
+        self.few = few_images(data.images, pairs=data.pairs, limit=data.limit, seed=data.seed)
+        self.train, self.held = held_out(len(self.few), data.held_out, data.seed)
+        if not self.held:
+            warnings.warn("of one image none can be held out: what is kept is the best on that image", stacklevel=3)
+        # about as many pictures whatever the number of images and corruptions; at least one of each
+        per_image = pictures / max(1, len(self.few))
+        self.views = data.views or int(min(12, max(2, per_image)))
+        self.teacher: nn.Module = model
+        self.seen = Trace()
+        self.share = Share()
+        self.group: Any = None  # of processes; None: the default one
+
+    def draws(self, names: list[str], clean_share: float, draws: int | None) -> Draws:
+        """Pictures of these corruptions (of the pairs, or of the user's function, where these are given)."""
+        return make_draws(
+            self.few,
+            self.size,
+            corruptions=names,
+            severities=self.severities,
+            views=self.views,
+            draws=self.data.draws or draws or 1,
+            clean_share=clean_share,
+            degrade=self.data.degrade,
+            seed=self.data.seed,
+            workers=self.data.num_workers,
+            crop=self.crop,
+        )
+
+    def pictures(self, draws: Draws) -> Pictures:
+        """The draws, split by image into those that are fitted on and those held out."""
+        image = np.asarray(draws.image)[draws.view]
+        held = np.isin(image, self.held)
+        labels = None if self.few.labels is None else np.asarray(self.few.labels)[np.asarray(draws.image)]
+        return Pictures(
+            draws.clean, draws.degraded, np.asarray(draws.view), np.flatnonzero(~held), np.flatnonzero(held), labels
+        )
+
+    def check_labels(self, recipe: Recipe) -> None:
+        """ValueError if labels are to be used and there are none."""
+        if recipe.label_weight and self.few.labels is None:
+            raise ValueError(f"label_weight={recipe.label_weight} needs labels: give a Dataset of (image, label)")
+
+    def normalize(self, pictures: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) in RGB → what the host takes."""
+        mean, std = (pictures.new_tensor(self.config[key], dtype=torch.float32) for key in ("mean", "std"))
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        if self.is_bgr:
+            pictures = pictures.flip(-1)
+        images = ((pictures.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+        return images.to(dtype).contiguous(memory_format=torch.channels_last)
+
+    @property
+    def is_bgr(self) -> bool:
+        """Whether the host takes blue first, by the configs of what was put in."""
+        orders = {config.channel_order for config in self._configs()}
+        if len(orders) > 1:
+            raise ValueError("the configs of what was put in disagree about channel_order, 'rgb' or 'bgr'")
+        return orders == {"bgr"}
+
+    def deep_sites(self, deep: str | Sequence[str] | None, after: PriorSite | None = None) -> list[PriorSite]:
+        """The later places whose features are compared: those that come after the first site of a prior.
+
+        Raises:
+            ValueError: a name is that of no place, or all of them come before the prior.
+        """
+        if deep is None:
+            return []
+        patterns = [deep] if isinstance(deep, str) else list(deep)
+        first = [after.name] if after is not None else []
+        try:
+            found = find_prior_sites(self.teacher, self.seen, [*first, *patterns])
+        except ValueError as error:
+            raise ValueError(str(error).replace("site=", "deep=")) from None
+        if after is None:
+            return found
+        names = [site.name for site in found]
+        place = names.index(after.name)
+        early = [name for name in names[:place] if name in patterns]
+        if early:
+            raise ValueError(f"deep={deep!r}: {', '.join(early)} comes before the prior, which is after {after.name!r}")
+        return found[place:]
+
+    @contextlib.contextmanager
+    def open(self, parameters: dict[str, nn.Parameter]) -> Iterator[Session]:
+        """Student in eval mode on the device, only ``parameters`` with gradients; afterwards everything as it was."""
+        modes = {module: module.training for module in self.model.modules()}
+        wanted = {name: p.requires_grad for name, p in self.model.named_parameters()}
+        grads = {name: p.grad for name, p in parameters.items()}
+        with (
+            process_group() as (rank, world_size),
+            _cpu_group(world_size) as self.group,
+            _same_generators(self.device),
+        ):
+            try:
+                self.model.to(self.device).eval()
+                for parameter in self.model.parameters():
+                    parameter.requires_grad_(False)
+                for parameter in parameters.values():
+                    parameter.requires_grad_(True)
+                self.teacher = remove(copy.deepcopy(self.model)).eval().requires_grad_(False)
+                self.share = Share(rank, world_size, self._average) if world_size > 1 else Share()
+                self._check_host()
+                if world_size > 1:  # the same start everywhere, whatever the seeds of the processes were
+                    for tensor in adapter_state(self.model).values():
+                        there = tensor.detach().cpu().contiguous()
+                        dist.broadcast(there, 0, group=self.group)
+                        tensor.copy_(there)
+                yield self
+            finally:
+                self.teacher = self.model
+                self.model.to(self.home)
+                for module, mode in modes.items():
+                    module.training = mode
+                for name, parameter in self.model.named_parameters():
+                    parameter.requires_grad_(wanted[name])
+                for name, parameter in parameters.items():
+                    parameter.grad = grads[name]
+
+    def _check_host(self) -> None:
+        """Refuse what could only give wrong numbers: other images than the host's, other hosts in other processes."""
+        try:
+            self.seen = trace(self.teacher, torch.empty(1, 3, *self.size))
+        except RuntimeError as error:
+            shape = f"(B, 3, {self.size[0]}, {self.size[1]})"
+            raise ValueError(f"only hosts that take colour images, here {shape}, can be fitted: {error}") from error
+        ours = tuple(self.config["mean"]), tuple(self.config["std"])
+        for tap in (module for module in self.model.modules() if isinstance(module, QualityTap)):
+            mean, std = (tap.mean or (0.0,), tap.std or (1.0,))
+            theirs = tuple(mean) * (3 // len(mean)), tuple(std) * (3 // len(std))
+            if not np.allclose(theirs, ours, atol=1e-6):
+                raise ValueError(
+                    f"images are normalized with mean {ours[0]} and std {ours[1]} here, but the tap of the model "
+                    f"undoes mean {theirs[0]} and std {theirs[1]}: give these to the fit, or inject a config with those"
+                )
+        if self.share.world_size > 1:
+            hosts: list[Any] = [None] * self.share.world_size
+            dist.all_gather_object(hosts, fingerprint(self.model), group=self.group)
+            if len(set(hosts)) > 1:
+                raise ValueError("the processes hold hosts of different weights: seed them alike, or load the weights")
+
+    def checkpoints(self, folder: str | Path | None, recipe: Recipe, **others: Any) -> Checkpoints:
+        """The states in a folder, which one process writes. A fit that goes on begins with what it began with."""
+        if folder is None:
+            return Checkpoints(None, {})
+        keep = Checkpoints(folder, self.key(recipe, **others), writes=self.share.rank == 0)
+        start = self._of_main(lambda: keep.load(_START))
+        if start is None:
+            keep.save(_START, {name: tensor.detach().cpu() for name, tensor in adapter_state(self.model).items()})
+        else:
+            self.model.load_state_dict(start, strict=False)
+        return keep
+
+    def _average(self, tensor: Tensor) -> Tensor:
+        """The mean over all processes."""
+        there = tensor.detach().cpu().double() if tensor.numel() == 1 else tensor.detach().cpu()
+        dist.all_reduce(there, group=self.group)
+        return (there / dist.get_world_size()).to(tensor)
+
+    def _of_main(self, function: Callable[[], T]) -> T:
+        """What a function returns, or raises, in the first process; in all of them."""
+        if self.share.world_size == 1:
+            return function()
+        box: list[Any] = [None, None]
+        if self.share.rank == 0:
+            try:
+                box[0] = function()
+            except Exception as error:
+                box[1] = error
+        dist.broadcast_object_list(box, group=self.group)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def fit(self, stage: str, fit: Fit, keep: Checkpoints, report: FitReport, progress: Any) -> None:
+        """Run one stage, going on where an earlier run was interrupted."""
+        of = _digest(fit.pictures) if keep.folder is not None else ""
+        try:
+            state = self._of_main(lambda: keep.load(stage, of))
+            if state is not None:
+                fit.load_state_dict(state)
+            outcome = fit.run(
+                progress=lambda step, loss: progress(stage, step, fit.recipe.steps, loss),
+                checkpoint=lambda: keep.save(stage, fit.state_dict(), of),
+            )
+        finally:
+            fit.close()
+        keep.save(stage, fit.state_dict(), of)
+        report.stages[stage] = {
+            "curve": outcome.curve,
+            "best_step": outcome.best_step,
+            "first": outcome.curve[0]["held_out"],
+            "best": min((e["held_out"] for e in outcome.curve if math.isfinite(e["held_out"])), default=math.nan),
+            "stopped": outcome.stopped,
+        }
+
+    def key(self, recipe: Recipe, **others: Any) -> dict[str, Any]:
+        """What makes this fit another one than the next, but for its pictures: for the trust in states in a folder."""
+        return {
+            "host": fingerprint(self.model),
+            "configs": [config.to_dict() for config in self._configs()],
+            "start": self._start(),
+            "recipe": asdict(recipe),
+            **others,
+        }
+
+    def _configs(self) -> list[QualityOptions]:
+        """Of what was put in."""
+        record = injection_of(self.model) or Injection()
+        found = [record.config, record.prior.config if record.prior is not None else None]
+        return [config for config in found if config is not None]
+
+    def _start(self) -> str:
+        """A hash of all that was put in; "fresh" while it changes nothing, so that how it was drawn does not matter."""
+        record = injection_of(self.model) or Injection()
+        if record.prior is None or is_fresh(self.model):
+            picture = self.crop(Image.fromarray(self.few.clean[0]))
+            images = self.normalize(picture.permute(1, 2, 0)[None].to(self.device))
+            with torch.no_grad():
+                ours, theirs = (tree_leaves(network(images)) for network in (self.model, self.teacher))
+            tensors = [(a, b) for a, b in zip(ours, theirs, strict=True) if isinstance(a, Tensor)]
+            if all(torch.equal(a, b) for a, b in tensors):
+                return "fresh"
+        digest = hashlib.sha256()
+        for name, tensor in sorted(adapter_state(self.model).items()):
+            content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(name.encode() + content.numpy().tobytes())
+        return digest.hexdigest()
+
+    def report(self, what: str, sites: list[str], kinds: list[str], recipe: Recipe, parameters: int) -> FitReport:
+        """An empty report."""
+        images = {"all": len(self.few), "held": len(self.held)}
+        options = {**asdict(recipe), "views": self.views, "severities": self.severities, "device": str(self.device)}
+        return FitReport(
+            what=what,
+            sites=sites,
+            kinds=kinds,
+            images=images,
+            parameters=parameters,
+            unreadable=self.few.unreadable,
+            recipe=options,
+            seed=self.data.seed,
+        )
+
+    def multiply_adds(self) -> float | None:
+        """Multiply-adds of what was put in over the host's, for one image (torch's counter)."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        image = self.normalize(torch.zeros(1, *self.size, 3, dtype=torch.uint8, device=self.device))
+        counts = []
+        try:
+            for network in (self.model, self.teacher):
+                with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                    network(image)
+                counts.append(counter.get_total_flops())
+        except Exception:  # operations that it does not know; a finished fit is not to be lost over it
+            return None
+        return counts[0] / counts[1] - 1 if counts[1] else None
+
+
+def recipe_with(recipe: Recipe | None, given: dict[str, Any], seed: int, device: torch.device) -> Recipe:
+    """The recipe with single settings in place of its own; ValueError for one that it has not."""
+    made = recipe or Recipe()
+    known = set(asdict(made))
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ValueError(f"unknown settings {', '.join(unknown)}; a recipe has {', '.join(sorted(known))}")
+    made = replace(made, **{"seed": made.seed or seed, **given})
+    for name, least in (("steps", 1), ("batch_size", 1), ("check_every", 1)):
+        value = getattr(made, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number ≥ {least}, got {value!r}")
+    if not 0 < made.lr < math.inf or not 0 <= made.near <= 1:
+        raise ValueError(f"lr must be above 0 and near from 0 to 1, got {made.lr} and {made.near}")
+    for name in ("site_weight", "deep_weight", "logits_weight", "label_weight", "weight_decay", "patience"):
+        if not 0 <= getattr(made, name) < math.inf:
+            raise ValueError(f"{name} must be 0 or more, got {getattr(made, name)!r}")
+    if made.amp not in ("no", "bf16", "fp16"):
+        raise ValueError(f"amp must be 'no', 'bf16' or 'fp16', got {made.amp!r}")
+    if made.amp == "fp16" and device.type == "cpu":
+        raise ValueError("amp='fp16' needs a GPU; use 'bf16' or 'no' on a CPU")
+    return made
+
+
+@contextlib.contextmanager
+def _same_generators(device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+@contextlib.contextmanager
+def _cpu_group(world_size: int) -> Iterator[Any]:
+    """A group that exchanges tensors of the CPU: the user's own, or one beside it where that is for GPUs alone."""
+    if world_size == 1 or dist.get_backend() == "gloo":
+        yield None
+        return
+    group = dist.new_group(backend="gloo")
+    try:
+        yield group
+    finally:
+        dist.destroy_process_group(group)
+
+
+@contextlib.contextmanager
+def progress_bar(show: bool) -> Iterator[Callable[[str, int, int, float], None]]:
+    """A function that shows where a fit is: a bar on a terminal with rich, else nothing."""
+    import sys
+
+    if not show or not is_main_process() or not sys.stderr.isatty():
+        yield lambda stage, step, steps, loss: None
+        return
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+    except ImportError:
+        yield lambda stage, step, steps, loss: None
+        return
+    tasks: dict[str, Any] = {}
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+
+        def show_step(stage: str, step: int, steps: int, loss: float) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=steps)
+            bar.update(tasks[stage], completed=step, description=f"{stage}: loss {loss:.3f}")
+
+        yield show_step
+
+
+def parameters_of(model: nn.Module, prefixes: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Parameters that were put in, by name, without those of the host's own activations that they keep."""
+    record = injection_of(model) or Injection()
+    found = unwrap(model).named_parameters()
+    return {n: p for n, p in found if n.startswith(tuple(prefixes)) and record.name_in_host(n) is None}
+
+
+def _digest(pictures: Pictures) -> str:
+    """A hash of pictures, and of which are for what."""
+    digest = hashlib.sha256()
+    for array in (pictures.clean, pictures.degraded, pictures.view, pictures.train, pictures.held, pictures.labels):
+        if array is not None:
+            digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

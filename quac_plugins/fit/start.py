@@ -1,0 +1,52 @@
+"""How a fit begins, and how it is undone: what is put into a plain host, and what is put back after an error."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from quac_plugins.core.inject.adapter import adapter_state
+from quac_plugins.core.inject.config import QuACConfig
+from quac_plugins.core.inject.surgery import inject, injection_of, remove, take_prior
+from quac_plugins.core.prior.config import PriorConfig
+
+
+def put_in(
+    model: nn.Module,
+    config: QuACConfig | PriorConfig,
+    size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    seed: int,
+) -> None:
+    """Inject into a host, by the seed alone, with this normalization unless the host says the same itself."""
+    own = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    known = isinstance(own, dict) and "mean" in own and (tuple(own["mean"]), tuple(own["std"])) == (mean, std)
+    if config.mean is None and not known:
+        config = replace(config, mean=tuple(mean), std=tuple(std))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject(model, config, torch.empty(1, 3, *size))
+
+
+@contextlib.contextmanager
+def unharmed(model: nn.Module) -> Iterator[None]:
+    """On any error, interruptions included, what was put in is as it was before, or out again if it was not there."""
+    before = injection_of(model)
+    had_prior = before is not None and before.prior is not None
+    state = {name: tensor.clone() for name, tensor in adapter_state(model).items()} if before is not None else {}
+    try:
+        yield
+    except BaseException:
+        now = injection_of(model)
+        if now is not None and before is None:
+            remove(model)
+        elif now is not None:
+            if now.prior is not None and not had_prior:
+                take_prior(model)
+            model.load_state_dict(state, strict=False)
+        raise

@@ -1,0 +1,95 @@
+import os
+
+import pytest
+import torch
+
+from quac_plugins.fit.checkpoint import Checkpoints
+
+KEY = {"host": "a", "recipe": {"steps": 4, "lr": 0.1}}
+STATE = {"step": 3, "parameters": {"a.b": torch.arange(4.0)}, "curve": [{"step": 0, "loss": None, "held_out": 1.5}]}
+
+
+def test_what_was_saved_is_loaded(tmp_path):
+    keep = Checkpoints(tmp_path / "new" / "folder", KEY)
+    assert keep.load("fog") is None
+    keep.save("fog", STATE)
+    found = Checkpoints(tmp_path / "new" / "folder", dict(reversed(KEY.items()))).load("fog")
+    assert torch.equal(found["parameters"].pop("a.b"), STATE["parameters"]["a.b"])
+    assert found == {**STATE, "parameters": {}}
+    assert keep.load("snow") is None
+    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["fit-fog.pt"]
+
+
+def test_states_of_others_are_refused(tmp_path):
+    Checkpoints(tmp_path, KEY).save("fog", STATE, "these pictures")
+    for key, of in ((KEY, "others"), (KEY, ""), ({**KEY, "host": "b"}, "these pictures")):
+        with pytest.raises(ValueError, match=r"fit-fog.pt belongs to another fit .* delete it, or give another folder"):
+            Checkpoints(tmp_path, key).load("fog", of)
+    assert Checkpoints(tmp_path, KEY).load("fog", "these pictures")["step"] == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", "half", {"state": {}}, [1, 2]])
+def test_damaged_files_are_refused(tmp_path, content):
+    keep = Checkpoints(tmp_path, KEY)
+    keep.save("fog", STATE)
+    path = tmp_path / "fit-fog.pt"
+    if content == "half":
+        path.write_bytes(path.read_bytes()[:200])
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match="no state of a fit that can be read"):
+        keep.load("fog")
+
+
+def test_code_in_a_file_is_not_run(tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "harm"),)
+
+    keep = Checkpoints(tmp_path, KEY)
+    torch.save({"digest": keep.digest, "state": Harm()}, tmp_path / "fit-fog.pt")
+    with pytest.raises(ValueError, match="UnpicklingError"):
+        keep.load("fog")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_an_interrupted_save_leaves_the_state_before(tmp_path, monkeypatch):
+    keep = Checkpoints(tmp_path, KEY)
+    keep.save("fog", STATE)
+
+    def half(content, path):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(KeyboardInterrupt):
+        keep.save("fog", {**STATE, "step": 9})
+    assert keep.load("fog")["step"] == 3
+
+
+def test_only_the_process_that_writes_writes(tmp_path):
+    other = Checkpoints(tmp_path / "states", KEY, writes=False)
+    other.save("fog", STATE)
+    assert not (tmp_path / "states").exists()
+    Checkpoints(tmp_path / "states", KEY).save("fog", STATE)
+    assert other.load("fog")["step"] == 3
+    other.clear()
+    assert other.load("fog")["step"] == 3
+
+
+def test_clear_takes_the_states_alone(tmp_path):
+    keep = Checkpoints(tmp_path / "a", KEY)
+    keep.save("fog", STATE)
+    keep.clear()
+    assert not (tmp_path / "a").exists()
+    keep = Checkpoints(tmp_path, KEY)
+    keep.save("fog", STATE)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    keep.clear()
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
+    none = Checkpoints(None, KEY)
+    none.save("fog", STATE)
+    none.clear()
+    assert none.load("fog") is None

@@ -1,0 +1,556 @@
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+
+import quac_plugins as quac
+from quac_plugins.core.inject.surgery import injection_of
+from quac_plugins.core.quality.tap import QualityTap
+from quac_plugins.degradations import corrupt
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*given normalization:UserWarning")
+
+
+def prior_of(model):
+    return [m for name, m in model.named_modules() if name.endswith("quac_prior")]
+
+
+# What a fit does
+
+
+def test_it_repairs_and_leaves_the_host_alone(photos, quick, build, snapshot, put_in):
+    model = build("test_convnext_ddp").train()
+    model.stages[1].eval()
+    before, start = snapshot(model), put_in(model)
+    settings = {**quick, "steps": 40, "check_every": 10, "draws": 6, "lr": 1e-2}
+    report = quac.fit_prior(model, photos, corruptions=["contrast"], severity=4, **settings)
+    before.check()
+    assert any(not torch.equal(tensor, start[name]) for name, tensor in put_in(model).items())
+    stage = report.stages["prior"]
+    losses = [entry["loss"] for entry in stage["curve"][1:]]
+    assert losses[1] < 0.9 * losses[0]
+    assert stage["best"] == min(entry["held_out"] for entry in stage["curve"]) <= stage["first"]
+    assert (report.what, report.sites[0], report.kinds) == ("prior", "stages.0", ["contrast"])
+    assert report.images == {"all": 4, "held": 1}
+    assert report.stopped == report.unreadable == []
+    assert 0 < report.multiply_adds < 1
+
+
+@pytest.mark.parametrize("corruption", ["fog", "contrast"])
+def test_the_loss_on_photographs_falls(photos, quick, build, corruption):
+    settings = {**quick, "steps": 60, "check_every": 10, "lr": 1e-2, "near": 0.5, "draws": 6}
+    report = quac.fit_prior(build("test_efficientnet_ddp"), photos, corruptions=corruption, severity=4, **settings)
+    losses = [entry["loss"] for entry in report.stages["prior"]["curve"][1:]]
+    assert losses[2] < 0.85 * losses[0]  # near
+    assert losses[5] < losses[3]  # deep
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "kwargs"),
+    [
+        ("test_vit_ddp", {}, {"img_size": 64}),
+        ("test_mambaout_ddp", {}, {}),
+        ("test_resnet_ddp", {}, {"site": "stages"}),
+        ("test_resnet_ddp", {}, {"site": "layer2", "fdm_act": "qacon"}),
+        ("test_resnet_ddp", {"deep": None}, {}),
+        ("test_resnet_ddp", {"deep": ["layer2", "layer4"]}, {}),
+        ("test_resnet_ddp", {"deep_weight": 0.0, "logits_weight": 0.0}, {}),
+        ("test_resnet_ddp", {"amp": "bf16"}, {}),
+        ("test_resnet_ddp", {"pairs": True}, {}),
+        ("test_resnet_ddp", {"severity": (1, 5), "corruptions": "contrast,pixelate"}, {}),
+        ("test_resnet_ddp", {}, {"features_only": True, "num_classes": None}),
+        ("test_resnet_qacon_ddp", {}, {}),
+    ],
+)
+def test_kinds_of_hosts_and_options(photos, quick, build, snapshot, equal, put_in, name, options, kwargs):
+    kwargs = {key: value for key, value in kwargs.items() if value is not None or key != "num_classes"}
+    model = build(name, **kwargs)
+    before, start = snapshot(model), put_in(model)
+    source = {"images": photos, "corruptions": "contrast"}
+    if options.pop("pairs", False):
+        source = {"pairs": ([corrupt(photo, "fog", 4) for photo in photos], photos)}
+    report = quac.fit_prior(model, **{**source, **quick, **options})
+    before.check()
+    now = put_in(model)
+    assert any(not torch.equal(now[n], start[n]) for n in now if "quac_prior" in n)  # standardized, if nothing else
+    assert equal(*({n: t for n, t in ts.items() if "quac_prior" not in n} for ts in (now, start)))
+    assert all(torch.isfinite(t).all() for t in now.values())
+    stage = report.stages["prior"]
+    assert stage["best"] <= stage["first"]
+    assert len(stage["curve"]) == 5
+
+
+def test_a_plain_host_gets_a_prior(photos, quick, build):
+    model = build("test_resnet")
+    config = quac.PriorConfig(site="layer1", fdm="ncrf")
+    report = quac.fit_prior(model, photos, corruptions="contrast", config=config, **quick)
+    assert report.sites == ["layer1"]
+    assert injection_of(model).prior.config == config
+    assert not model.conv1[0].weight.requires_grad  # frozen, as the config says
+    with pytest.raises(ValueError, match="holds a prior already"):
+        quac.fit_prior(model, photos, corruptions="contrast", config=config, **quick)
+
+
+def test_what_is_fitted_is_a_function_of_the_seed(photos, quick, build, put_in, equal):
+    """Not of what the generators were: a plain host, then one whose prior was put in before."""
+    results = []
+    for seed, before in ((3, 1), (3, 2), (4, 1)):
+        model = build("test_resnet")
+        torch.manual_seed(before)
+        report = quac.fit_prior(model, photos, corruptions="gaussian_noise", seed=seed, **quick)
+        results.append((report.stages, put_in(model)))
+    assert results[0][0] == results[1][0] != results[2][0]
+    assert equal(results[0][1], results[1][1])
+    assert not equal(results[0][1], results[2][1])
+    models = [build("test_resnet_ddp", seed=5) for _ in range(2)]
+    stages = [quac.fit_prior(model, photos, corruptions="contrast", **quick).stages for model in models]
+    assert stages[0] == stages[1]
+    assert equal(*map(put_in, models))
+
+
+@pytest.mark.filterwarnings("ignore:the loss was")
+def test_what_is_worse_than_the_start_is_not_kept(photos, quick, build, tmp_path):
+    report = quac.fit_prior(build("test_resnet_ddp"), photos, corruptions="fog", lr=1e6, clip=1e12, **quick)
+    stage = report.stages["prior"]
+    assert stage["best"] <= stage["first"]
+    assert "at step" in report.stopped[0]
+    report.to_json(tmp_path / "report.json")
+    assert report.held_out <= 1
+
+
+def test_one_image(photos, quick, build):
+    with pytest.warns(UserWarning, match="of one image none can be held out"):
+        report = quac.fit_prior(build("test_resnet_ddp"), photos[:1], corruptions="contrast", **quick)
+    assert report.images == {"all": 1, "held": 0}
+
+
+def test_wrapped_models(photos, quick, build, put_in, equal):
+    plain, wrapped = build("test_resnet_ddp"), nn.DataParallel(build("test_resnet_ddp"))
+    for model in (plain, wrapped):
+        quac.fit_prior(model, photos, corruptions="contrast", **quick)
+    assert equal(put_in(plain), put_in(wrapped.module))
+
+
+# Where the pictures come from
+
+
+def test_folders_files_and_arrays_mean_the_same(photos, folder, quick, build):
+    files = sorted(folder.glob("*.png"))
+    reports = [quac.fit_prior(build("test_resnet_ddp"), s, corruptions="fog", **quick) for s in (folder, files)]
+    assert reports[0].stages == reports[1].stages
+    torch_images = [torch.tensor(p).permute(2, 0, 1) / 255 for p in photos]
+    reports = [quac.fit_prior(build("test_resnet_ddp"), s, corruptions="fog", **quick) for s in (photos, torch_images)]
+    assert reports[0].stages == reports[1].stages
+
+
+def test_pairs_of_folders_and_what_is_wrong_with_them(photos, folder, quick, build, tmp_path):
+    for path, pixels in zip(sorted(folder.glob("*.png")), photos, strict=True):
+        Image.fromarray(corrupt(pixels, "contrast", 4)).save(tmp_path / path.name)
+    report = quac.fit_prior(build("test_resnet_ddp"), pairs=(tmp_path, folder), **quick)
+    assert report.kinds == ["pairs"]
+    for wrong, message in (
+        ({"pairs": (tmp_path, folder), "corruptions": "fog"}, "either corruptions or pairs, not both"),
+        ({"pairs": (tmp_path, folder), "images": photos}, "either images or pairs"),
+        ({"pairs": (tmp_path, folder), "degrade": lambda image: image}, "degrade and pairs|pairs and degrade"),
+        ({"pairs": tmp_path}, "must be a tuple"),
+        ({"pairs": (photos[:2], photos)}, "matched by order"),
+        ({"images": photos, "corruptions": "fog", "degrade": lambda image: image}, "corruptions or degrade, not both"),
+        ({}, "got neither"),
+    ):
+        model = build("test_resnet")
+        with pytest.raises(ValueError, match=message):
+            quac.fit_prior(model, **{**quick, **wrong})
+        assert injection_of(model) is None
+
+
+def test_degrade_of_the_users_own(photos, quick, build):
+    def darker(image, rng):
+        return (image * rng.uniform(0.2, 0.4)).astype(np.uint8)
+
+    report = quac.fit_prior(build("test_resnet_ddp"), photos, degrade=darker, **quick)
+    assert report.kinds == ["degrade"]
+    assert report.stages["prior"]["curve"][0]["held_out"] > 0.5
+    for wrong, error, message in (
+        (lambda image: 1 / 0, RuntimeError, "failed on the image image 0: ZeroDivisionError"),
+        (lambda image: image[:5], ValueError, "resize it back"),
+        (lambda image: None, TypeError, "NoneType"),
+        ("darker", ValueError, "must be a function"),
+    ):
+        model = build("test_resnet")
+        with pytest.raises(error, match=message):
+            quac.fit_prior(model, photos, degrade=wrong, **quick)
+        assert injection_of(model) is None
+
+
+def test_files_that_cannot_be_read(folder, photos, quick, build, tmp_path):
+    (tmp_path / "ü broken.jpg").write_bytes(b"no image")
+    for name in ("a", "b"):
+        Image.fromarray(photos[0]).save(tmp_path / f"{name}.png")
+    with pytest.warns(UserWarning, match="could not be read"):
+        report = quac.fit_prior(build("test_resnet_ddp"), tmp_path, corruptions="contrast", **quick)
+    assert report.unreadable == [str(tmp_path / "ü broken.jpg")]
+    assert report.images["all"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"images": "/none/there"}, FileNotFoundError, "no file or folder"),
+        ({"images": []}, ValueError, "no images"),
+        ({"images": [np.zeros((20, 90, 3), np.uint8)]}, ValueError, "too small"),
+        ({"corruptions": "fogg"}, ValueError, "Did you mean fog"),
+        ({"corruptions": []}, ValueError, "no corruptions"),
+        ({"severity": 6}, ValueError, "from 1 to 5"),
+        ({"severity": "3"}, ValueError, "from 1 to 5"),
+        ({"severity": ()}, ValueError, "no severity"),
+        ({"views": 0}, ValueError, "views must be a whole number"),
+        ({"draws": 1.5}, ValueError, "draws must be a whole number"),
+        ({"held_out": 1.0}, ValueError, "below 1"),
+        ({"clean_share": 1.0}, ValueError, "clean_share"),
+        ({"limit": 0}, ValueError, "limit must be at least 1"),
+        ({"steps": 0}, ValueError, "steps must be a whole number"),
+        ({"lr": 0.0}, ValueError, "lr must be above 0"),
+        ({"lr": float("nan")}, ValueError, "lr must be above 0"),
+        ({"near": 2}, ValueError, "near from 0 to 1"),
+        ({"deep_weight": -1.0}, ValueError, "deep_weight must be 0 or more"),
+        ({"stpes": 3}, ValueError, "unknown settings stpes; a recipe has"),
+        ({"amp": "fp16"}, ValueError, "needs a GPU"),
+        ({"amp": True}, ValueError, "amp must be"),
+        ({"label_weight": 1.0}, ValueError, "label_weight=1.0 needs labels"),
+        ({"deep": "no_such"}, ValueError, "deep='no_such' matches no module .* Usable: "),
+        ({"deep": ["layer3", "conv1"]}, ValueError, "conv1 comes before the prior"),
+        ({"mean": 0.5, "std": 0}, ValueError, "std must be above 0"),
+        ({"input_size": -1}, ValueError, "input_size"),
+        ({"device": "abacus"}, RuntimeError, "abacus"),
+        ({"config": quac.PriorConfig(site="no_such")}, ValueError, "site='no_such'"),
+        (
+            {"config": quac.PriorConfig(experts=["rain"])},
+            ValueError,
+            "over the experts rain; it cannot be fitted on con",
+        ),
+    ],
+)
+def test_mistakes_leave_a_plain_host_plain(photos, quick, build, snapshot, options, error, message):
+    model = build("test_resnet")
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        quac.fit_prior(model, **{"images": photos, "corruptions": "contrast", **quick, **options})
+    before.check()
+    assert injection_of(model) is None
+    assert model.state_dict().keys() == before.host.keys()
+
+
+@pytest.mark.parametrize("model", ["timm", "plain"])
+def test_grey_hosts_are_refused(photos, quick, build, model):
+    if model == "timm":
+        host = build("test_resnet_ddp", in_chans=1)
+    else:
+        host = nn.Sequential(
+            nn.Conv2d(1, 8, 3, 2), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+        )
+    with pytest.raises((ValueError, RuntimeError), match="1 channels"):
+        quac.fit_prior(host, photos, corruptions="contrast", **quick)
+
+
+# Normalization
+
+
+def test_hosts_that_do_not_say_how_their_images_are_normalized(photos, quick, tmp_path):
+    def host():
+        torch.manual_seed(0)
+        return torchvision.models.resnet18(num_classes=4).eval()
+
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    experts = quac.PriorConfig(experts=["contrast", "gaussian_noise"], quality="brisque_tone")
+    options = {**quick, "steps": 2, "mean": mean, "std": std}
+    model = host()
+    seen = []
+    model.conv1.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
+    quac.fit_prior(model, photos, config=experts, **options)
+    tap = next(m for m in model.modules() if isinstance(m, QualityTap))
+    assert (tap.mean, tap.std) == (mean, std)
+    pixels = seen[-1].permute(0, 2, 3, 1) * torch.tensor(std) + torch.tensor(mean)
+    assert -1e-5 <= float(pixels.min()) <= float(pixels.max()) <= 1 + 1e-5
+    # the tap's normalization is saved with the adapter
+    fresh = quac.load_adapter(host(), quac.save_adapter(model, tmp_path / "a"))
+    assert next(m for m in fresh.modules() if isinstance(m, QualityTap)).mean == mean
+    # a tap that would undo another one is an error, not a wrong q
+    other = quac.inject(host(), quac.PriorConfig(experts=["contrast"], mean=(0.5,) * 3, std=(0.5,) * 3))
+    with pytest.raises(ValueError, match=r"normalized with mean \(0.1, 0.2, 0.3\).*undoes mean \(0.5, 0.5, 0.5\)"):
+        quac.fit_prior(other, photos, **options)
+
+
+def test_bgr_hosts_get_bgr(photos, quick, build):
+    rgb, bgr = build("test_resnet"), build("test_resnet")
+    with torch.no_grad():
+        bgr.conv1[0].weight.copy_(rgb.conv1[0].weight.flip(1))
+    stages = []
+    for model, order in ((rgb, "rgb"), (bgr, "bgr")):
+        config = quac.PriorConfig(channel_order=order, fdm_act="qacon")
+        stages.append(quac.fit_prior(model, photos, corruptions="contrast", config=config, **quick).stages["prior"])
+    for one, other in zip(stages[0]["curve"], stages[1]["curve"], strict=True):
+        assert one["held_out"] == pytest.approx(other["held_out"], rel=1e-3)
+
+
+# Routed priors
+
+KINDS = ["contrast", "gaussian_noise", "pixelate"]
+
+
+def choices(model, images):
+    """Which expert the gate sends degraded photographs to; 0 is none."""
+    prior = prior_of(model)[0]
+    config = timm.data.resolve_model_data_config(model)
+    mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
+    found = []
+    prior.register_forward_hook(lambda module, args, _: found.append(module.weights(args[0]).argmax(1)))
+    batch = torch.stack([(torch.from_numpy(i).permute(2, 0, 1) / 255 - mean) / std for i in images])
+    with torch.no_grad():
+        model.eval()(batch)
+    return found[0].tolist()
+
+
+def test_a_routed_prior_learns_its_experts_and_where_to_send_images(photos, quick, build, put_in, snapshot):
+    model = build("test_resnet_ddp", experts=KINDS, site="stages")
+    before = snapshot(model)
+    report = quac.fit_prior(model, photos, severity=5, **{**quick, "views": 3})
+    before.check()
+    assert list(report.stages) == report.kinds == KINDS
+    assert report.gate > 0.6
+    assert all(prior.only is None for prior in prior_of(model))
+    assert 0 < report.multiply_adds < 1
+    squares = [np.asarray(Image.fromarray(photo).resize((64, 64))) for photo in photos[:3]]
+    sent = [choices(model, [corrupt(image, kind, 5) for image in squares]) for kind in KINDS]
+    right = sum(place == index + 1 for index, places in enumerate(sent) for place in places)
+    assert right >= 7
+    # one alone, later: the others stay, and so does the way to them
+    start = put_in(model)
+    again = quac.fit_prior(model, photos, corruptions="pixelate", severity=5, **{**quick, "views": 3, "lr": 1e-2})
+    assert list(again.stages) == ["pixelate"]
+    now = put_in(model)
+    changed = {
+        name.split(".experts.")[1][0] for name in now if ".experts." in name and not torch.equal(now[name], start[name])
+    }
+    assert changed <= {"2"}
+    sent = [choices(model, [corrupt(image, kind, 5) for image in squares]) for kind in KINDS]
+    assert sum(place == index + 1 for index, places in enumerate(sent) for place in places) >= 7
+
+
+def test_a_routed_prior_takes_its_own_corruptions_only(photos, quick, build):
+    model = build("test_resnet_ddp", experts=["contrast", "fog"])
+    for options in ({"corruptions": "snow,fog"}, {"degrade": lambda image: image}, {"pairs": (photos, photos)}):
+        source = {} if "pairs" in options else {"images": photos}
+        with pytest.raises(ValueError, match="routed over the experts contrast, fog; it cannot be fitted on"):
+            quac.fit_prior(model, **{**source, **quick, **options})
+
+
+# Interruptions
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("test_resnet_ddp", MemoryError),
+        ("test_resnet_qacon_ddp", KeyboardInterrupt),
+        ("test_resnet", KeyboardInterrupt),
+        ("test_resnet_qacon", KeyboardInterrupt),
+    ],
+)
+def test_an_error_leaves_everything_as_it_was(photos, quick, build, snapshot, interrupt, equal, name, error):
+    kwargs = {"experts": ["contrast", "pixelate"]} if "ddp" in name else {}
+    model = build(name, **kwargs)
+    before, start = snapshot(model), {n: t.clone() for n, t in model.state_dict().items()}
+    interrupt(11 if kwargs else 4, error)  # in the second stage, where there are two
+    with pytest.raises(error):
+        quac.fit_prior(model, photos, corruptions="contrast,pixelate", **quick)
+    before.check()
+    assert equal(model.state_dict(), start)
+    assert all(prior.only is None for prior in prior_of(model) if hasattr(prior, "only"))
+
+
+@pytest.mark.parametrize(("experts", "at"), [([], 1), ([], 6), (["contrast", "pixelate"], 13)])
+def test_interrupted_and_gone_on_with(photos, quick, build, put_in, equal, interrupt, tmp_path, experts, at):
+    options = {**quick, "corruptions": "contrast,pixelate", "checkpoint": tmp_path / "states"}
+    whole = build("test_resnet_ddp", experts=experts)
+    expected = quac.fit_prior(whole, photos, **{**options, "checkpoint": None})
+    go_on = interrupt(at)
+    with pytest.raises(KeyboardInterrupt):
+        quac.fit_prior(build("test_resnet_ddp", experts=experts), photos, **options)
+    go_on()
+    files = sorted(path.name for path in (tmp_path / "states").iterdir())
+    assert files[-1] == "fit-start.pt"
+    other = build("test_resnet_ddp", experts=experts)  # as in another process, whose generators are elsewhere
+    prior = injection_of(other).prior.sites[0].name
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "quac_prior" in name and "body.0.weight" in name:
+                parameter.mul_(-1.5)
+    report = quac.fit_prior(other, photos, **options)
+    assert report.stages == expected.stages
+    assert report.gate == expected.gate
+    assert equal(put_in(other), put_in(whole)), prior
+    assert not (tmp_path / "states").exists()
+
+
+def test_states_of_other_fits_are_refused(photos, quick, build, interrupt, tmp_path):
+    options = {**quick, "corruptions": "contrast", "checkpoint": tmp_path}
+    go_on = interrupt(6)
+    with pytest.raises(KeyboardInterrupt):
+        quac.fit_prior(build("test_resnet_ddp"), photos, **options)
+    go_on()
+    fitted = build("test_resnet_ddp")
+    with torch.no_grad():
+        prior_of(fitted)[0].body[-1].bias.fill_(0.1)
+    for model, others in (
+        (build("test_resnet_ddp"), {"steps": 9}),
+        (build("test_resnet_ddp"), {"corruptions": "fog"}),
+        (build("test_resnet_ddp"), {"severity": 4}),
+        (build("test_resnet_ddp"), {"images": photos[:3]}),
+        (build("test_resnet_ddp"), {"corruptions": None, "degrade": lambda image: image // 2}),
+        (build("test_resnet_ddp"), {"deep": None}),
+        (build("test_resnet_ddp", seed=1), {}),
+        (build("test_resnet_ddp", fdm_act="gelu"), {}),
+        (fitted, {}),
+    ):
+        with pytest.raises(ValueError, match="belongs to another fit"):
+            quac.fit_prior(model, **{"images": photos, **options, **others})
+    (tmp_path / "fit-prior.pt").write_bytes(b"half a file")
+    with pytest.raises(ValueError, match=r"no state of a fit that can be read .*; delete it to start again"):
+        quac.fit_prior(build("test_resnet_ddp"), photos, **options)
+    (tmp_path / "fit-prior.pt").unlink()
+    (tmp_path / "note.txt").write_text("mine")
+    quac.fit_prior(build("test_resnet_ddp"), photos, **options)
+    assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
+
+
+# Several processes
+
+SCRIPT = """
+import os, sys, timm, torch, quac_plugins as quac
+from quac_plugins.evaluate.processes import is_main_process
+
+folder, out = sys.argv[1:]
+main = is_main_process()
+torch.set_num_threads(1)
+torch.manual_seed(0)
+host = timm.create_model("test_resnet", num_classes=5)
+torch.manual_seed(0 if main else 99)  # what is put in differs, and is made the same
+quac.inject(host, quac.PriorConfig(experts=["contrast", "pixelate"], site="stages"))
+options = dict(input_size=64, views=1, draws=4, steps=8, check_every=2, batch_size=5, near_batch=5, severity=4)
+options["logits_weight"] = 0.0  # of a random network: next to nothing, and so mostly rounding
+report = quac.fit_prior(host, folder, checkpoint=out + "/states", **options)
+assert not torch.distributed.is_initialized()
+report.to_json(out + ("/main.json" if main else "/other.json"))
+torch.save(quac.adapter_state(host), out + ("/main.pt" if main else "/other.pt"))
+if "WORLD_SIZE" in os.environ:
+    torch.manual_seed(0 if main else 1)
+    host = timm.create_model("test_resnet", num_classes=5)
+    try:
+        quac.fit_prior(host, folder, corruptions="contrast", **options)
+    except ValueError as error:
+        open(out + f"/error {main}.txt", "w").write(str(error))
+    from quac_plugins.commands import app
+    weights = out + "/host.safetensors"
+    if main:
+        from safetensors.torch import save_file
+        save_file(host.state_dict(), weights + ".part")
+        os.rename(weights + ".part", weights)
+    while not os.path.exists(weights):
+        pass
+    command = f"fit-prior test_resnet --images {folder} --out {out}/adapter --corruptions contrast --steps 2"
+    command += f" --base-checkpoint {weights} --num-classes 5 --input-size 64 --views 1 --draws 1 --device cpu"
+    app(command.split(), standalone_mode=False)
+"""
+
+
+def test_two_processes_give_what_one_gives(folder, equal, tmp_path, monkeypatch):
+    (tmp_path / "run.py").write_text(SCRIPT)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    reports, states = {}, {}
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        arguments = [str(tmp_path / "run.py"), str(folder), str(tmp_path / name)]
+        if name == "one":
+            monkeypatch.setattr(sys, "argv", arguments)
+            exec(SCRIPT, {})
+        else:
+            done = subprocess.run([*launch, *arguments], capture_output=True, text=True, timeout=240)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.count("prior after act1") == 1  # the command prints once,
+            assert len(list((tmp_path / "two" / "adapter").iterdir())) == 3  # and writes
+        reports[name] = quac.FitReport.from_json(tmp_path / name / "main.json")
+        states[name] = torch.load(tmp_path / name / "main.pt")
+        assert not (tmp_path / name / "states").exists()
+    one, two = (reports[name] for name in ("one", "two"))
+    for stage in one.stages:
+        for a, b in zip(one.stages[stage]["curve"], two.stages[stage]["curve"], strict=True):
+            assert a["held_out"] == pytest.approx(b["held_out"], rel=1e-5)
+            assert a["loss"] == (b["loss"] and pytest.approx(b["loss"], rel=1e-5))
+    assert states["one"].keys() == states["two"].keys()
+    assert all(torch.allclose(t, states["two"][name], atol=1e-4) for name, t in states["one"].items())
+    assert equal(torch.load(tmp_path / "two" / "other.pt"), states["two"])
+    assert quac.FitReport.from_json(tmp_path / "two" / "other.json").stages == two.stages
+    for main in (True, False):
+        assert "hosts of different weights" in (tmp_path / "two" / f"error {main}.txt").read_text()
+
+
+# Adapters
+
+
+@pytest.mark.parametrize("experts", [[], ["contrast", "pixelate"]])
+def test_an_adapter_of_what_was_fitted(photos, quick, build, tmp_path, experts):
+    model = build("test_resnet_ddp", experts=experts)
+    quac.fit_prior(model, photos, corruptions="contrast,pixelate", **{**quick, "lr": 1e-2, "held_out": 0.5})
+    for prior in prior_of(model):  # so that something is repaired, however short the fit
+        for module in prior.modules():
+            if hasattr(module, "body"):
+                nn.init.normal_(module.body[-1].weight, std=0.1)
+    quac.save_adapter(model, tmp_path)
+    images = torch.stack([torch.from_numpy(corrupt(p, "contrast", 4)).permute(2, 0, 1) / 127.5 - 1 for p in photos])
+    with torch.no_grad():
+        expected = model.eval()(images)
+        for fresh in (build("test_resnet"), build("test_resnet_ddp")):
+            assert not torch.equal(fresh.eval()(images), expected)
+            assert torch.equal(quac.load_adapter(fresh, tmp_path).eval()(images), expected)
+    with pytest.raises(ValueError, match="other weights"):
+        quac.load_adapter(build("test_resnet", seed=1), tmp_path)
+
+
+# Without the packages that only corruptions need
+
+
+def test_pairs_and_own_degradations_need_no_corruptions_library(folder, tmp_path):
+    (tmp_path / "run.py").write_text(
+        textwrap.dedent(f"""
+        import sys, warnings
+        for name in ("imagecorruptions", "cv2", "matplotlib", "rich", "typer", "numba", "skimage"):
+            sys.modules[name] = None
+        import timm, torch, quac_plugins as quac
+        torch.set_num_threads(1)
+        assert not [name for name in sys.modules if name.startswith(("quac_plugins.fit", "quac_plugins.evaluate"))]
+        assert {{"fit_prior", "fit_qacon", "FitReport", "Recipe"}} <= set(dir(quac)) & set(quac.__all__)
+        try:
+            quac.fit_things
+        except AttributeError as error:
+            assert "has no attribute 'fit_things'" in str(error)
+        options = dict(input_size=64, views=1, draws=1, steps=2, batch_size=2)
+        model = timm.create_model("test_resnet_ddp")
+        print(quac.fit_prior(model, {str(folder)!r}, degrade=lambda image: image // 2, **options))
+        quac.fit_prior(model, pairs=({str(folder)!r}, {str(folder)!r}), recipe=quac.Recipe(near=1.0), **options)
+        try:
+            quac.fit_prior(model, {str(folder)!r}, corruptions="fog", **options)
+        except ImportError as error:
+            print(error)
+        """)
+    )
+    done = subprocess.run([sys.executable, tmp_path / "run.py"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "prior after act1" in done.stdout
+    assert 'pip install "quac-plugins[evaluate]"' in done.stdout
