@@ -1,0 +1,333 @@
+"""What the degradation prior and distilled Q-ACON give a frozen network, on corruptions of ImageNet-C.
+
+    python benchmarks/degradation_prior.py --data DIR --checkpoint F     # all rows, three seeds; an hour or more
+    python benchmarks/degradation_prior.py --seeds 0 --rows host,prior-each --severities 3
+
+DIR holds class folders (synsets); by default QUAC_DATA/imagenet_sample, and F lies in QUAC_DATA/weights. The
+photographs are split once: those that are fitted on are never judged. Each unit of work (a fit and its counts) is a
+file in --work, so the script goes on where it was interrupted, also with more seeds. The table is written to
+benchmarks/results/degradation_prior.{json,md} after every unit.
+
+Rows
+    host            the untouched network
+    prior-each      one FDM for each corruption, 10 images
+    prior-all       one FDM for all corruptions, 100 images
+    qacon-fdm-all   the same, its activations Q-ACON
+    routed          the routed prior, 100 images
+    qacon-10        Q-ACON by distillation, 10 images
+    qacon-100       Q-ACON by distillation, 100 images
+    both            the routed prior and Q-ACON, 100 images
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RESULTS = Path(__file__).parent / "results"
+ROWS = ("host", "prior-each", "prior-all", "qacon-fdm-all", "routed", "qacon-10", "qacon-100", "both")
+TITLES = {
+    "host": "host",
+    "prior-each": "host + FDM, one per corruption, 10 images",
+    "prior-all": "host + one FDM for all, 100 images",
+    "qacon-fdm-all": "host + one Q-ACON FDM for all, 100 images",
+    "routed": "host + routed prior, 100 images",
+    "qacon-10": "host + Q-ACON by distillation, 10 images",
+    "qacon-100": "host + Q-ACON by distillation, 100 images",
+    "both": "routed prior + Q-ACON, 100 images",
+}
+FIT_POOL = 130  # photographs that may be fitted on; the rest judge
+
+
+def build(args: argparse.Namespace) -> Any:
+    import timm
+
+    overlay = {
+        "file": str(args.checkpoint),
+        "source": None,
+        "custom_load": False,
+        "mean": (0.5,) * 3,
+        "std": (0.5,) * 3,
+    }
+    kwargs = {"pad_type": "same"} if args.model == "mobilenetv2_100" else {}
+    return timm.create_model(args.model, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).float().eval()
+
+
+def photographs(args: argparse.Namespace) -> tuple[list[Any], list[Any]]:
+    """Items to fit on and to judge, disjoint, the same in every run."""
+    from quac_plugins.evaluate.data import CLEAN, ImageDirectory
+
+    items = ImageDirectory(args.data, num_classes=1000).conditions[CLEAN]
+    order = np.random.default_rng(0).permutation(len(items))
+    fit = [items[i] for i in order[:FIT_POOL]]
+    judge = [items[i] for i in sorted(order[FIT_POOL:])][: args.judge]
+    return fit, judge
+
+
+def chosen(fit: list[Any], count: int, seed: int) -> list[str]:
+    """The images of one fit: other ones for every seed."""
+    order = np.random.default_rng([1, seed]).permutation(len(fit))
+    return [str(fit[i].path) for i in order[:count]]
+
+
+# -- pictures that judge: made once
+
+
+def judged(args: argparse.Namespace, condition: tuple[str, int]) -> Any:
+    return np.load(args.work / f"judge-{condition[0]}-{condition[1]}.npy", mmap_mode="r")
+
+
+def make_judged(job: tuple[argparse.Namespace, tuple[str, int]]) -> None:
+    args, (name, severity) = job
+    path = args.work / f"judge-{name}-{severity}.npy"
+    if path.exists():
+        return
+    import torch
+
+    from quac_plugins.degradations import corrupt, image_seed
+    from quac_plugins.evaluate.data import read_image
+    from quac_plugins.evaluate.preprocessing import Crop, data_config
+
+    torch.set_num_threads(1)
+    crop = Crop(data_config(build(args)), keep_ready=True)
+    pictures = []
+    for item in photographs(args)[1]:
+        pixels = np.ascontiguousarray(crop(read_image(item.path)).permute(1, 2, 0).numpy())
+        if severity:
+            pixels = corrupt(pixels, name, severity, image_seed(0, name, severity, item.key))
+        pictures.append(pixels)
+    beside = path.with_suffix(".tmp.npy")
+    np.save(beside, np.stack(pictures))
+    os.replace(beside, path)
+
+
+def count(args: argparse.Namespace, model: Any, conditions: list[tuple[str, int]]) -> dict[str, float]:
+    """Top-1 in percent under each condition."""
+    import torch
+
+    from quac_plugins.evaluate.preprocessing import data_config
+
+    config = data_config(model)
+    mean, std = (torch.tensor(config[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    targets = torch.tensor([item.target for item in photographs(args)[1]])
+    scores = {}
+    for condition in conditions:
+        pictures, right = judged(args, condition), 0
+        for start in range(0, len(pictures), 16):
+            images = torch.from_numpy(np.ascontiguousarray(pictures[start : start + 16])).permute(0, 3, 1, 2).float()
+            with torch.inference_mode():
+                logits = model((images / 255 - mean) / std)
+            right += int((logits.argmax(1) == targets[start : start + 16]).sum())
+        scores[f"{condition[0]}/{condition[1]}"] = 100 * right / len(pictures)
+    return scores
+
+
+# -- units of work
+
+
+def unit(job: tuple[argparse.Namespace, str, int, str]) -> None:
+    args, row, seed, corruption = job
+    path = args.work / f"unit-{row}-{seed}{'-' + corruption if corruption else ''}.json"
+    if path.exists():
+        return
+    import torch
+
+    import quac_plugins as quac
+    from quac_plugins.degradations import CORRUPTIONS
+    from quac_plugins.fit import fit_prior, fit_qacon
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(seed)
+    model, fit = build(args), photographs(args)[0]
+    every = [("clean", 0)] + [(name, severity) for severity in args.severities for name in CORRUPTIONS]
+    conditions = every if not corruption else [c for c in every if c[0] in ("clean", corruption)]
+    options: dict[str, Any] = {"severity": args.fit_severities, "seed": seed, "progress": False}
+    reports = []
+    started = time.perf_counter()
+    if row == "prior-each":
+        quac.inject(model, quac.PriorConfig(**EACH["config"]))
+        reports.append(fit_prior(model, chosen(fit, 10, seed), corruptions=corruption, **EACH["fit"], **options))
+    elif row in ("prior-all", "qacon-fdm-all"):
+        act = {"fdm_act": "qacon"} if row == "qacon-fdm-all" else {}
+        quac.inject(model, quac.PriorConfig(**{**ALL["config"], **act}))
+        reports.append(fit_prior(model, chosen(fit, 100, seed), corruptions="all", **ALL["fit"], **options))
+    elif row == "routed":
+        quac.inject(model, quac.PriorConfig(**ROUTED["config"], experts=list(CORRUPTIONS)))
+        reports.append(fit_prior(model, chosen(fit, 100, seed), corruptions="all", **ROUTED["fit"], **options))
+        quac.save_adapter(model, args.work / f"routed-{seed}")
+    elif row in ("qacon-10", "qacon-100"):
+        quac.inject(model, quac.QuACConfig(**QACON["config"]))
+        images = chosen(fit, int(row[6:]), seed)
+        reports.append(fit_qacon(model, images, corruptions="all", **QACON["fit"], **options))
+    elif row == "both":
+        quac.load_adapter(model, args.work / f"routed-{seed}")
+        quac.inject(model, quac.QuACConfig(**QACON["config"]))
+        reports.append(fit_qacon(model, chosen(fit, 100, seed), corruptions="all", **QACON["fit"], **options))
+    seconds = time.perf_counter() - started
+    result = {"scores": count(args, model, conditions), "seconds": seconds, "reports": [r.to_dict() for r in reports]}
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(result))
+    os.replace(beside, path)
+    kept = {k: v for k, v in result["scores"].items() if not corruption or k.startswith(corruption)}
+    mean = statistics.mean(v for k, v in kept.items() if not k.startswith("clean"))
+    print(f"{row} seed {seed} {corruption}: mean {mean:.1f}, {seconds:.0f} s", file=sys.stderr, flush=True)
+
+
+def units(args: argparse.Namespace) -> list[list[tuple[argparse.Namespace, str, int, str]]]:
+    """Batches of units that may run side by side; later batches need earlier ones."""
+    from quac_plugins.degradations import CORRUPTIONS
+
+    batches = []
+    for seed in args.seeds:
+        whole = [(args, row, seed, "") for row in args.rows if row not in ("prior-each", "both", "host")]
+        each = [(args, "prior-each", seed, name) for name in CORRUPTIONS if "prior-each" in args.rows]
+        longest_first = sorted(whole, key=lambda job: job[1] != "routed")
+        batches.append(longest_first[:1] + each + longest_first[1:])
+        batches.append([(args, "both", seed, "")] if "both" in args.rows else [])
+    return [[(args, "host", 0, "")], *batches]
+
+
+# -- the table
+
+
+def collect(args: argparse.Namespace) -> dict[str, Any]:
+    from quac_plugins.degradations import CORRUPTIONS
+
+    rows: dict[str, Any] = {}
+    for row in ROWS:
+        by_seed = []
+        for seed in args.seeds if row != "host" else [0]:
+            scores: dict[str, float] = {}
+            seconds, adds, parameters = [], None, None
+            names = CORRUPTIONS if row == "prior-each" else ("",)
+            paths = [args.work / f"unit-{row}-{seed}{'-' + n if n else ''}.json" for n in names]
+            if not all(path.exists() for path in paths):
+                continue
+            for name, path in zip(names, paths, strict=True):
+                found = json.loads(path.read_text())
+                clean = found["scores"].pop("clean/0")
+                scores[f"clean/{name}" if name else "clean"] = clean
+                scores |= found["scores"]
+                seconds.append(found["seconds"])
+                for report in found["reports"]:
+                    adds, parameters = report["multiply_adds"], report["parameters"]
+            by_seed.append(
+                {"seed": seed, "scores": scores, "seconds": seconds, "multiply_adds": adds, "parameters": parameters}
+            )
+        if by_seed:
+            rows[row] = by_seed
+    import timm
+    import torch
+
+    return {
+        "command": "python benchmarks/degradation_prior.py",
+        "model": args.model,
+        "judged": len(photographs(args)[1]),
+        "fit_severities": args.fit_severities,
+        "recipes": {"prior-each": EACH, "all": ALL, "routed": ROUTED, "qacon": QACON},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+        "machine": f"{os.cpu_count()} CPU cores, {args.jobs} processes of {args.threads} threads",
+        "rows": rows,
+    }
+
+
+def spread(values: list[float]) -> str:
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return f"{statistics.mean(values):.1f}" + (f" ± {deviation:.1f}" if deviation is not None else "")
+
+
+def markdown(table: dict[str, Any], severities: list[int]) -> str:
+    from quac_plugins.degradations import CORRUPTIONS
+
+    rows = table["rows"]
+    lines = [
+        "# The degradation prior and distilled Q-ACON",
+        "",
+        f"`{table['command']}`: {table['model']}, {table['judged']} photographs judged, others fitted on without "
+        f"labels; fitted at severity {', '.join(map(str, table['fit_severities']))}; {table['machine']}; "
+        + ", ".join(f"{k} {v}" for k, v in table["versions"].items())
+        + ". Top-1 in percent, mean ± standard deviation over seeds (other images fitted on, draws, initial weights).",
+        "",
+        "| | seeds | clean | "
+        + " | ".join(f"mean of 15, severity {s}" for s in severities)
+        + " | multiply-adds | fit |",
+        "|---|---|---|" + "---|" * (len(severities) + 2),
+    ]
+    for row, runs in rows.items():
+        clean = [r["scores"]["clean"] for r in runs] if "clean" in runs[0]["scores"] else None
+        means = [
+            spread([statistics.mean(r["scores"][f"{c}/{s}"] for c in CORRUPTIONS) for r in runs]) for s in severities
+        ]
+        adds = runs[0]["multiply_adds"]
+        fit = "" if row == "host" else f"{statistics.mean(t for r in runs for t in r['seconds']):.0f} s"
+        lines.append(
+            f"| {TITLES[row]} | {len(runs) if row != 'host' else ''} | {spread(clean) if clean else 'one each'} | "
+            + " | ".join(means)
+            + f" | {'' if adds is None else f'+{adds:.1%}'} | {fit} |"
+        )
+    for severity in severities:
+        lines += ["", f"## Severity {severity}", "", "| corruption | " + " | ".join(rows) + " |"]
+        lines.append("|---|" + "---|" * len(rows))
+        for name in CORRUPTIONS:
+            cells = [spread([r["scores"][f"{name}/{severity}"] for r in runs]) for runs in rows.values()]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    root = Path(os.environ.get("QUAC_DATA", "data"))
+    parser.add_argument("--data", type=Path, default=root / "imagenet_sample")
+    parser.add_argument("--model", default="mobilenetv2_100")
+    parser.add_argument("--checkpoint", type=Path, default=root / "weights/mobilenetv2_100.tf2_in1k.safetensors")
+    parser.add_argument("--rows", default=",".join(ROWS), help="comma-separated")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--severities", default="3,5", help="judged")
+    parser.add_argument("--fit-severities", default="3", help="fitted on")
+    parser.add_argument("--judge", type=int, default=None, help="at most so many photographs judge")
+    parser.add_argument("--work", type=Path, default=Path("degradation-prior-work"), help="units of work are kept here")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes side by side")
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--out", type=Path, default=RESULTS / "degradation_prior")
+    args = parser.parse_args()
+    args.rows = args.rows.split(",")
+    unknown = set(args.rows) - set(ROWS)
+    if unknown:
+        parser.error(f"unknown rows {', '.join(sorted(unknown))}; known: {', '.join(ROWS)}")
+    for name in ("seeds", "severities", "fit_severities"):
+        setattr(args, name, [int(part) for part in getattr(args, name).split(",")])
+    args.work.mkdir(parents=True, exist_ok=True)
+    from quac_plugins.degradations import CORRUPTIONS
+
+    conditions = [("clean", 0)] + [(c, s) for s in args.severities for c in CORRUPTIONS]
+    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
+        pool.map(make_judged, [(args, condition) for condition in conditions], chunksize=1)
+        for batch in units(args):
+            for _ in pool.imap_unordered(unit, batch, chunksize=1):
+                table = collect(args)
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.with_suffix(".json").write_text(json.dumps(table, indent=1) + "\n")
+                args.out.with_suffix(".md").write_text(markdown(table, args.severities))
+    print(args.out.with_suffix(".md").read_text())
+
+
+# What each row puts in and how it is fitted; chosen on photographs of the fit's side
+_WIDE = {"site": "stages", "fdm": "light", "fdm_width": 48}
+EACH: dict[str, Any] = {"config": _WIDE, "fit": {"steps": 300}}
+ALL: dict[str, Any] = {"config": _WIDE, "fit": {"steps": 500, "near": 0.3, "views": 2}}
+ROUTED: dict[str, Any] = {"config": _WIDE, "fit": {"steps": 300, "views": 2}}
+QACON: dict[str, Any] = {"config": {"quality": "brisque_tone"}, "fit": {"steps": 300}}
+
+
+if __name__ == "__main__":
+    main()
