@@ -11,6 +11,7 @@ benchmarks/results/degradation_prior.{json,md} after every unit.
 Rows
     host            the untouched network
     prior-each      one FDM for each corruption, 10 images
+    light-each      the same of the default width, with the default recipe
     prior-all       one FDM for all corruptions, 100 images
     qacon-fdm-all   the same, its activations Q-ACON
     routed          the routed prior, 100 images
@@ -35,10 +36,11 @@ from typing import Any
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
-ROWS = ("host", "prior-each", "prior-all", "qacon-fdm-all", "routed", "qacon-10", "qacon-100", "both")
+ROWS = ("host", "prior-each", "light-each", "prior-all", "qacon-fdm-all", "routed", "qacon-10", "qacon-100", "both")
 TITLES = {
     "host": "host",
-    "prior-each": "host + FDM, one per corruption, 10 images",
+    "prior-each": "host + FDM of width 48, one per corruption, 10 images",
+    "light-each": "host + FDM of the default width, one per corruption, 10 images",
     "prior-all": "host + one FDM for all, 100 images",
     "qacon-fdm-all": "host + one Q-ACON FDM for all, 100 images",
     "routed": "host + routed prior, 100 images",
@@ -154,9 +156,9 @@ def unit(job: tuple[argparse.Namespace, str, int, str]) -> None:
     options: dict[str, Any] = {"severity": args.fit_severities, "seed": seed, "progress": False}
     reports = []
     started = time.perf_counter()
-    if row == "prior-each":
-        quac.inject(model, quac.PriorConfig(**EACH["config"]))
-        reports.append(fit_prior(model, chosen(fit, 10, seed), corruptions=corruption, **EACH["fit"], **options))
+    if row in EACH:
+        quac.inject(model, quac.PriorConfig(**EACH[row]["config"]))
+        reports.append(fit_prior(model, chosen(fit, 10, seed), corruptions=corruption, **EACH[row]["fit"], **options))
     elif row in ("prior-all", "qacon-fdm-all"):
         act = {"fdm_act": "qacon"} if row == "qacon-fdm-all" else {}
         quac.inject(model, quac.PriorConfig(**{**ALL["config"], **act}))
@@ -189,8 +191,8 @@ def units(args: argparse.Namespace) -> list[list[tuple[argparse.Namespace, str, 
 
     batches = []
     for seed in args.seeds:
-        whole = [(args, row, seed, "") for row in args.rows if row not in ("prior-each", "both", "host")]
-        each = [(args, "prior-each", seed, name) for name in CORRUPTIONS if "prior-each" in args.rows]
+        whole = [(args, row, seed, "") for row in args.rows if row not in (*EACH, "both", "host")]
+        each = [(args, row, seed, name) for row in args.rows if row in EACH for name in CORRUPTIONS]
         longest_first = sorted(whole, key=lambda job: job[1] != "routed")
         batches.append(longest_first[:1] + each + longest_first[1:])
         batches.append([(args, "both", seed, "")] if "both" in args.rows else [])
@@ -209,7 +211,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
         for seed in args.seeds if row != "host" else [0]:
             scores: dict[str, float] = {}
             seconds, adds, parameters = [], None, None
-            names = CORRUPTIONS if row == "prior-each" else ("",)
+            names = CORRUPTIONS if row in EACH else ("",)
             paths = [args.work / f"unit-{row}-{seed}{'-' + n if n else ''}.json" for n in names]
             if not all(path.exists() for path in paths):
                 continue
@@ -234,7 +236,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
         "model": args.model,
         "judged": len(photographs(args)[1]),
         "fit_severities": args.fit_severities,
-        "recipes": {"prior-each": EACH, "all": ALL, "routed": ROUTED, "qacon": QACON},
+        "recipes": {**EACH, "all": ALL, "routed": ROUTED, "qacon": QACON},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
         "machine": f"{os.cpu_count()} CPU cores, {args.jobs} processes of {args.threads} threads",
         "rows": rows,
@@ -323,7 +325,10 @@ def main() -> None:
 
 # What each row puts in and how it is fitted; chosen on photographs of the fit's side
 _WIDE = {"site": "stages", "fdm": "light", "fdm_width": 48}
-EACH: dict[str, Any] = {"config": _WIDE, "fit": {"steps": 300}}
+EACH: dict[str, dict[str, Any]] = {
+    "prior-each": {"config": _WIDE, "fit": {"steps": 500}},
+    "light-each": {"config": {}, "fit": {}},
+}
 ALL: dict[str, Any] = {"config": _WIDE, "fit": {"steps": 500, "near": 0.3, "views": 2}}
 ROUTED: dict[str, Any] = {"config": _WIDE, "fit": {"steps": 300, "views": 2}}
 QACON: dict[str, Any] = {"config": {"quality": "brisque_tone"}, "fit": {"steps": 300}}

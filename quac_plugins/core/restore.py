@@ -25,6 +25,7 @@ from quac_plugins.core.inject.surgery import unwrap
 from quac_plugins.core.precision import full_precision
 from quac_plugins.core.quality.context import QualityContext, quality_given
 from quac_plugins.core.quality.tap import QualityTap
+from quac_plugins.core.restorer_output import as_tensor
 
 QUALITIES = ("restored", "degraded")
 RESTORER_INPUTS = ("pt", "np", "pil")
@@ -294,8 +295,11 @@ class RestoreThen(nn.Module):
         if self.restorer_input != "pt":
             images = np.ascontiguousarray(rgb.detach().float().permute(0, 2, 3, 1).cpu().numpy())
         elif isinstance(self.restorer, nn.Module):
-            first = next((p for p in self.restorer.parameters() if p.is_floating_point()), None)
-            images = rgb.to(first.device, first.dtype) if first is not None else rgb
+            # a loop, since torch 2.6 cannot trace next() with a default
+            for parameter in self.restorer.parameters():
+                if parameter.is_floating_point():
+                    images = rgb.to(parameter.device, parameter.dtype)
+                    break
         if self.restorer_input == "pil":
             from PIL import Image
 
@@ -307,7 +311,7 @@ class RestoreThen(nn.Module):
     def _read(self, output: Any, rgb: Tensor) -> Tensor:
         """What the restorer returned as (B, 3, H, W) in [0, 1], of the size, dtype and device of ``rgb``."""
         restorer = f"the restorer {_name(self.restorer)!r}"
-        restored = _as_tensor(output, restorer, rgb.shape[0])
+        restored = as_tensor(output, restorer, rgb.shape[0])
         if restored.ndim != 4 or restored.shape[0] != rgb.shape[0] or restored.shape[1] != 3 or 0 in restored.shape[2:]:
             raise ValueError(
                 f"{restorer} returned images of shape {tuple(restored.shape)} (batch, channels, height, width) for "
@@ -402,51 +406,6 @@ def _numbers(what: str, value: float | Sequence[float]) -> tuple[float, ...]:
     if not numbers or not all(math.isfinite(v) for v in numbers):
         raise ValueError(f"{what} must be a number or one for each channel, got {value!r}")
     return numbers
-
-
-def _as_tensor(output: Any, restorer: str, batch: int) -> Tensor:
-    """What a restorer returned as a floating point tensor, (B, 3, H, W) if all is well; TypeError otherwise."""
-    if not isinstance(output, (Tensor, np.ndarray, list, tuple)) and hasattr(output, "images"):
-        output = output.images
-    if isinstance(output, (list, tuple)):
-        output = _stacked(output, restorer, batch)
-    if isinstance(output, np.ndarray):
-        if output.ndim != 4 or output.shape[-1] != 3:
-            raise ValueError(f"{restorer} returned an array of shape {output.shape}; expected ({batch}, H, W, 3)")
-        if output.dtype != np.uint8 and not np.issubdtype(output.dtype, np.floating):
-            raise TypeError(
-                f"{restorer} returned an array of {output.dtype}; expected floating point in [0, 1], or uint8"
-            )
-        dtype = np.float64 if output.dtype == np.float64 else np.float32
-        numbers = torch.from_numpy(output.astype(dtype)).permute(0, 3, 1, 2)
-        return numbers / 255 if output.dtype == np.uint8 else numbers
-    if not isinstance(output, Tensor):
-        raise TypeError(
-            f"{restorer} returned {type(output).__name__}; expected a tensor (B, 3, H, W), an array (B, H, W, 3), a "
-            "list of PIL images, or an object with one of these as .images"
-        )
-    if not output.is_floating_point():
-        raise TypeError(
-            f"{restorer} returned a tensor of {output.dtype}; expected floating point in [0, 1]: divide by 255"
-        )
-    return output
-
-
-def _stacked(pictures: Sequence[Any], restorer: str, batch: int) -> np.ndarray:
-    """A list of PIL images or arrays (H, W, 3) as one array (B, H, W, 3)."""
-    arrays = [np.asarray(p.convert("RGB")) if hasattr(p, "convert") else p for p in pictures]
-    others = sorted({type(a).__name__ for a in arrays if not isinstance(a, np.ndarray)})
-    if others:
-        raise TypeError(
-            f"{restorer} returned a {type(pictures).__name__} that holds {', '.join(others)}; expected PIL images or "
-            "arrays (H, W, 3), or a tensor (B, 3, H, W) that is not in a list"
-        )
-    if len(arrays) != batch:
-        raise ValueError(f"{restorer} returned {len(arrays)} images for a batch of {batch}")
-    shapes = sorted({a.shape for a in arrays})
-    if len(shapes) != 1:
-        raise ValueError(f"{restorer} returned images of different shapes, {shapes}; expected one size for a batch")
-    return np.stack(arrays)
 
 
 def _can_look(images: Tensor) -> bool:

@@ -318,24 +318,30 @@ def quality_of(model: nn.Module, q: Tensor) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def quality_given(given: Iterable[tuple[QualityContext, Tensor]]) -> Iterator[None]:
-    """Give contexts a q (B, Q) each, unchecked: inside, their taps do not compute one. See :func:`quality_of`."""
-    pairs = list(given)
-    eager = not torch.compiler.is_compiling()  # thread-local storage cannot be traced
-    before = [
-        (c.q, c.given, *((getattr(c._local, "given", None), getattr(c._local, "forward", None)) if eager else ()))
-        for c, _ in pairs
-    ]
-    for context, q in pairs:
-        context.given = q
-        if eager:
-            context._local.given = q
-        context.begin(q)
-    try:
-        yield
-    finally:
-        for (context, _), (latest, plain, *local) in zip(pairs, before, strict=True):
+class quality_given:
+    """Give contexts a q (B, Q) each, unchecked: inside, their taps do not compute one. See :func:`quality_of`.
+
+    A class and not a generator, which torch 2.6 cannot compile.
+    """
+
+    def __init__(self, given: Iterable[tuple[QualityContext, Tensor]]):
+        self.pairs = list(given)
+        self.before: list[tuple[Any, ...]] = []
+
+    def __enter__(self) -> None:
+        eager = not torch.compiler.is_compiling()  # thread-local storage cannot be traced
+        self.before = [
+            (c.q, c.given, *((getattr(c._local, "given", None), getattr(c._local, "forward", None)) if eager else ()))
+            for c, _ in self.pairs
+        ]
+        for context, q in self.pairs:
+            context.given = q
+            if eager:
+                context._local.given = q
+            context.begin(q)
+
+    def __exit__(self, *error: object) -> None:
+        for (context, _), (latest, plain, *local) in zip(self.pairs, self.before, strict=True):
             context.q, context.given = latest, plain
             if local:
                 # an outer quality_of goes on; a finished forward pass does not become current again
