@@ -1,6 +1,6 @@
 """Fitting what was put into a frozen host on a few photographs."""
 
-from quac_plugins.core.prior.training import Recipe
+from quac_plugins.core.prior.recipe import Recipe
 from quac_plugins.fit.prior import fit_prior
 from quac_plugins.fit.qacon import fit_qacon
 from quac_plugins.fit.report import FitReport

@@ -17,8 +17,10 @@ from quac_plugins.core.hooks import PRIOR_NAME
 from quac_plugins.core.inject.surgery import injection_of, unwrap
 from quac_plugins.core.prior.config import PriorConfig
 from quac_plugins.core.prior.fdm import FDM
+from quac_plugins.core.prior.features import channel_statistics
+from quac_plugins.core.prior.recipe import Recipe
 from quac_plugins.core.prior.routed import Gate, RoutedFDM
-from quac_plugins.core.prior.training import Fit, Recipe
+from quac_plugins.core.prior.training import Fit
 from quac_plugins.core.quality.tap import QualityTap
 from quac_plugins.fit.report import FitReport
 from quac_plugins.fit.session import Data, Session, parameters_of, progress_bar, recipe_with
@@ -61,8 +63,8 @@ def fit_prior(
 
     Source: Wang et al., "Deep Degradation Prior for Low-Quality Image Classification", CVPR 2020: minimize
     ‖FDM(low(x_degraded)) − low(x_clean)‖². Here the features are standardized, and after the shallow layer deeper ones
-    may be compared too; see :mod:`quac_plugins.core.prior.training`. The host never changes: its state dict is the same
-    bit for bit. The state kept is the best on images held out, the untouched host included.
+    may be compared too; see :mod:`quac_plugins.core.prior.comparison`. The host never changes: its state dict is the
+    same bit for bit. The state kept is the best on images held out, the untouched host included.
 
     Args:
         model: a host with a prior inside (``timm.create_model("NAME_ddp")``, :func:`inject`); into a plain host
@@ -175,8 +177,6 @@ def _fit_of(
 
 def standardize(session: Session, sites: Any, modules: list[nn.Module], pictures: Any) -> None:
     """Give every fresh FDM the statistics of the clean features at its site."""
-    from quac_plugins.core.prior.training import channel_statistics
-
     fresh = [
         (site.name, [m for m in module.modules() if isinstance(m, FDM) and m.is_fresh])
         for site, module in zip(sites, modules, strict=True)

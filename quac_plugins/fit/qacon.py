@@ -15,7 +15,9 @@ from quac_plugins.core.hooks import PRIOR_NAME
 from quac_plugins.core.inject.adapter import is_fresh
 from quac_plugins.core.inject.config import QuACConfig
 from quac_plugins.core.inject.surgery import injection_of, unwrap
-from quac_plugins.core.prior.training import Fit, Pictures, Recipe
+from quac_plugins.core.prior.comparison import Pictures
+from quac_plugins.core.prior.recipe import Recipe
+from quac_plugins.core.prior.training import Fit
 from quac_plugins.fit.prior import standardize
 from quac_plugins.fit.report import FitReport
 from quac_plugins.fit.session import Data, Session, parameters_of, progress_bar, recipe_with

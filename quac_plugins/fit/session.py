@@ -24,8 +24,10 @@ from quac_plugins.core.inject.fingerprint import fingerprint
 from quac_plugins.core.inject.surgery import Injection, injection_of, remove, unwrap
 from quac_plugins.core.inject.trace import Trace, trace
 from quac_plugins.core.options import QualityOptions, whole_number
+from quac_plugins.core.prior.comparison import Pictures
+from quac_plugins.core.prior.recipe import Recipe
 from quac_plugins.core.prior.sites import PriorSite, find_prior_sites
-from quac_plugins.core.prior.training import Fit, Pictures, Recipe, Share
+from quac_plugins.core.prior.training import Fit, Share
 from quac_plugins.core.quality.tap import QualityTap
 from quac_plugins.degradations import check_severity, corruption_names
 from quac_plugins.evaluate.preprocessing import Crop, data_config

@@ -12,9 +12,12 @@ from torch import nn
 import quac_plugins as quac
 from quac_plugins.core.inject.surgery import injection_of
 from quac_plugins.core.inject.trace import trace
-from quac_plugins.core.prior import training
+from quac_plugins.core.prior import comparison, training
+from quac_plugins.core.prior.comparison import Pictures
+from quac_plugins.core.prior.features import Watch, channel_statistics
+from quac_plugins.core.prior.recipe import Recipe
 from quac_plugins.core.prior.sites import find_prior_sites
-from quac_plugins.core.prior.training import Fit, Pictures, Recipe, Share, Watch, channel_statistics
+from quac_plugins.core.prior.training import Fit, Share
 
 SIZE = 64
 QUICK = {"steps": 12, "check_every": 3, "batch_size": 4, "near_batch": 4, "lr": 1e-2}
@@ -203,13 +206,13 @@ def test_the_teacher_sees_every_picture_once(split):
 def test_without_memory_for_features_the_result_is_the_same(pictures, monkeypatch):
     usual = make_fit(pictures, front=True, near=1.0)
     expected = usual.run()
-    monkeypatch.setattr(training, "_CACHE", 0)
+    monkeypatch.setattr(comparison, "_CACHE", 0)
     seen = []
     fit = make_fit(pictures, front=True, near=1.0, seen=seen)
     assert fit.run().curve == expected.curve
     assert same(state(fit), state(usual))
     assert sum(seen) > 100
-    assert not fit._clean
+    assert not fit.comparison._clean
 
 
 @pytest.mark.parametrize("front", [True, False])

@@ -1,0 +1,295 @@
+"""How far a student's features of degraded pictures are from its teacher's of the clean ones.
+
+With z the features standardized per channel by the teacher's statistics, the loss is
+
+    Σ_places w · mean (z_student(degraded) − z_teacher(clean))² / drift + w_logits · KL(teacher ‖ student) / drift
+
+where every term is divided by its value for the untouched host on the same picture, so that 1 means "nothing repaired"
+in each, and no picture of strong contrast rules the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from quac_plugins.core.prior.features import LOGITS, Moments, Watch, by_channel
+from quac_plugins.core.prior.recipe import Recipe
+from quac_plugins.core.prior.sites import PriorSite
+
+_CACHE = 1 << 30  # bytes of clean features that are kept
+_LEAST_DRIFT = 0.1  # of the mean drift
+_MARGIN = 8  # features at the cut edges of crops that are not compared
+
+
+@dataclass
+class Pictures:
+    """What is fitted on: uint8 pictures in pairs.
+
+    Attributes:
+        clean: (V, H, W, 3) uint8.
+        degraded: (N, H, W, 3) uint8.
+        view: (N,) which clean picture each degraded one belongs to.
+        train, held: indices into the N.
+        labels: (V,) class indices, or None.
+    """
+
+    clean: np.ndarray
+    degraded: np.ndarray
+    view: np.ndarray
+    train: np.ndarray
+    held: np.ndarray
+    labels: np.ndarray | None = None
+
+
+class Comparison:
+    """What a fit minimizes.
+
+    Args:
+        model: the student.
+        teacher: the host as it was.
+        sites: where the prior is; the first is compared in the near part. Empty: there is no near part.
+        deep: later places whose features are compared.
+        normalize: uint8 (B, H, W, 3) on any device → what the host takes.
+        pictures: in pairs.
+        recipe: weights and sizes of crops.
+        device: where the pictures go.
+        front: what maps the features at the first site to the repaired ones, if it needs nothing else. Then the near
+            part runs on features that are computed once, on crops of them; else the host runs up to the first site.
+
+    Attributes:
+        near_steps: how many steps compare the first site alone.
+        near_only: all do, so nothing deep is looked at.
+
+    Raises:
+        ValueError: there is nothing to compare, the host's features are not finite, or labels do not fit.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module,
+        sites: list[PriorSite],
+        deep: list[PriorSite],
+        normalize: Callable[[Tensor], Tensor],
+        pictures: Pictures,
+        recipe: Recipe,
+        device: torch.device,
+        front: nn.Module | None = None,
+    ):
+        self.front = front
+        self.model, self.teacher = model, teacher
+        self.normalize, self.pictures, self.recipe, self.device = normalize, pictures, recipe, device
+        compared = {site.name: site for site in (*sites[:1], *deep)}
+        self.compared, self.places = compared, list(compared)
+        self.axes = {name: 1 if site.layout == "nchw" else -1 for name, site in compared.items()}
+        self.first = sites[0].name if sites else None
+        self.near_steps = round(recipe.steps * recipe.near) if self.first else 0
+        if not recipe.deep_weight and not recipe.logits_weight and not recipe.label_weight:
+            self.near_steps = recipe.steps
+        self.near_only = self.near_steps == recipe.steps
+        self._clean: dict[int, dict[str, Tensor]] = {}
+        self._degraded: dict[int, Tensor] = {}
+        self._kept = 0
+        self.watch, self.watch_teacher = Watch(model, self.places), Watch(teacher, self.places)
+        try:
+            self.crops = self._takes_crops()
+            self.statistics, self.drift = self._measure()
+            self._check()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Take the hooks off student and teacher."""
+        self.watch.close()
+        self.watch_teacher.close()
+
+    def _measure(self) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+        """Per-channel mean and deviation of the clean features, and the drift of the untouched host."""
+        views = sorted(set(self.pictures.view[self.pictures.train].tolist()))
+        moments = {name: Moments() for name in self.places}
+        for batch in batches(views, self.recipe.batch_size):
+            for name, value in self._clean_features(batch, None).items():
+                if name in moments:
+                    moments[name].add(by_channel(value, self.axes[name]))
+        statistics = {name: moment.mean_and_std() for name, moment in moments.items()}
+        self.statistics = statistics
+        drift: dict[str, list[Tensor]] = {}
+        for batch in batches(list(range(len(self.pictures.degraded))), self.recipe.batch_size):
+            with torch.no_grad():
+                clean = self._clean_features(self.pictures.view[batch].tolist(), None)
+                there = self.watch_teacher.run(self.teacher, self._images(self.pictures.degraded[batch]))
+                for name, value in self.distances(there, clean).items():
+                    drift.setdefault(name, []).append(value)
+        return statistics, {name: _floored(torch.cat(values), self.pictures.train) for name, values in drift.items()}
+
+    def _check(self) -> None:
+        """Refuse what leaves nothing to learn from."""
+        for name, values in self.drift.items():
+            if not bool(torch.isfinite(values).all()):
+                raise ValueError(f"the host's own {name} are not finite (NaN or infinity) on these pictures")
+        for near in [True] * (self.near_steps > 0) + [False] * (not self.near_only):
+            by_labels = self.recipe.label_weight and not near
+            if not by_labels and not set(self.weights(near)) & set(self.drift):
+                raise ValueError(
+                    "there is nothing to compare: the model returns no logits (B, K), or their weight is 0, and no "
+                    "other places are given; name some in deep"
+                )
+        if self.recipe.label_weight and self.pictures.labels is not None:
+            if LOGITS not in self.drift:
+                raise ValueError("label_weight needs a model that returns logits (B, K)")
+            classes = next(iter(self._clean.values()))[LOGITS].shape[-1] if self._clean else math.inf
+            if not 0 <= int(self.pictures.labels.min()) <= int(self.pictures.labels.max()) < classes:
+                raise ValueError(f"labels must be from 0 to {classes - 1}, the model's classes")
+
+    def distances(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Place → (B,): how far the features of each picture are from those of its clean view."""
+        terms = {}
+        for name, value in student.items():
+            target = teacher[name].to(value.device)
+            if name == LOGITS:
+                logs = value.float().log_softmax(1), target.float().log_softmax(1)
+                terms[name] = F.kl_div(*logs, reduction="none", log_target=True).sum(1).clamp(min=0)
+            else:
+                std = self.statistics[name][1].to(value.device)
+                difference = (value.float() - target.float()).movedim(self.axes[name], -1) / std
+                terms[name] = difference.square().flatten(1).mean(1)
+        return terms
+
+    def weights(self, near: bool) -> dict[str, float]:
+        """Place → weight of its term, in the near part or the deep one."""
+        recipe = self.recipe
+        later = [name for name in self.places if name != self.first]
+        weights = {self.first: recipe.site_weight} if self.first else {}
+        if not near:
+            weights |= {name: recipe.deep_weight / len(later) for name in later}
+            weights[LOGITS] = recipe.logits_weight
+        return {name: weight for name, weight in weights.items() if weight}  # type: ignore[misc]
+
+    def near_loss(self, indices: np.ndarray, generator: np.random.Generator | None) -> Tensor:
+        """The loss at the first site alone, on crops drawn from the generator, or on whole features."""
+        assert self.front is not None
+        assert self.first is not None
+        degraded = self._degraded_features(indices)
+        clean = self._clean_features(self.pictures.view[indices].tolist(), self.first)[self.first]
+        inner: list[tuple[int, int, int]] = []
+        if generator is not None and degraded.ndim == 4:
+            rows = 2 if self.axes[self.first] == 1 else 1
+            for axis in (rows, rows + 1):
+                size = degraded.shape[axis]
+                length = min(self.recipe.near_crop, size)
+                start = int(generator.integers(0, (size - length) // 4 + 1)) * 4
+                degraded, clean = degraded.narrow(axis, start, length), clean.narrow(axis, start, length)
+                # what lies at a cut sees padding where the network will see features
+                before, after = (_MARGIN if edge else 0 for edge in (start > 0, start + length < size))
+                if length > before + after:
+                    inner.append((axis, before, length - before - after))
+        repaired = self.front(degraded)
+        for axis, start, length in inner:
+            repaired, clean = repaired.narrow(axis, start, length), clean.narrow(axis, start, length)
+        distance = self.distances({self.first: repaired}, {self.first: clean})[self.first]
+        return self.recipe.site_weight * (distance / self.drift[self.first][indices].to(distance)).mean()
+
+    def _degraded_features(self, indices: np.ndarray) -> Tensor:
+        """The teacher's features of degraded pictures at the first site; computed once, as far as memory goes."""
+        assert self.first is not None
+        missing = [i for i in dict.fromkeys(indices.tolist()) if i not in self._degraded]
+        fresh: dict[int, Tensor] = {}
+        if missing:
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                images = self._images(self.pictures.degraded[missing])
+                found = self.watch_teacher.run(self.teacher, images, self.first)[self.first]
+            for row, index in enumerate(missing):
+                fresh[index] = found[row].clone()
+                if self._kept + fresh[index].nbytes <= 2 * _CACHE:
+                    self._degraded[index] = fresh[index]
+                    self._kept += fresh[index].nbytes
+        return torch.stack([self._degraded[i] if i in self._degraded else fresh[i] for i in indices.tolist()])
+
+    def _crop_of(self, generator: np.random.Generator) -> tuple[slice, slice] | None:
+        """A random crop of the pictures, the same for a whole step; None where whole pictures are taken."""
+        sides = self.pictures.clean.shape[1:3]
+        side = self.recipe.deep_crop
+        if not self.crops or min(sides) <= side:
+            return None
+        starts = [int(generator.integers(0, (size - side) // 2 + 1)) * 2 for size in sides]
+        return slice(starts[0], starts[0] + side), slice(starts[1], starts[1] + side)
+
+    def _takes_crops(self) -> bool:
+        """Whether the host runs on smaller pictures than its own: most convolutional ones do, most others do not."""
+        side = self.recipe.deep_crop
+        if not side or min(self.pictures.clean.shape[1:3]) <= side:
+            return False
+        if any(site.layout != "nchw" for site in self.compared.values()):
+            return False
+        try:
+            with torch.no_grad():
+                self.watch_teacher.run(self.teacher, self._images(self.pictures.clean[:1, :side, :side]))
+        except Exception:  # whatever a host raises for a size that is not its own
+            return False
+        return True
+
+    def loss(self, indices: np.ndarray, near: bool, generator: np.random.Generator | None = None) -> Tensor:
+        """The loss on these degraded pictures; on crops of them that are drawn from the generator, if there is one."""
+        if near and self.front is not None:
+            return self.near_loss(indices, generator)
+        views = self.pictures.view[indices].tolist()
+        until = self.first if near else None
+        crop = self._crop_of(generator) if generator is not None else None
+        degraded = self.pictures.degraded[indices]
+        if crop is None:
+            clean = self._clean_features(views, until)
+        else:
+            degraded = degraded[:, crop[0], crop[1]]
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                pictures = self._images(self.pictures.clean[views][:, crop[0], crop[1]])
+                clean = dict(self.watch_teacher.run(self.teacher, pictures, until))
+        student = self.watch.run(self.model, self._images(degraded), until)
+        distances = self.distances(student, clean)
+        terms = {name: (value / self.drift[name][indices].to(value)).mean() for name, value in distances.items()}
+        weights = self.weights(near)
+        total = torch.zeros((), device=self.device)
+        for name, weight in weights.items():
+            total = total + weight * terms[name] if name in terms else total
+        if not near and self.recipe.label_weight and self.pictures.labels is not None and LOGITS in student:
+            labels = torch.as_tensor(self.pictures.labels[views], device=self.device)
+            total = total + self.recipe.label_weight * F.cross_entropy(student[LOGITS].float(), labels)
+        return total
+
+    def _images(self, pictures: np.ndarray) -> Tensor:
+        return self.normalize(torch.from_numpy(np.ascontiguousarray(pictures)).to(self.device))
+
+    def _clean_features(self, views: list[int], until: str | None) -> dict[str, Tensor]:
+        """The teacher's features of clean views; computed once, as far as the memory for them goes."""
+        missing = [view for view in dict.fromkeys(views) if view not in self._clean]
+        fresh: dict[int, dict[str, Tensor]] = {}
+        if missing:
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                found = self.watch_teacher.run(self.teacher, self._images(self.pictures.clean[missing]))
+            for row, view in enumerate(missing):
+                fresh[view] = {name: value[row].detach().clone() for name, value in found.items()}
+                size = sum(value.nbytes for value in fresh[view].values())
+                if self._kept + size <= _CACHE:
+                    self._clean[view] = fresh[view]
+                    self._kept += size
+        rows = [self._clean[view] if view in self._clean else fresh[view] for view in views]
+        names = [until] if until else list(rows[0])
+        return {name: torch.stack([row[name] for row in rows]) for name in names}
+
+
+def batches(items: list[int], size: int) -> Iterator[list[int]]:
+    """The items, at most ``size`` at a time."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _floored(drift: Tensor, train: np.ndarray) -> Tensor:
+    """Drift of each picture as a divisor: pictures that hardly drift (clean ones) must not rule the loss."""
+    return drift + max(_LEAST_DRIFT * float(drift[train].mean()), 1e-5)

@@ -1,0 +1,48 @@
+"""The numbers of a fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Recipe:
+    """How to fit.
+
+    Attributes:
+        steps: of AdamW, with warm-up over the first tenth of each part and cosine decay.
+        near: share of the steps that compares the features at the first site alone.
+        batch_size: pictures a step, over all processes.
+        lr: highest learning rate.
+        weight_decay: of matrices and kernels; vectors have none.
+        site_weight: weight of the first site.
+        deep_weight: weight of all later places together; 0: the near part is all.
+        logits_weight: weight of the logits.
+        label_weight: weight of cross-entropy where labels are given.
+        check_every: steps between two looks at the held-out images.
+        patience: looks without a better one after which the deep part stops; 0: never.
+        clip: largest norm of the gradient.
+        amp: ``"no"``, ``"bf16"`` or ``"fp16"`` (on a GPU).
+        near_crop: side of the crops of features that the near part works on; the whole of smaller ones.
+        near_batch: pictures a step of the near part.
+        deep_crop: side of the crops of pictures that the deep part works on, where the host takes such; 0: the whole.
+        seed: of the order of the pictures.
+    """
+
+    steps: int = 400
+    near: float = 0.5
+    batch_size: int = 8
+    lr: float = 2e-3
+    weight_decay: float = 1e-2
+    site_weight: float = 1.0
+    deep_weight: float = 1.0
+    logits_weight: float = 0.2
+    label_weight: float = 0.0
+    check_every: int = 40
+    patience: int = 0
+    clip: float = 1.0
+    amp: str = "no"
+    near_crop: int = 64
+    near_batch: int = 8
+    deep_crop: int = 160
+    seed: int = 0
