@@ -219,8 +219,8 @@ def test_without_memory_for_features_the_result_is_the_same(pictures, monkeypatc
 def test_the_near_part_runs_the_host_no_further_than_it_must(pictures, front):
     fit = make_fit(pictures, front=front, near=0.5, steps=2, check_every=9)
     called = []
-    fit.model.conv1[0].register_forward_hook(lambda *_: called.append("stem"))
-    fit.model.layer4.register_forward_hook(lambda *_: called.append("layer4"))
+    fit.comparison.model.conv1[0].register_forward_hook(lambda *_: called.append("stem"))
+    fit.comparison.model.layer4.register_forward_hook(lambda *_: called.append("layer4"))
     fit._one_step()
     assert called == ([] if front else ["stem"])
     fit.step = 1
@@ -260,8 +260,8 @@ def test_features_are_those_that_the_module_returned(pictures):
 def test_hooks_are_taken_off(pictures):
     fit = make_fit(pictures)
     fit.close()
-    assert all(not m._forward_hooks for m in fit.teacher.modules())
-    assert sum(len(m._forward_hooks) for m in fit.model.modules()) == 1  # the prior's
+    assert all(not m._forward_hooks for m in fit.comparison.teacher.modules())
+    assert sum(len(m._forward_hooks) for m in fit.comparison.model.modules()) == 1  # the prior's
 
 
 def test_there_must_be_something_to_compare(pictures):
@@ -288,7 +288,9 @@ def test_labels(pictures):
     with torch.no_grad():
         extra = by_labels.loss(pictures.train, near=False) - plain.loss(pictures.train, near=False)
         images = normalize(torch.from_numpy(pictures.degraded[pictures.train]))
-        expected = nn.functional.cross_entropy(plain.model(images), torch.from_numpy(pictures.view[pictures.train]))
+        expected = nn.functional.cross_entropy(
+            plain.comparison.model(images), torch.from_numpy(pictures.view[pictures.train])
+        )
     assert float(extra) == pytest.approx(float(expected), rel=1e-4)
     for wrong in (np.arange(4) + 2, np.arange(4) - 1):
         beyond = Pictures(**{**vars(pictures), "labels": wrong})
