@@ -326,11 +326,11 @@ def main() -> None:
 # What each row puts in and how it is fitted; chosen on photographs of the fit's side
 _WIDE = {"site": "stages", "fdm": "light", "fdm_width": 48}
 EACH: dict[str, dict[str, Any]] = {
-    "prior-each": {"config": _WIDE, "fit": {"steps": 500}},
+    "prior-each": {"config": _WIDE, "fit": {"steps": 300}},
     "light-each": {"config": {}, "fit": {}},
 }
-ALL: dict[str, Any] = {"config": _WIDE, "fit": {"steps": 500, "near": 0.3, "views": 2}}
-ROUTED: dict[str, Any] = {"config": _WIDE, "fit": {"steps": 300, "views": 2}}
+ALL: dict[str, Any] = {"config": _WIDE, "fit": {"steps": 400, "near": 0.3, "views": 2}}
+ROUTED: dict[str, Any] = {"config": _WIDE, "fit": {"steps": 240, "views": 2}}
 QACON: dict[str, Any] = {"config": {"quality": "brisque_tone"}, "fit": {"steps": 300}}
 
 

@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from quac_plugins.core.hooks import PRIOR_NAME
 from quac_plugins.core.inject.surgery import injection_of, unwrap
@@ -19,16 +17,14 @@ from quac_plugins.core.prior.config import PriorConfig
 from quac_plugins.core.prior.fdm import FDM
 from quac_plugins.core.prior.features import channel_statistics
 from quac_plugins.core.prior.recipe import Recipe
-from quac_plugins.core.prior.routed import Gate, RoutedFDM
+from quac_plugins.core.prior.routed import RoutedFDM
 from quac_plugins.core.prior.training import Fit
-from quac_plugins.core.quality.tap import QualityTap
+from quac_plugins.fit.gate import fit_gate
 from quac_plugins.fit.report import FitReport
 from quac_plugins.fit.session import Data, Session, parameters_of, progress_bar, recipe_with
 from quac_plugins.fit.start import put_in, unharmed
 
 _PICTURES = 160  # degraded pictures of each kind that a fit aims at
-_GATE_STEPS = 300
-_CLEAN_KEPT = 0.98  # share of clean pictures that the gate must send past all experts
 
 
 def fit_prior(
@@ -143,7 +139,7 @@ def fit_prior(
             keep = session.checkpoints(checkpoint, made, what="prior", deep=deep, clean_share=clean_share)
             if experts:
                 _fit_experts(session, prior.sites, deeper, modules, kinds, experts, made, keep, report, show)
-                report.gate = _fit_gate(session, modules, kinds, experts, seed)
+                report.gate = fit_gate(session, modules, kinds, experts, seed)
             else:
                 share = clean_share if clean_share is not None else 0.1 if len(kinds) > 1 else 0.0
                 pictures = session.pictures(session.draws(session.names, share, _per_view(session)))
@@ -221,67 +217,3 @@ def _one_expert(modules: dict[str, nn.Module], index: int = 0) -> Iterator[None]
     finally:
         for module in routed:
             module.only = None
-
-
-def _fit_gate(
-    session: Session, modules: dict[str, nn.Module], kinds: list[str], experts: list[str], seed: int
-) -> float | None:
-    """Fit the gate as a classifier of degradations; returns its accuracy on held-out pictures.
-
-    Experts that were fitted before stay among its choices.
-    """
-    routed = [module for module in modules.values() if isinstance(module, RoutedFDM)]
-    fitted = {name for name, expert in zip(experts, routed[0].experts, strict=True) if not expert.is_fresh}
-    kinds = [name for name in experts if name in fitted.union(kinds)]
-    draws = session.draws(kinds, 1 / (len(kinds) + 1), max(1, _per_view(session) // 2))
-    pictures = session.pictures(draws)
-    choice = {kind: experts.index(kind) + 1 for kind in kinds}
-    target = torch.tensor([choice.get(draws.kinds[kind], 0) for kind in draws.kind], device=session.device)
-    tap = next(m for m in session.model.modules() if isinstance(m, QualityTap) and m.context is routed[0].context)
-    parts = []
-    with torch.no_grad():
-        for start in range(0, len(draws.degraded), 32):
-            batch = torch.from_numpy(draws.degraded[start : start + 32]).to(session.device)
-            parts.append(tap.quality(tap.to_rgb(session.normalize(batch))).float())
-    q = torch.cat(parts)
-    gate = routed[0].gate
-    train, held = torch.from_numpy(pictures.train), torch.from_numpy(pictures.held)
-    gate.mean.copy_(q[train].mean(0))
-    gate.std.copy_(q[train].std(0).clamp(min=1e-4))
-    optimizer = torch.optim.AdamW(gate.parameters(), lr=1e-2, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _GATE_STEPS)
-    generator = torch.Generator().manual_seed(seed)
-    best = float("inf")
-    state = {name: value.clone() for name, value in gate.state_dict().items()}
-    judged = held if len(held) else train
-    for step in range(_GATE_STEPS):
-        with torch.enable_grad():
-            noise = 0.1 * torch.randn(q[train].shape, generator=generator).to(q) * gate.std
-            loss = F.cross_entropy(gate(q[train] + noise), target[train])
-            optimizer.zero_grad()
-            loss.backward()
-        optimizer.step()
-        schedule.step()
-        if step % 20 == 19:
-            with torch.no_grad():
-                value = float(F.cross_entropy(gate(q[judged]), target[judged]))
-            if value < best:
-                best, state = value, {name: tensor.clone() for name, tensor in gate.state_dict().items()}
-    gate.load_state_dict(state)
-    _protect_clean(gate, q[judged][target[judged] == 0])
-    for module in routed[1:]:
-        module.gate.load_state_dict(gate.state_dict())
-    if not len(held):
-        return None
-    with torch.no_grad():
-        return float(np.mean((gate(q[held]).argmax(1) == target[held]).cpu().numpy()))
-
-
-def _protect_clean(gate: Gate, clean: Tensor) -> None:
-    """Raise the bar for leaving the identity until nearly all clean pictures stay: good images are left alone."""
-    if not len(clean):
-        return
-    with torch.no_grad():
-        logits = gate(clean)
-        lead = logits[:, 1:].max(dim=1).values - logits[:, 0]
-        gate.fc2.bias[0] += float(lead.quantile(_CLEAN_KEPT).clamp(min=0))

@@ -110,14 +110,14 @@ class Session:
         self.share = Share()
         self.group: Any = None  # of processes; None: the default one
 
-    def draws(self, names: list[str], clean_share: float, draws: int | None) -> Draws:
+    def draws(self, names: list[str], clean_share: float, draws: int | None, views: int | None = None) -> Draws:
         """Pictures of these corruptions (of the pairs, or of the user's function, where these are given)."""
         return make_draws(
             self.few,
             self.size,
             corruptions=names,
             severities=self.severities,
-            views=self.views,
+            views=views or self.views,
             draws=self.data.draws or draws or 1,
             clean_share=clean_share,
             degrade=self.data.degrade,

@@ -99,7 +99,6 @@ class Comparison:
         self._kept = 0
         self.watch, self.watch_teacher = Watch(model, self.places), Watch(teacher, self.places)
         try:
-            self.crops = self._takes_crops()
             self.statistics, self.drift = self._measure()
             self._check()
         except BaseException:
@@ -213,45 +212,14 @@ class Comparison:
                     self._kept += fresh[index].nbytes
         return torch.stack([self._degraded[i] if i in self._degraded else fresh[i] for i in indices.tolist()])
 
-    def _crop_of(self, generator: np.random.Generator) -> tuple[slice, slice] | None:
-        """A random crop of the pictures, the same for a whole step; None where whole pictures are taken."""
-        sides = self.pictures.clean.shape[1:3]
-        side = self.recipe.deep_crop
-        if not self.crops or min(sides) <= side:
-            return None
-        starts = [int(generator.integers(0, (size - side) // 2 + 1)) * 2 for size in sides]
-        return slice(starts[0], starts[0] + side), slice(starts[1], starts[1] + side)
-
-    def _takes_crops(self) -> bool:
-        """Whether the host runs on smaller pictures than its own: most convolutional ones do, most others do not."""
-        side = self.recipe.deep_crop
-        if not side or min(self.pictures.clean.shape[1:3]) <= side:
-            return False
-        if any(site.layout != "nchw" for site in self.compared.values()):
-            return False
-        try:
-            with torch.no_grad():
-                self.watch_teacher.run(self.teacher, self._images(self.pictures.clean[:1, :side, :side]))
-        except Exception:  # whatever a host raises for a size that is not its own
-            return False
-        return True
-
     def loss(self, indices: np.ndarray, near: bool, generator: np.random.Generator | None = None) -> Tensor:
-        """The loss on these degraded pictures; on crops of them that are drawn from the generator, if there is one."""
+        """The loss on these degraded pictures; the near part draws crops of features from the generator, if any."""
         if near and self.front is not None:
             return self.near_loss(indices, generator)
         views = self.pictures.view[indices].tolist()
         until = self.first if near else None
-        crop = self._crop_of(generator) if generator is not None else None
-        degraded = self.pictures.degraded[indices]
-        if crop is None:
-            clean = self._clean_features(views, until)
-        else:
-            degraded = degraded[:, crop[0], crop[1]]
-            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                pictures = self._images(self.pictures.clean[views][:, crop[0], crop[1]])
-                clean = dict(self.watch_teacher.run(self.teacher, pictures, until))
-        student = self.watch.run(self.model, self._images(degraded), until)
+        clean = self._clean_features(views, until)
+        student = self.watch.run(self.model, self._images(self.pictures.degraded[indices]), until)
         distances = self.distances(student, clean)
         terms = {name: (value / self.drift[name][indices].to(value)).mean() for name, value in distances.items()}
         weights = self.weights(near)

@@ -25,13 +25,12 @@ class Recipe:
         amp: ``"no"``, ``"bf16"`` or ``"fp16"`` (on a GPU).
         near_crop: side of the crops of features that the near part works on; the whole of smaller ones.
         near_batch: pictures a step of the near part.
-        deep_crop: side of the crops of pictures that the deep part works on, where the host takes such; 0: the whole.
         seed: of the order of the pictures.
     """
 
     steps: int = 400
     near: float = 0.5
-    batch_size: int = 8
+    batch_size: int = 6
     lr: float = 2e-3
     weight_decay: float = 1e-2
     site_weight: float = 1.0
@@ -44,5 +43,4 @@ class Recipe:
     amp: str = "no"
     near_crop: int = 64
     near_batch: int = 8
-    deep_crop: int = 160
     seed: int = 0

@@ -22,6 +22,7 @@ from quac_plugins.core.prior.sites import PriorSite
 from quac_plugins.core.quality.context import QualityContext, QualityError
 
 _HIDDEN = 64
+_FARTHEST = 4.0  # deviations
 IDENTITY = "identity"
 
 
@@ -50,11 +51,16 @@ class Gate(nn.Module):
 
     def forward(self, q: Tensor) -> Tensor:
         """Logits (B, 1 + E) of q (B, Q), at least float32 in a host of any dtype."""
-        wide = torch.promote_types(self.mean.dtype, torch.float32)
         with full_precision(q):
-            h = ((q.to(wide) - self.mean.to(wide)) / self.std.to(wide)).clamp(-10, 10)
-            h = F.linear(h, self.fc1.weight.to(wide), self.fc1.bias.to(wide)).relu()
-            return F.linear(h, self.fc2.weight.to(wide), self.fc2.bias.to(wide))
+            h = self.hidden(q)
+            return F.linear(h, self.fc2.weight.to(h.dtype), self.fc2.bias.to(h.dtype))
+
+    def hidden(self, q: Tensor) -> Tensor:
+        """(B, 64) of q (B, Q): what the choice is read from."""
+        wide = torch.promote_types(self.mean.dtype, torch.float32)
+        # far from all that was fitted on, no choice may grow without bounds
+        h = ((q.to(wide) - self.mean.to(wide)) / self.std.to(wide)).clamp(-_FARTHEST, _FARTHEST)
+        return F.linear(h, self.fc1.weight.to(wide), self.fc1.bias.to(wide)).relu()
 
     @property
     def is_fresh(self) -> bool:

@@ -101,7 +101,7 @@ def test_every_term_of_the_untouched_host_is_about_one(pictures):
 
 @pytest.mark.parametrize(("front", "at"), [(True, 1), (True, 5), (False, 6), (True, 11), (False, 11)])
 def test_interrupted_and_gone_on_with_is_the_same_bit_for_bit(pictures, front, at):
-    crops = {"near_crop": 16, "deep_crop": 32} if at == 11 else {}
+    crops = {"near_crop": 16} if at == 11 else {}
     whole = make_fit(pictures, front=front, **crops)
     outcome = whole.run()
     assert outcome.best_step > 0
@@ -315,7 +315,7 @@ def test_one_picture_more_than_a_batch_and_one_less(pictures):
 @pytest.mark.parametrize("step", [0, 9])
 def test_shares_add_up_to_the_whole(pictures, front, step):
     """The gradients of shares, averaged, are those of one process."""
-    options = {"front": front, "batch_size": 5, "near_batch": 5, "near_crop": 16, "deep_crop": 48, "logits_weight": 0.0}
+    options = {"front": front, "batch_size": 5, "near_batch": 5, "near_crop": 16, "logits_weight": 0.0}
 
     def gradients(rank, world_size):
         fit = make_fit(pictures, share=Share(rank, world_size), **options)
