@@ -6,7 +6,8 @@
 DIR holds class folders (synsets); by default QUAC_DATA/imagenet_sample, and F lies in QUAC_DATA/weights. The
 photographs are split once: those that are fitted on are never judged. Each unit of work (a fit and its counts) is a
 file in --work, so the script goes on where it was interrupted, also with more seeds. The table is written to
-benchmarks/results/degradation_prior.{json,md} after every unit.
+benchmarks/results/degradation_prior.{json,md} after every unit; what an earlier table holds of the same recipes and
+photographs stays in it and is not done again.
 
 Rows
     host            the untouched network
@@ -189,31 +190,55 @@ def units(args: argparse.Namespace) -> list[list[tuple[argparse.Namespace, str, 
     """Batches of units that may run side by side; later batches need earlier ones."""
     from quac_plugins.degradations import CORRUPTIONS
 
+    known = {row: {run["seed"] for run in runs} for row, runs in earlier(args).items()}
     batches = []
     for seed in args.seeds:
-        whole = [(args, row, seed, "") for row in args.rows if row not in (*EACH, "both", "host")]
-        each = [(args, row, seed, name) for row in args.rows if row in EACH for name in CORRUPTIONS]
+        rows = [row for row in args.rows if seed not in known.get(row, ())]
+        if "both" in rows and "routed" not in rows and not (args.work / f"routed-{seed}").is_dir():
+            rows.append("routed")  # its adapter is what goes under
+        whole = [(args, row, seed, "") for row in rows if row not in (*EACH, "both", "host")]
+        each = [(args, row, seed, name) for row in rows if row in EACH for name in CORRUPTIONS]
         longest_first = sorted(whole, key=lambda job: job[1] != "routed")
         batches.append(longest_first[:1] + each + longest_first[1:])
-        batches.append([(args, "both", seed, "")] if "both" in args.rows else [])
+        batches.append([(args, "both", seed, "")] if "both" in rows else [])
     return [[(args, "host", 0, "")], *batches]
 
 
 # -- the table
 
 
+def recipe_of(row: str) -> Any:
+    """What a row's numbers depend on, as the table's file holds it."""
+    recipes = {**EACH, "host": {}, "prior-all": ALL, "qacon-fdm-all": ALL, "routed": ROUTED, "both": [ROUTED, QACON]}
+    return json.loads(json.dumps(recipes.get(row, QACON)))
+
+
+def earlier(args: argparse.Namespace) -> dict[str, Any]:
+    """Row → runs of the table that is there, as far as they are of the same photographs and recipes."""
+    path = args.out.with_suffix(".json")
+    table = json.loads(path.read_text()) if path.is_file() else {}
+    now = {"model": args.model, "judged": len(photographs(args)[1]), "fit_severities": args.fit_severities}
+    if any(table.get(key) != value for key, value in now.items()):
+        return {}
+    same = {row: runs for row, runs in table["rows"].items() if table["recipes"].get(row) == recipe_of(row)}
+    wanted = [f"fog/{severity}" for severity in args.severities]
+    return {row: [run for run in runs if all(key in run["scores"] for key in wanted)] for row, runs in same.items()}
+
+
 def collect(args: argparse.Namespace) -> dict[str, Any]:
     from quac_plugins.degradations import CORRUPTIONS
 
     rows: dict[str, Any] = {}
+    known = earlier(args)
     for row in ROWS:
         by_seed = []
-        for seed in args.seeds if row != "host" else [0]:
+        for seed in range(1 + max(args.seeds)) if row != "host" else [0]:
             scores: dict[str, float] = {}
             seconds, adds, parameters = [], None, None
             names = CORRUPTIONS if row in EACH else ("",)
             paths = [args.work / f"unit-{row}-{seed}{'-' + n if n else ''}.json" for n in names]
             if not all(path.exists() for path in paths):
+                by_seed += [run for run in known.get(row, ()) if run["seed"] == seed]
                 continue
             for name, path in zip(names, paths, strict=True):
                 found = json.loads(path.read_text())
@@ -236,7 +261,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
         "model": args.model,
         "judged": len(photographs(args)[1]),
         "fit_severities": args.fit_severities,
-        "recipes": {**EACH, "all": ALL, "routed": ROUTED, "qacon": QACON},
+        "recipes": {row: recipe_of(row) for row in rows},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
         "machine": f"{os.cpu_count()} CPU cores, {args.jobs} processes of {args.threads} threads",
         "rows": rows,

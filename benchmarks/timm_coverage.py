@@ -2,6 +2,7 @@
 
     python benchmarks/timm_coverage.py                    # all names, to benchmarks/results/timm_coverage.{json,md}
     python benchmarks/timm_coverage.py "resnet*" --jobs 2
+    python benchmarks/timm_coverage.py --families          # the first and the last name of each of timm's modules
 
 Networks of up to 60 million parameters on pictures of up to 256×256 run for real; their logits are compared with
 those of the untouched base (preserve: the difference should be 0). Larger ones run on fake tensors: shapes, dtypes and
@@ -177,6 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pattern", nargs="?", default="*", help="which bases, as in timm.list_models")
     parser.add_argument("--keep", action="store_true", help="keep the rows of other names from the file of results")
+    parser.add_argument("--families", action="store_true", help="two names of each of timm's modules alone")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=RESULTS / "timm_coverage")
     args = parser.parse_args()
@@ -184,6 +186,10 @@ def main() -> None:
     import torch
 
     names = timm.list_models(args.pattern, exclude_filters=[f"*{suffix}" for suffix in SUFFIXES])
+    if args.families:
+        modules = [timm.list_models(args.pattern, module=module) for module in timm.list_modules()]
+        ours = {name for module in modules for name in (module[:1] + module[-1:])}
+        names = [name for name in names if name in ours]
     rows, start, done = [], time.perf_counter(), 0
     # a worker does few names: memory of a large network goes back to the system with its process
     with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=40) as pool:

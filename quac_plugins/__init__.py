@@ -8,6 +8,7 @@ Importing it registers ``NAME_qacon``, ``NAME_ddp`` and ``NAME_qacon_ddp`` with 
     torch.Size([1, 10])
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from quac_plugins import functional
@@ -31,11 +32,13 @@ from quac_plugins.core.quality.brisque import brisque
 from quac_plugins.core.quality.brisque_tone import brisque_tone
 from quac_plugins.core.quality.context import QualityError, quality_of
 from quac_plugins.core.restore import RestoreThen, restore_then
-from quac_plugins.hub import load_adapter
+from quac_plugins.hub.load import load_adapter
 from quac_plugins.registry import registry_file
 
 if TYPE_CHECKING:
     from quac_plugins.fit import FitReport, Recipe, fit_prior, fit_qacon
+    from quac_plugins.hub.fetch import pull
+    from quac_plugins.hub.push import Pushed, push
 
 __version__ = "0.1.0"
 
@@ -51,6 +54,7 @@ __all__ = [
     "Injection",
     "MetaACON",
     "PriorConfig",
+    "Pushed",
     "QPReLU",
     "QSwish",
     "QuACConfig",
@@ -68,6 +72,8 @@ __all__ = [
     "inject",
     "injection_of",
     "load_adapter",
+    "pull",
+    "push",
     "quality_function",
     "quality_names",
     "quality_of",
@@ -78,15 +84,15 @@ __all__ = [
     "save_adapter",
 ]
 
-_LATER = ("FitReport", "Recipe", "fit_prior", "fit_qacon")  # imported when they are asked for
+# imported when they are asked for: name → module
+_LATER = dict.fromkeys(("FitReport", "Recipe", "fit_prior", "fit_qacon"), "quac_plugins.fit")
+_LATER |= {"Pushed": "quac_plugins.hub.push", "push": "quac_plugins.hub.push", "pull": "quac_plugins.hub.fetch"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from quac_plugins import fit
-
-    return getattr(fit, name)
+    return getattr(import_module(_LATER[name]), name)
 
 
 def __dir__() -> list[str]:

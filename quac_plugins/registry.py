@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from dataclasses import MISSING, dataclass, field, fields
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
@@ -45,8 +47,128 @@ def registry_file(name: str) -> str:
     return str(path)
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A published model: one table of ``registry/timm.toml``.
+
+    Attributes:
+        name: ``NAME.TAG``, as ``timm.create_model`` takes it.
+        kind: ``"adapter"``, over the host's own weights, or ``"model"``, whole.
+        sha256, size: of the weights' file; size in bytes.
+        license: SPDX name.
+        repo, revision: ``org/name`` on the Hub and the commit; None: embedded, in ``hub/NAME.TAG``.
+        base: tag of the host's weights under an adapter.
+        input: mean, std, input_size, interpolation, crop_pct, num_classes, … of timm's pretrained config.
+        model_args: arguments of ``timm.create_model`` with which the weights were trained.
+        metrics: figure → value, such as ``top1`` and ``top1_std`` in percent.
+    """
+
+    name: str
+    kind: str
+    sha256: str
+    size: int
+    license: str
+    repo: str | None = None
+    revision: str | None = None
+    base: str | None = None
+    input: dict[str, Any] = field(default_factory=dict)
+    model_args: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def architecture(self) -> str:
+        """The name without the tag."""
+        return self.name.partition(".")[0]
+
+    @property
+    def tag(self) -> str:
+        """What comes after the dot."""
+        return self.name.partition(".")[2]
+
+    @property
+    def folder(self) -> Path:
+        """Where it is embedded, or would be."""
+        return data_folder("hub") / self.name
+
+
+_INPUT = (
+    "mean",
+    "std",
+    "input_size",
+    "interpolation",
+    "crop_pct",
+    "num_classes",
+    "pool_size",
+    "first_conv",
+    "classifier",
+)
+_NAME = re.compile(r"[a-z0-9_]+\.[a-z0-9_]+\Z")
+_TYPES = {"size": int, "input": dict, "model_args": dict, "metrics": dict}
+
+
+def read_entries(path: str | Path) -> dict[str, Entry]:
+    """Every entry of a registry file, checked field by field.
+
+    Raises:
+        ValueError: the file is no TOML, or a field is missing, unknown or of another type; the message names it.
+    """
+    try:
+        with open(path, "rb") as file:
+            tables = tomllib.load(file)
+        return {name: _entry(name, table) for name, table in tables.items()}
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is no TOML: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _entry(name: str, table: Any) -> Entry:
+    where = f'["{name}"]'
+    if not _NAME.match(name):
+        raise ValueError(f"{where}: a published model is named NAME.TAG, of lower-case letters, digits and _")
+    if not isinstance(table, dict):
+        raise ValueError(f"{where} must be a table, got {table!r}")
+    known = {f.name: f for f in fields(Entry) if f.name != "name"}
+    needed = [key for key, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
+    for problem, keys in (
+        ("unknown", sorted(set(table) - set(known))),
+        ("missing", [key for key in needed if key not in table]),
+    ):
+        if keys:
+            raise ValueError(f"{where}: {problem} {', '.join(keys)}; an entry has {', '.join(known)}")
+    for key, value in table.items():
+        wanted = _TYPES.get(key, str)
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise ValueError(f"{where}: {key} must be of type {wanted.__name__}, got {value!r}")
+    entry = Entry(name=name, **table)
+    for wrong, message in (
+        (entry.kind not in ("adapter", "model"), f"kind must be 'adapter' or 'model', got {entry.kind!r}"),
+        (
+            not re.fullmatch(r"[0-9a-f]{64}", entry.sha256),
+            f"sha256 must be 64 hexadecimal digits, got {entry.sha256!r}",
+        ),
+        (entry.size < 1, f"size must be in bytes, got {entry.size}"),
+        ((entry.repo is None) != (entry.revision is None), "repo and revision go together"),
+        (
+            entry.revision is not None and not re.fullmatch(r"[0-9a-f]{40}", entry.revision),
+            f"revision must be a commit of 40 hexadecimal digits, which cannot move, got {entry.revision!r}",
+        ),
+        (
+            entry.base is not None and entry.kind == "model",
+            "base is for adapters: a whole model brings its own weights",
+        ),
+        (bool(set(entry.input) - set(_INPUT)), f"input knows {', '.join(_INPUT)}, got {', '.join(entry.input)}"),
+        (
+            not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in entry.metrics.values()),
+            f"metrics must be numbers, got {entry.metrics!r}",
+        ),
+    ):
+        if wrong:
+            raise ValueError(f"{where}: {message}")
+    return entry
+
+
 @lru_cache(maxsize=1)
-def published() -> dict[str, dict[str, Any]]:
-    """Published models by name, ``NAME_qacon.TAG`` → entry, from ``registry/timm.toml``."""
-    with open(registry_file("timm.toml"), "rb") as file:
-        return tomllib.load(file)
+def published() -> dict[str, Entry]:
+    """Published models by name, ``NAME.TAG`` → entry, from ``registry/timm.toml``."""
+    return read_entries(registry_file("timm.toml"))

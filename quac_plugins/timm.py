@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -19,12 +19,15 @@ from torch import nn
 
 from quac_plugins.core.activations import ACTIVATIONS, ChannelActivation
 from quac_plugins.core.inject import PriorConfig, QuACConfig, inject, injection_of
+from quac_plugins.core.inject.fingerprint import base_name
 from quac_plugins.core.inject.surgery import WidthSwitch
 from quac_plugins.core.prior.fdm import FDMS
 from quac_plugins.core.prior.routed import RoutedFDM
 from quac_plugins.core.quality.tap import QualityTap
-from quac_plugins.hub import load_adapter
-from quac_plugins.registry import published
+from quac_plugins.hub.fetch import MODEL_FILES, fetch
+from quac_plugins.hub.load import load_adapter
+from quac_plugins.hub.published import Published, find_published, pretrained_cfg_of
+from quac_plugins.registry import Entry, published
 
 SUFFIXES = ("_qacon", "_ddp", "_qacon_ddp")
 OPTIONS = ("activation", "where", "quality", "init", "norm", "reduction")
@@ -83,17 +86,18 @@ def create_quac(
         >>> model(torch.rand(2, 1, 64, 64)).shape
         torch.Size([2, 10])
     """
-    configs, given = _configs_of(suffix, kwargs)
     source = _field(pretrained_cfg, "source")
     whole = source in ("hf-hub", "local-dir")  # a model that was saved with QuAC inside
+    found = _published(base, suffix, pretrained_cfg) if not whole else None
+    if found is not None:
+        pretrained_cfg = found.host_cfg(pretrained_cfg)
+        kwargs = {**found.model_args, **kwargs}
+    configs, given = _configs_of(suffix, kwargs)
     if pretrained and not whole and any(isinstance(c, QuACConfig) and c.init == "paper" for c in configs):
         raise ValueError(
             f"{base}{suffix}: pretrained=True with init='paper' would put random activations into trained weights; "
             "use init='preserve', or pretrained=False"
         )
-    entry = _published(base, suffix, pretrained_cfg) if pretrained and not whole else None
-    if entry is not None:
-        pretrained_cfg = entry.get("base", pretrained_cfg)
     if pretrained_model_args is not None:
         kwargs["pretrained_model_args"] = {
             k: v for k, v in pretrained_model_args.items() if k not in (*OPTIONS, *PRIOR_OPTIONS)
@@ -101,7 +105,7 @@ def create_quac(
     try:
         model = timm.create_model(
             base,
-            pretrained=pretrained and not whole,
+            pretrained=pretrained and not whole and (found is None or found.kind == "adapter"),
             pretrained_cfg=pretrained_cfg,
             pretrained_cfg_overlay=pretrained_cfg_overlay,
             cache_dir=cache_dir,
@@ -111,21 +115,41 @@ def create_quac(
         if pretrained and not whole and _is_network(error):
             raise RuntimeError(_not_found(base, suffix, pretrained_cfg)) from error
         raise
-    for config in configs if entry is None or given else ():
+    adapter = pretrained and found is not None and found.kind == "adapter"
+    for config in configs if not adapter or given else ():
         inject(model, config)
-    if entry is not None:  # alone, it also says what to put in; with options given, they must be its own
-        load_adapter(model, entry["adapter"], revision=entry.get("revision"))
+    if adapter:  # alone, it also says what to put in; with options given, they must be its own
+        assert found is not None
+        load_adapter(model, found.folder())
     _describe(model, base + suffix)
     if pretrained and whole:
-        in_chans = _field(model.pretrained_cfg, "input_size")[0]
-        load_pretrained(
-            model,
-            pretrained_cfg=model.pretrained_cfg,  # type: ignore[arg-type]
-            num_classes=getattr(model, "num_classes", 0),
-            in_chans=kwargs.get("in_chans", in_chans),
-            cache_dir=cache_dir,
-        )
+        _load_whole(model, _file_of(model.pretrained_cfg), kwargs, cache_dir)
+    elif pretrained and found is not None and not adapter:
+        _load_whole(model, str(found.folder() / MODEL_FILES[-1]), kwargs, cache_dir)
     return model
+
+
+def _load_whole(model: nn.Module, file: str | None, kwargs: dict[str, Any], cache_dir: Any) -> None:
+    """Weights of a network that was saved with QuAC inside; from its own source without a file."""
+    cfg: Any = model.pretrained_cfg
+    if file is not None:
+        cfg = {**cfg, "file": file, "source": None}
+    load_pretrained(
+        model,
+        pretrained_cfg=cfg,
+        num_classes=getattr(model, "num_classes", 0),
+        in_chans=kwargs.get("in_chans", (_field(cfg, "input_size") or (3,))[0]),
+        cache_dir=cache_dir,
+    )
+
+
+def _file_of(cfg: Any) -> str | None:
+    """The verified weights of a repository on the Hub; timm itself would also open a pickle."""
+    repo, _, revision = (_field(cfg, "hf_hub_id") or "").partition("@")
+    if _field(cfg, "source") != "hf-hub" or not repo:
+        return None
+    weights = _field(cfg, "hf_hub_filename") or MODEL_FILES[-1]
+    return str(fetch(repo, revision or None, files=(MODEL_FILES[0], weights)) / weights)
 
 
 def _configs_of(suffix: str, kwargs: dict[str, Any]) -> tuple[list[QuACConfig | PriorConfig], bool]:
@@ -141,13 +165,13 @@ def _configs_of(suffix: str, kwargs: dict[str, Any]) -> tuple[list[QuACConfig | 
     return configs, bool(given)
 
 
-def _published(base: str, suffix: str, pretrained_cfg: Any) -> dict[str, Any] | None:
-    """The registry's entry for a name and its tag; without a tag, for the base's default one."""
-    name = base + suffix
+def _published(base: str, suffix: str, pretrained_cfg: Any) -> Published | None:
+    """What is published under a name and its tag; without a tag, under the base's default one."""
     tag = pretrained_cfg if isinstance(pretrained_cfg, str) else _field(pretrained_cfg, "tag")
     if pretrained_cfg is None:
         tag = _field(timm.get_pretrained_cfg(base), "tag")
-    return published().get(f"{name}.{tag}" if tag else name)
+    known = timm.models.is_model_pretrained(f"{base}.{tag}")
+    return find_published(f"{base}{suffix}.{tag}", known_to_host=known) if tag else None
 
 
 def _field(cfg: Any, name: str) -> Any:
@@ -276,10 +300,33 @@ def register() -> list[str]:
             if not new:
                 tables = _tables(written)
             new.append(name)
+    _add_published(published().values())
     for cls in (*ACTIVATIONS.values(), *FDMS.values(), RoutedFDM, WidthSwitch, QualityTap):
         register_notrace_module(cls)  # torch.fx feature extraction takes them whole
     vars(module)["__all__"] = sorted({*names, *new})
     return new
+
+
+def _add_published(entries: Iterable[Entry]) -> None:
+    """Let ``timm.list_models(pretrained=True)`` and ``timm.get_pretrained_cfg`` know the published names.
+
+    timm has no function that adds weights to a name, so they are written into its tables. A name that is not there is
+    one of a newer timm.
+    """
+    for entry in entries:
+        if not timm.is_model(entry.architecture):
+            continue
+        if entry.kind == "model":
+            cfg = pretrained_cfg_of(entry)
+        else:
+            host = base_name(entry.architecture)
+            cfg = timm.get_pretrained_cfg(f"{host}.{entry.base}" if entry.base else host) or PretrainedCfg()
+            cfg = _with(cfg, architecture=entry.architecture, tag=entry.tag)
+        _registry._model_pretrained_cfgs[entry.name] = cfg
+        _registry._model_has_pretrained.add(entry.name)
+        tags = _registry._model_with_tags[entry.architecture]
+        if entry.name not in tags:
+            tags.append(entry.name)
 
 
 def _tables(written: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from fit_fixtures import build, equal, folder, interrupt, photos, put_in, quick, snapshot  # noqa: F401
+from hub_fixtures import hub, hub_env, hub_server, hub_waits  # noqa: F401
 from skimage import data
 
 NAMES = ("astronaut", "coffee", "chelsea", "rocket")

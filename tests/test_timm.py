@@ -17,6 +17,8 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 import quac_plugins as quac
 from quac_plugins import injection_of
+from quac_plugins.hub.verify import sha256_of
+from quac_plugins.registry import Entry
 
 BASES = ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_mambaout"]
 SUFFIXES = ("_qacon", "_ddp", "_qacon_ddp")
@@ -385,16 +387,23 @@ def test_an_adapter_that_the_registry_names_goes_over_the_bases_weights(weights,
     kwargs = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}
     model = moved(timm.create_model("test_resnet_qacon", where="all", norm="layer", **kwargs))
     quac.save_adapter(model, tmp_path / "adapter")
-    table = {
-        "test_resnet_qacon.r160_in1k": {"adapter": str(tmp_path / "adapter")},
-        "test_resnet_qacon.own": {"adapter": str(tmp_path / "adapter"), "base": "r160_in1k"},
+    weights_file = tmp_path / "adapter/adapter_model.safetensors"
+    known = {
+        "kind": "adapter",
+        "sha256": sha256_of(weights_file),
+        "size": weights_file.stat().st_size,
+        "license": "mit",
     }
-    monkeypatch.setattr("quac_plugins.timm.published", lambda: table)
-    images, saved = normalized(2, 64), quac.adapter_state(model)
-    assert len(saved) > 10
+    names = {"test_resnet_qacon.r160_in1k": None, "test_resnet_qacon.own": "r160_in1k"}
+    table = {name: Entry(name, **known, base=tag) for name, tag in names.items()}
+    monkeypatch.setattr("quac_plugins.hub.published.published", lambda: table)
+    monkeypatch.setattr(Entry, "folder", tmp_path / "adapter")
+    quac.timm._add_published(table.values())
+    images, state = normalized(2, 64), quac.adapter_state(model)
+    assert len(state) > 10
     for name in ("test_resnet_qacon", "test_resnet_qacon.r160_in1k", "test_resnet_qacon.own"):
         again = timm.create_model(name, **kwargs).eval()
-        assert all(torch.equal(saved[key], tensor) for key, tensor in quac.adapter_state(again).items())
+        assert all(torch.equal(state[key], tensor) for key, tensor in quac.adapter_state(again).items())
         assert again._model_args["norm"] == "layer"
         assert not torch.equal(again(images), base(images))
     with pytest.raises(ValueError, match="norm is 'layer' in the adapter, 'none' in this host"):

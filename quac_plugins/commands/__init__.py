@@ -10,7 +10,9 @@ import typer
 
 from quac_plugins.commands.evaluate import evaluate_command
 from quac_plugins.commands.fit import fit_prior_command, fit_qacon_command
+from quac_plugins.commands.hub import info_command, pull_command, push_command
 from quac_plugins.commands.names import list_command
+from quac_plugins.commands.registry import app as registry_app
 
 __all__ = ["app"]
 
@@ -24,3 +26,7 @@ app.command("evaluate")(evaluate_command)
 app.command("fit-prior")(fit_prior_command)
 app.command("fit-qacon")(fit_qacon_command)
 app.command("list")(list_command)
+app.command("info")(info_command)
+app.command("push")(push_command)
+app.command("pull")(pull_command)
+app.add_typer(registry_app, name="registry")

@@ -108,6 +108,36 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     return folder
 
 
+def check_adapter_files(folder: str | Path) -> None:
+    """Refuse a folder whose adapter no host could load.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, or a tensor holds NaN or infinity.
+    """
+    folder = Path(folder)
+    _read_config(folder / CONFIG_NAME)
+    for name, tensor in _read_tensors(folder / WEIGHTS_NAME).items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{folder / WEIGHTS_NAME}: tensor {name!r} holds NaN or infinity")
+
+
+def describe_adapter(folder: str | Path) -> dict[str, Any]:
+    """What an adapter is, by its checked config: host, options, sites.
+
+    Raises:
+        FileNotFoundError: there is no config.
+        ValueError: it is damaged.
+    """
+    saved = _read_config(Path(folder) / CONFIG_NAME)
+    found: dict[str, Any] = {"host": saved.host.get("architecture"), "host_weights": saved.host.get("fingerprint")}
+    if saved.config is not None:
+        found |= {"activations": saved.config.to_dict(), "sites": [site.name for site in saved.sites]}
+    if saved.prior is not None:
+        found |= {"prior": saved.prior.to_dict(), "prior_sites": [site.name for site in saved.prior_sites]}
+    return found
+
+
 @dataclass
 class _Saved:
     """What an adapter's config says."""

@@ -363,7 +363,7 @@ def test_no_adapter_there(source, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     model = host()
     before = untouched(model)
-    with pytest.raises(FileNotFoundError, match="no adapter"):
+    with pytest.raises(FileNotFoundError, match=r"no adapter|'org/name'.* is not in the cache .* HF_HUB_OFFLINE"):
         load_adapter(model, source)
     assert same(untouched(model), before)
 

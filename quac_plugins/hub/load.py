@@ -6,35 +6,42 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from quac_plugins.core.inject.adapter import CONFIG_NAME, WEIGHTS_NAME, load_adapter_folder
-from quac_plugins.registry import data_folder
+from quac_plugins.core.inject.adapter import WEIGHTS_NAME, load_adapter_folder
+from quac_plugins.hub.fetch import fetch
+from quac_plugins.hub.published import find_published
+from quac_plugins.hub.verify import refuse_pickles
 
 
 def find_adapter(source: str | Path, revision: str | None = None) -> Path:
-    """The local folder of an adapter: ``source`` if it is one, else ``hub/source`` of the package, else from the Hub.
+    """The local folder of an adapter, verified.
+
+    ``source`` is a folder, else a published name (``NAME.TAG`` of the registry, embedded in the package or on the Hub),
+    else ``"org/name"`` on the Hub. The environment variable ``QUAC_HUB`` names an organization of the Hub whose
+    ``QUAC_HUB/NAME.TAG`` stands in for the published one.
 
     Raises:
         FileNotFoundError: it is in none of these places; the message says which were looked at.
+        PermissionError, ConnectionError: the Hub refused it.
+        ValueError: a file is not the one that was published, or the weights are a pickle.
     """
     folder = Path(source)
     if folder.is_dir():
+        if not (folder / WEIGHTS_NAME).exists():
+            refuse_pickles((path.name for path in folder.iterdir()), str(folder), WEIGHTS_NAME)
         return folder
     name = str(source)
-    embedded = data_folder("hub") / name
-    if name and embedded.is_dir() and (embedded / CONFIG_NAME).is_file():
-        return embedded
+    found = find_published(name, known_to_host=True)
+    if found is not None:
+        if found.kind != "adapter":
+            raise FileNotFoundError(
+                f"{name!r} is a whole model and no adapter: timm.create_model({name!r}, pretrained=True)"
+            )
+        return found.folder()
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.exists():
-        raise FileNotFoundError(f"no adapter at {name!r}: neither a folder, nor of the form 'org/name' of the Hub")
-    from huggingface_hub import hf_hub_download
-
-    try:
-        paths = [Path(hf_hub_download(name, file, revision=revision)) for file in (CONFIG_NAME, WEIGHTS_NAME)]
-    except Exception as error:
         raise FileNotFoundError(
-            f"no adapter at {name!r}: there is no such folder here, and the Hub repository of that name "
-            f"(revision {revision or 'main'}) could not be read: {type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from error
-    return paths[0].parent
+            f"no adapter at {name!r}: neither a folder, nor a published name, nor of the form 'org/name' of the Hub"
+        )
+    return fetch(name, revision)
 
 
 def load_adapter(
@@ -48,7 +55,8 @@ def load_adapter(
 
     Args:
         model: a fresh host, or one with the same injection. A prior that was never fitted makes room for the adapter's.
-        source: a folder that :func:`save_adapter` wrote, a name of ``hub/``, or ``"org/name"`` on the Hub.
+        source: a folder that :func:`save_adapter` wrote, a published name (``quac list --pretrained``), or
+            ``"org/name"`` on the Hub.
         revision: branch, tag or commit (Hub only).
         check_host: refuse a host of another architecture than the adapter was made for, and for an adapter with a
             degradation prior one with other weights; activations alone are warned of other weights.
@@ -59,6 +67,7 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: there is no adapter there.
+        PermissionError, ConnectionError: the Hub refused it.
         ValueError: the adapter is damaged or does not fit; the message names the first tensors at fault.
 
     Example:

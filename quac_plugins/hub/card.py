@@ -1,0 +1,196 @@
+"""Model cards, rendered from what is in a model and from result files; no figure is typed."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from quac_plugins.core.inject.adapter import CONFIG_NAME
+from quac_plugins.evaluate.report import EvaluationReport
+from quac_plugins.registry import data_folder
+
+_TEMPLATE = "card_template.md"
+
+
+def read_metrics(metrics: Any) -> list[EvaluationReport]:
+    """Reports from reports, paths of their JSON files, or several of these (also one file with a list of them).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file is not a report, or the reports are of different data.
+    """
+    if metrics is None:
+        return []
+    reports: list[EvaluationReport] = []
+    for one in metrics if isinstance(metrics, (list, tuple)) else [metrics]:
+        if isinstance(one, EvaluationReport):
+            reports.append(one)
+            continue
+        path = Path(one)
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            for values in content if isinstance(content, list) else [content]:
+                reports.append(EvaluationReport.from_dict(values))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is not the JSON of an evaluation (quac evaluate --json): {error}") from error
+    rows = [[row[:2] for row in report.rows()] for report in reports]
+    if any(row != rows[0] for row in rows):
+        raise ValueError("the reports were measured on different corruptions or severities; they cannot be one table")
+    if reports and not rows[0]:
+        raise ValueError("the report holds no figures")
+    return reports
+
+
+def spread(values: list[float]) -> tuple[float, float | None]:
+    """Mean, and standard deviation of several."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def make_card(
+    folder: Path,
+    repo_id: str,
+    reports: list[EvaluationReport],
+    fit: Any = None,
+    license: str | None = None,
+    description: str | None = None,
+) -> str:
+    """The card of the files in a folder, Markdown with the Hub's metadata.
+
+    Args:
+        folder: with an adapter or a model.
+        repo_id: where it goes.
+        reports: what was measured, one for each seed.
+        fit: FitReport or the path of its JSON.
+        license: of the weights.
+        description: one paragraph.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    config = json.loads((folder / (name := _config_name(folder))).read_text(encoding="utf-8"))
+    is_adapter = name == CONFIG_NAME
+    inside = _inside(config) if is_adapter else _inside_model(config)
+    fitted = _fit(fit)
+    data = ModelCardData(
+        library_name="quac-plugins" if is_adapter else "timm",
+        license=license,
+        base_model=inside["base_model"],
+        pipeline_tag="image-classification",
+        tags=["quac-plugins", "robustness", *(["timm"] if is_adapter else []), *inside["tags"]],
+        model_name=repo_id.partition("/")[2],
+        eval_results=_results(reports) or None,
+    )
+    return str(
+        ModelCard.from_template(
+            data,
+            template_path=str(data_folder("hub") / _TEMPLATE),
+            repo_id=repo_id,
+            is_adapter=is_adapter,
+            description=description,
+            license=license,
+            inside=inside,
+            fit=fitted,
+            table=_table(reports),
+            reports=[report.to_dict() for report in reports],
+        )
+    )
+
+
+def _config_name(folder: Path) -> str:
+    return CONFIG_NAME if (folder / CONFIG_NAME).is_file() else "config.json"
+
+
+def _inside(config: dict[str, Any]) -> dict[str, Any]:
+    """What an adapter puts where, in the template's words."""
+    host, prior = config["host"], config.get("prior")
+    suffix = ("_qacon" if config["config"] else "") + ("_ddp" if prior else "")
+    tag = host.get("tag")
+    name = f"{host['architecture']}{suffix}" + (f".{tag}" if tag else "")
+    parts = []
+    if config["config"]:
+        parts.append(_part("Q-ACON and its family", config["config"], config["sites"], "activation"))
+    if prior:
+        parts.append(_part("Degradation prior", prior["config"], prior["sites"], "fdm"))
+    return {
+        "name": name,
+        "host": f"{host['architecture']}" + (f".{tag}" if tag else ""),
+        "fingerprint": host.get("fingerprint"),
+        "base_model": f"timm/{host['architecture']}.{tag}" if tag else None,
+        "parts": parts,
+        "tags": (["q-acon"] if config["config"] else []) + (["degradation-prior"] if prior else []),
+        "has_prior": bool(prior),
+    }
+
+
+def _part(title: str, options: dict[str, Any], sites: list[dict[str, Any]], kind: str) -> dict[str, Any]:
+    given = {key: value for key, value in options.items() if value is not None and key != kind}
+    return {"title": title, "kind": options[kind], "options": given, "sites": [site["name"] for site in sites]}
+
+
+def _inside_model(config: dict[str, Any]) -> dict[str, Any]:
+    cfg, args = config.get("pretrained_cfg") or {}, config.get("model_args") or {}
+    name = config.get("architecture", "")
+    tag = cfg.get("tag")
+    parts = [{"title": "Arguments", "kind": name, "options": args, "sites": []}] if args else []
+    tags = [word for suffix, word in (("_qacon", "q-acon"), ("_ddp", "degradation-prior")) if suffix in name]
+    return {
+        "name": name, "host": name, "fingerprint": None, "base_model": None, "parts": parts, "tags": tags,
+        "has_prior": False, "tag": tag, "num_classes": config.get("num_classes"),
+    }  # fmt: skip
+
+
+def _fit(fit: Any) -> dict[str, Any] | None:
+    if fit is None:
+        return None
+    from quac_plugins.fit.report import FitReport
+
+    if isinstance(fit, FitReport):
+        return fit.to_dict()
+    try:
+        return FitReport.from_json(fit).to_dict()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{fit} is not the JSON of a fit (report.to_json, quac fit-prior): {error}") from error
+
+
+def _table(reports: list[EvaluationReport]) -> list[dict[str, Any]]:
+    """One row for clean images and for each corruption and severity: name, severity, mean, std, n."""
+    if not reports:
+        return []
+    rows = []
+    for scores in zip(*(report.rows() for report in reports), strict=True):
+        values = [score["top1"] for _, _, score in scores if score["top1"] is not None]
+        mean, deviation = spread(values) if values else (None, None)
+        name, severity, score = scores[0]
+        rows.append({"name": name, "severity": severity, "top1": mean, "std": deviation, "n": score["n"]})
+    return rows
+
+
+def _results(reports: list[EvaluationReport]) -> list[Any]:
+    """The figures as the Hub's model-index takes them."""
+    from huggingface_hub import EvalResult
+
+    if not reports:
+        return []
+    dataset = Path(reports[0].data).name or "images"
+    named = [("clean images", [r.clean["top1"] for r in reports if r.clean])]
+    named.append(("mean over corruptions", [m for r in reports if (m := r.mean_corruption_top1) is not None]))
+    results = []
+    for config, values in named:
+        if len(values) < len(reports):
+            continue
+        mean, deviation = spread(values)
+        args = {"runs": len(values)} | ({"std": round(deviation, 2)} if deviation is not None else {})
+        results.append(
+            EvalResult(
+                task_type="image-classification",
+                dataset_type=dataset,
+                dataset_name=f"{dataset}, {config}",
+                dataset_config=config,
+                metric_type="accuracy",
+                metric_name="top-1 %",
+                metric_value=round(mean, 2),
+                metric_args=args,
+            )
+        )
+    return results

@@ -1,0 +1,88 @@
+"""Whether the registry's entries are true: files, hashes, figures, and the same on the Hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from quac_plugins.core.inject.adapter import check_adapter_files
+from quac_plugins.hub.card import read_metrics, spread
+from quac_plugins.hub.fetch import ADAPTER_FILES, MODEL_FILES
+from quac_plugins.hub.published import Published
+from quac_plugins.registry import Entry, data_folder, published
+
+_TOLERANCE = 5e-4  # of a figure in percent: the third digit
+
+
+def check_registry(on_hub: bool = False, data: Path | None = None) -> Iterator[tuple[str, list[str]]]:
+    """Each entry's name with what is wrong with it; folders of ``hub/`` that no entry names come last.
+
+    Args:
+        on_hub: also fetch what lies on the Hub.
+        data: measure each model again on these images, and compare with its figures.
+    """
+    entries = published()
+    for name, entry in entries.items():
+        yield name, list(_problems(entry, on_hub, data))
+    for folder in sorted(path for path in data_folder("hub").iterdir() if path.is_dir()):
+        if folder.name not in entries:
+            yield folder.name, ["hub/ holds it, and no entry of the registry names it"]
+
+
+def _problems(entry: Entry, on_hub: bool, data: Path | None) -> Iterator[str]:
+    import timm
+
+    if not timm.is_model(entry.architecture):
+        yield f"timm knows no {entry.architecture}"
+        return
+    if entry.repo is None or on_hub:
+        try:
+            folder = Published(entry.name, entry).folder()
+        except (OSError, ValueError) as error:
+            yield str(error)
+            return
+        yield from _folder_problems(entry, folder)
+    if entry.repo is None:
+        for name in ("README.md", "metrics.json"):
+            if not (entry.folder / name).is_file():
+                yield f"hub/{entry.name}/{name} is missing"
+    if data is not None:
+        yield from _accuracy_problems(entry, data)
+
+
+def _folder_problems(entry: Entry, folder: Path) -> Iterator[str]:
+    for name in ADAPTER_FILES if entry.kind == "adapter" else MODEL_FILES:
+        if not (folder / name).is_file():
+            yield f"{folder / name} is missing"
+            return
+    if entry.kind == "adapter":
+        try:
+            check_adapter_files(folder)
+        except ValueError as error:
+            yield str(error)
+    else:
+        told = json.loads((folder / MODEL_FILES[0]).read_text(encoding="utf-8")).get("architecture")
+        if told != entry.architecture:
+            yield f"its config.json is of {told}"
+    metrics = folder / "metrics.json"
+    if metrics.is_file():
+        clean = [report.clean["top1"] for report in read_metrics(metrics) if report.clean]
+        if clean and "top1" in entry.metrics and abs(spread(clean)[0] - entry.metrics["top1"]) > 5e-3:
+            yield f"top1 is {entry.metrics['top1']} in the registry, {spread(clean)[0]:.2f} in metrics.json"
+
+
+def _accuracy_problems(entry: Entry, data: Path) -> Iterator[str]:
+    import timm
+
+    from quac_plugins.evaluate import evaluate
+
+    wanted = entry.metrics.get("val_top1")
+    if wanted is None:
+        yield "the entry tells no val_top1 to compare with"
+        return
+    model = timm.create_model(entry.name, pretrained=True).eval()
+    report = evaluate(model, data)
+    found = report.clean["top1"] if report.clean else float("nan")
+    if not abs(found - wanted) <= _TOLERANCE:
+        yield f"top-1 is {found:.3f} % on {data.name}, the entry says {wanted:.3f}"

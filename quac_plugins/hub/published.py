@@ -1,0 +1,98 @@
+"""A published model by its name: where its files are, and how its host is built."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from quac_plugins.core.inject.fingerprint import base_name
+from quac_plugins.hub.fetch import ADAPTER_FILES, MODEL_FILES, fetch
+from quac_plugins.hub.verify import check_file
+from quac_plugins.registry import Entry, published
+
+
+@dataclass(frozen=True)
+class Published:
+    """An entry of the registry, or a name that ``QUAC_HUB`` sends to one's own organization.
+
+    Attributes:
+        name: ``NAME.TAG``.
+        entry: of the registry, or None.
+        organization: whose repository ``organization/NAME.TAG`` stands in for the published one.
+    """
+
+    name: str
+    entry: Entry | None
+    organization: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """``"adapter"`` or ``"model"``."""
+        return self.entry.kind if self.entry is not None else "adapter"
+
+    @property
+    def model_args(self) -> dict[str, Any]:
+        """With which the network is built."""
+        return dict(self.entry.model_args) if self.entry is not None else {}
+
+    def host_cfg(self, given: Any) -> Any:
+        """What timm needs to know of the host: the base's tag under an adapter, else this model's own config.
+
+        Args:
+            given: the ``pretrained_cfg`` that the user asked for.
+        """
+        if self.entry is None:
+            return None  # the base's default weights
+        if self.entry.kind == "adapter":
+            return self.entry.base or (None if given == self.entry.tag else given)
+        return pretrained_cfg_of(self.entry)
+
+    def folder(self) -> Path:
+        """The folder with its files, verified.
+
+        Raises:
+            FileNotFoundError, PermissionError, ConnectionError, ValueError: see :func:`quac_plugins.hub.fetch.fetch`.
+        """
+        files = ADAPTER_FILES if self.kind == "adapter" else MODEL_FILES
+        if self.organization is not None:
+            return fetch(f"{self.organization}/{self.name}", files=files)
+        assert self.entry is not None
+        known: Any = {"sha256": self.entry.sha256, "size": self.entry.size}
+        if self.entry.repo is not None:
+            return fetch(self.entry.repo, self.entry.revision, files=files, **known)
+        weights = self.entry.folder / files[-1]
+        if not weights.is_file():
+            raise FileNotFoundError(f"{self.name} is to be embedded, but {weights} is missing; reinstall quac-plugins")
+        check_file(weights, **known)
+        return self.entry.folder
+
+
+def find_published(name: str, known_to_host: bool = False) -> Published | None:
+    """What is published as ``NAME.TAG``: in the registry, or with ``QUAC_HUB`` in one's own organization.
+
+    Args:
+        name: ``NAME.TAG``.
+        known_to_host: the tag is one of the host's own weights, so that no organization is asked for it.
+    """
+    entry, organization = published().get(name), os.environ.get("QUAC_HUB") or None
+    if entry is None and (organization is None or known_to_host):
+        return None
+    return Published(name, entry, organization)
+
+
+def pretrained_cfg_of(entry: Entry) -> Any:
+    """The entry as timm's own config of pretrained weights: the architecture's, with what differs."""
+    import timm
+    from timm.models import PretrainedCfg
+
+    architecture = timm.get_pretrained_cfg(base_name(entry.architecture), allow_unregistered=True) or PretrainedCfg()
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.input.items()}
+    source: dict[str, Any] = {"url": "", "hf_hub_id": None, "hf_hub_filename": None, "file": None, "source": None}
+    if entry.repo is None:
+        source["file"] = str(entry.folder / MODEL_FILES[-1])
+    else:
+        source |= {"hf_hub_id": f"{entry.repo}@{entry.revision}", "hf_hub_filename": MODEL_FILES[-1]}
+    named = {"architecture": entry.architecture, "tag": entry.tag, "license": entry.license, "custom_load": False}
+    return replace(architecture, **{**named, **source, **values})

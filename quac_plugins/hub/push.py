@@ -1,0 +1,198 @@
+"""To the Hub: an adapter or a whole model, with a card and the figures behind it, in one commit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from quac_plugins.core.inject.adapter import WEIGHTS_NAME, check_adapter_files, is_fresh, save_adapter
+from quac_plugins.core.inject.surgery import injection_of, unwrap
+from quac_plugins.hub.card import make_card, read_metrics
+from quac_plugins.hub.fetch import ADAPTER_FILES, EXTRAS, MODEL_FILES, is_network
+from quac_plugins.hub.verify import refuse_pickles, sha256_of
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What was sent, or would be.
+
+    Attributes:
+        repo_id: ``org/name``.
+        files: name → (bytes, SHA-256), as a registry's entry takes them.
+        commit: of the Hub; None after a dry run.
+        url: of the commit; None after a dry run.
+        folder: with the files, after a dry run.
+    """
+
+    repo_id: str
+    files: dict[str, tuple[int, str]]
+    commit: str | None = None
+    url: str | None = None
+    folder: Path | None = None
+
+    def __str__(self) -> str:
+        """One line for each file."""
+        lines = [f"{name}  {size} bytes  sha256 {digest}" for name, (size, digest) in self.files.items()]
+        return "\n".join([self.url or f"{self.folder} (nothing was sent)", *lines])
+
+
+def push(
+    model: nn.Module | str | Path,
+    repo_id: str,
+    *,
+    whole: bool | None = None,
+    metrics: Any = None,
+    fit: Any = None,
+    license: str | None = None,
+    description: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
+    dry_run: str | Path | None = None,
+) -> Pushed:
+    """Send what was put into a model, or the whole model, to the Hub.
+
+    The card is written from what is in the model and from result files; nothing in it is typed.
+
+    Args:
+        model: a model with QuAC or a prior inside, or a folder that :func:`save_adapter` or timm's ``save_for_hf``
+            wrote.
+        repo_id: ``"org/name"``; made if it does not exist.
+        whole: send the host's weights too, as ``timm.create_model("hf-hub:org/name", pretrained=True)`` reads them;
+            the host is one of timm. By default what was put in alone.
+        metrics: what was measured: an :class:`EvaluationReport`, the path of its JSON, or several of these, one for
+            each seed.
+        fit: the :class:`FitReport` of the fit, or the path of its JSON, for the card's recipe.
+        license: of the weights, such as ``"apache-2.0"``.
+        description: one paragraph for the card.
+        private: for a new repository; an old one stays what it is.
+        revision: branch; made if it does not exist. None: main.
+        commit_message: None says what was sent.
+        token: None is the one of ``hf auth login`` or ``HF_TOKEN``.
+        dry_run: write the files into this folder and send nothing.
+
+    Returns:
+        The commit, and each file with its size and hash.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it holds neither an adapter nor a model.
+        ValueError: the model holds nothing to send, a file is damaged or a pickle, or a figure cannot be read.
+        PermissionError: the Hub refused the token.
+        ConnectionError: the Hub could not be reached, or answered with an error.
+
+    Example:
+        >>> import tempfile, timm, quac_plugins as quac
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     pushed = quac.push(timm.create_model("test_resnet_qacon"), "me/my-adapter", dry_run=folder)
+        ...     sorted(pushed.files)
+        ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
+    """
+    from huggingface_hub.utils import validate_repo_id
+
+    validate_repo_id(repo_id)
+    if repo_id.count("/") != 1:
+        raise ValueError(f"repo_id must be 'org/name', got {repo_id!r}")
+    with tempfile.TemporaryDirectory(prefix="quac-push-") as temporary:
+        folder = Path(temporary)
+        _stage(model, folder, whole)
+        reports = read_metrics(metrics)
+        if reports:
+            text = json.dumps([_without_paths(report.to_dict()) for report in reports], indent=1, allow_nan=False)
+            (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
+        card = make_card(folder, repo_id, reports, fit=fit, license=license, description=description)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        files = {path.name: (path.stat().st_size, sha256_of(path)) for path in sorted(folder.iterdir())}
+        if dry_run is not None:
+            target = Path(dry_run)
+            target.mkdir(parents=True, exist_ok=True)
+            for path in sorted(folder.iterdir()):
+                shutil.copyfile(path, target / f".{path.name}.part")
+                (target / f".{path.name}.part").replace(target / path.name)
+            return Pushed(repo_id, files, folder=target)
+        what = "model" if MODEL_FILES[-1] in files else "adapter"
+        info = _send(folder, repo_id, private, revision, commit_message or f"Upload {what} with quac-plugins", token)
+        return Pushed(repo_id, files, commit=info.oid, url=info.commit_url)
+
+
+def _without_paths(report: dict[str, Any]) -> dict[str, Any]:
+    """The names of files and folders alone: where they lie is nobody's business."""
+    names = [Path(path).name for path in report["unreadable"]]
+    return {**report, "data": Path(report["data"]).name, "unreadable": names}
+
+
+def _stage(model: nn.Module | str | Path, folder: Path, whole: bool | None) -> None:
+    """Put the files of an adapter or of a model into a folder."""
+    if isinstance(model, nn.Module):
+        if whole:
+            from timm.models import save_for_hf
+
+            if not isinstance(getattr(model, "pretrained_cfg", None), dict):
+                raise ValueError(
+                    f"whole=True needs a model of timm, got {type(model).__name__}; leave it out to send the adapter"
+                )
+            save_for_hf(model, str(folder), safe_serialization=True)
+            return
+        record = injection_of(model)
+        if record is None:
+            raise ValueError(
+                f"{type(unwrap(model)).__name__} holds no QuAC and no prior; inject first, or give whole=True to send "
+                "a model of timm"
+            )
+        if record.prior is not None and record.config is None and is_fresh(model):
+            raise ValueError("the prior is as it was created, so that it changes nothing; fit_prior(model, …) first")
+        save_adapter(model, folder)
+        return
+    source = Path(model)
+    if not source.is_dir():
+        raise FileNotFoundError(f"there is no folder {source} to push")
+    names = [path.name for path in source.iterdir()]
+    wanted = next((files for files in (ADAPTER_FILES, MODEL_FILES) if set(files) <= set(names)), None)
+    if wanted is None:
+        refuse_pickles(names, str(source), WEIGHTS_NAME)
+        raise FileNotFoundError(
+            f"{source} holds neither an adapter ({', '.join(ADAPTER_FILES)}) nor a model ({', '.join(MODEL_FILES)})"
+        )
+    if wanted is ADAPTER_FILES:
+        check_adapter_files(source)
+    for name in (*wanted, *(n for n in EXTRAS[1:] if n in names)):
+        shutil.copyfile(source / name, folder / name)
+
+
+def _send(
+    folder: Path, repo_id: str, private: bool | None, revision: str | None, message: str, token: str | bool | None
+) -> Any:
+    from huggingface_hub import CommitOperationAdd, HfApi, constants
+    from huggingface_hub.utils import HfHubHTTPError, OfflineModeIsEnabled
+
+    api = HfApi(token=token, library_name="quac-plugins")
+    operations: Sequence[Any] = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+    except OfflineModeIsEnabled as error:
+        raise ConnectionError(f"nothing was sent to {repo_id!r}: HF_HUB_OFFLINE forbids it; unset it") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else None
+        said = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        if status in (401, 403):
+            raise PermissionError(
+                f"{constants.ENDPOINT} refused to write {repo_id!r} ({status}): log in with a token that may write "
+                f"there (hf auth login, HF_TOKEN). It said: {said}"
+            ) from error
+        raise ConnectionError(f"{constants.ENDPOINT} did not take {repo_id!r} ({status}): {said}") from error
+    except Exception as error:
+        if not is_network(error) and not is_network(error.__cause__ or error):
+            raise
+        raise ConnectionError(
+            f"{constants.ENDPOINT} could not be reached, or broke off: {type(error).__name__}: {error}"
+        ) from error
