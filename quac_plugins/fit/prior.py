@@ -168,7 +168,12 @@ def _fit_of(
     return Fit(
         session.model, session.teacher, parameters, sites, deeper, session.normalize, pictures, recipe, session.share,
         front=first if alone else None,
+        scaled=[p for m in _inside(modules) for p in m.body[-1].parameters()],
     )  # fmt: skip
+
+
+def _inside(modules: list[nn.Module]) -> list[FDM]:
+    return [inner for module in modules for inner in module.modules() if isinstance(inner, FDM)]
 
 
 def standardize(session: Session, sites: Any, modules: list[nn.Module], pictures: Any) -> None:

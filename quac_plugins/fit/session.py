@@ -291,6 +291,7 @@ class Session:
             "first": outcome.curve[0]["held_out"],
             "best": min((e["held_out"] for e in outcome.curve if math.isfinite(e["held_out"])), default=math.nan),
             "stopped": outcome.stopped,
+            "strength": outcome.strength,
         }
 
     def key(self, recipe: Recipe, **others: Any) -> dict[str, Any]:

@@ -150,17 +150,16 @@ class Comparison:
 
     def distances(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, Tensor]:
         """Place → (B,): how far the features of each picture are from those of its clean view."""
-        terms = {}
-        for name, value in student.items():
-            target = teacher[name].to(value.device)
-            if name == LOGITS:
-                logs = value.float().log_softmax(1), target.float().log_softmax(1)
-                terms[name] = F.kl_div(*logs, reduction="none", log_target=True).sum(1).clamp(min=0)
-            else:
-                std = self.statistics[name][1].to(value.device)
-                difference = (value.float() - target.float()).movedim(self.axes[name], -1) / std
-                terms[name] = difference.square().flatten(1).mean(1)
-        return terms
+        return {name: self._one(name, value, teacher[name]) for name, value in student.items()}
+
+    def _one(self, name: str, value: Tensor, target: Tensor) -> Tensor:
+        target = target.to(value.device)
+        if name == LOGITS:
+            logs = value.float().log_softmax(1), target.float().log_softmax(1)
+            return F.kl_div(*logs, reduction="none", log_target=True).sum(1).clamp(min=0)
+        std = self.statistics[name][1].to(value.device)
+        difference = (value.float() - target.float()).movedim(self.axes[name], -1) / std
+        return difference.square().flatten(1).mean(1)
 
     def weights(self, near: bool) -> dict[str, float]:
         """Place → weight of its term, in the near part or the deep one."""
@@ -230,6 +229,21 @@ class Comparison:
             labels = torch.as_tensor(self.pictures.labels[views], device=self.device)
             total = total + self.recipe.label_weight * F.cross_entropy(student[LOGITS].float(), labels)
         return total
+
+    @property
+    def compares_logits(self) -> bool:
+        """Whether there are logits, and a deep part that compares them."""
+        return LOGITS in self.drift and not self.near_only
+
+    def logits_distance(self, indices: np.ndarray) -> float:
+        """How far the student's logits are on these degraded pictures; 1 is the untouched host."""
+        total = 0.0
+        for batch in batches(indices.tolist(), self.recipe.batch_size):
+            clean = self._clean_features(self.pictures.view[batch].tolist(), None)
+            student = self.watch.run(self.model, self._images(self.pictures.degraded[batch]))
+            distance = self._one(LOGITS, student[LOGITS], clean[LOGITS])
+            total += float((distance / self.drift[LOGITS][batch].to(distance)).sum())
+        return total / len(indices)
 
     def _images(self, pictures: np.ndarray) -> Tensor:
         return self.normalize(torch.from_numpy(np.ascontiguousarray(pictures)).to(self.device))

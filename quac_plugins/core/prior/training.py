@@ -15,7 +15,7 @@ import contextlib
 import copy
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,9 @@ from torch import Tensor, nn
 from quac_plugins.core.prior.comparison import Comparison, Pictures, batches
 from quac_plugins.core.prior.recipe import Recipe
 from quac_plugins.core.prior.sites import PriorSite
+
+_LOOKED_AT = 96  # held-out pictures, at most
+_STRENGTHS = (1.0, 0.75, 0.5, 0.25)
 
 
 @dataclass
@@ -45,11 +48,13 @@ class Outcome:
         curve: one entry for each look: step, loss since the last one, held-out loss, and its terms.
         best_step: whose state was kept; 0 is the host as it was.
         stopped: why it ended before the last step, or None.
+        strength: what the fitted residual was scaled by at the end.
     """
 
     curve: list[dict[str, Any]]
     best_step: int
     stopped: str | None
+    strength: float = 1.0
 
 
 class Fit:
@@ -63,6 +68,7 @@ class Fit:
         deep: later places whose features are compared.
         normalize: uint8 (B, H, W, 3) on any device → what the host takes.
         recipe, share: see there.
+        scaled: parameters that what is fitted is proportional to; see :meth:`Fit._set_strength`.
         front: what maps the features at the first site to the repaired ones, if it needs nothing else. Then the near
             part runs on features that are computed once, on crops of them; else the host runs up to the first site.
     """
@@ -79,6 +85,7 @@ class Fit:
         recipe: Recipe,
         share: Share | None = None,
         front: nn.Module | None = None,
+        scaled: Sequence[nn.Parameter] = (),
     ):
         self.parameters, self.pictures, self.recipe, self.share = parameters, pictures, recipe, share or Share()
         self.device = next(iter(parameters.values())).device
@@ -90,6 +97,7 @@ class Fit:
         self._looks = 0  # since the best
         self._running: list[float] = []  # losses since the last look
         self.stopped: str | None = None
+        self.scaled, self.strength = list(scaled), 1.0
         self.comparison = Comparison(model, teacher, sites, deep, normalize, pictures, recipe, self.device, front)
         self.loss, self.near_steps = self.comparison.loss, self.comparison.near_steps
 
@@ -156,7 +164,27 @@ class Fit:
                 if checkpoint is not None:
                     checkpoint()
         self._restore(self.best_state)
-        return Outcome(self.curve, self.best_step, self.stopped)
+        self.strength = self._set_strength()
+        return Outcome(self.curve, self.best_step, self.stopped, self.strength)
+
+    def _set_strength(self) -> float:
+        """Scale what is added to what brings the logits of the held-out images nearest to the teacher's.
+
+        A few images teach too much rather than too little: features then come nearer while logits go away.
+        """
+        held = _spread(self.pictures.held, _LOOKED_AT)
+        if not (self.scaled and len(held) and self.best_step and self.comparison.compares_logits):
+            return 1.0
+        whole = [parameter.detach().clone() for parameter in self.scaled]
+        distances: dict[float, float] = {}
+        for strength in (*_STRENGTHS, None):
+            chosen = min(distances, key=lambda s: distances[s]) if strength is None else strength
+            with torch.no_grad(), self._autocast():
+                for parameter, value in zip(self.scaled, whole, strict=True):
+                    parameter.copy_(value * chosen)
+                if strength is not None:
+                    distances[strength] = self.comparison.logits_distance(held)
+        return chosen
 
     def _one_step(self) -> float:
         near = self.step < self.near_steps
@@ -192,7 +220,7 @@ class Fit:
 
     def _look(self) -> None:
         """The loss on the held-out images (without any, on the pictures of training), and whether it is the best."""
-        chosen = _spread(self.pictures.held if len(self.pictures.held) else self.pictures.train, 96)
+        chosen = _spread(self.pictures.held if len(self.pictures.held) else self.pictures.train, _LOOKED_AT)
         own = list(batches(chosen.tolist(), self.recipe.batch_size))[self.share.rank :: self.share.world_size]
         total = torch.zeros(1, dtype=torch.float64)
         with torch.no_grad(), self._autocast():

@@ -49,7 +49,16 @@ def host(seed=0, name="test_resnet"):
 
 
 def make_fit(
-    pictures, model=None, deep="stages", share=None, front=False, seed=1, seen=None, recipe_seed=0, **settings
+    pictures,
+    model=None,
+    deep="stages",
+    share=None,
+    front=False,
+    seed=1,
+    seen=None,
+    recipe_seed=0,
+    scale=False,
+    **settings,
 ):
     """A fit of a new prior; ``seen`` gets the sizes of the batches that the teacher runs on."""
     model = model if model is not None else host()
@@ -63,9 +72,11 @@ def make_fit(
         teacher.conv1[0].register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
     module = model.get_submodule(f"{sites[0].name}.quac_prior")
     recipe = Recipe(**{**QUICK, "seed": recipe_seed, **settings})
+    last = [p for site in sites for p in model.get_submodule(f"{site.name}.quac_prior").body[-1].parameters()]
     return Fit(
-        model, teacher, parameters, sites, deeper, normalize, pictures, recipe, share, front=module if front else None
-    )
+        model, teacher, parameters, sites, deeper, normalize, pictures, recipe, share,
+        front=module if front else None, scaled=last if scale else (),
+    )  # fmt: skip
 
 
 def state(fit):
@@ -159,6 +170,35 @@ def test_what_is_kept_is_never_worse_than_the_start(split, rate):
         now = float(fit.loss(split.held, near=False))
     assert now == pytest.approx(min(h for h in held if math.isfinite(h)), rel=1e-5)
     assert now <= held[0] * (1 + 1e-5)
+
+
+def test_the_strength_is_the_one_that_brings_held_out_logits_nearest(pictures):
+    looked_at = Pictures(**{**vars(pictures), "held": pictures.train})
+    usual = make_fit(looked_at, steps=40, check_every=10)
+    assert usual.run().strength == 1.0
+    fit = make_fit(looked_at, steps=40, check_every=10, scale=True)
+    outcome = fit.run()
+    assert fit.strength == outcome.strength
+    for whole, parameter in zip(fit.best_state.items(), fit.parameters.values(), strict=True):
+        is_scaled = any(parameter is p for p in fit.scaled)
+        assert torch.equal(parameter, whole[1] * outcome.strength if is_scaled else whole[1]), whole[0]
+    now, found = fit.comparison.logits_distance(looked_at.held), {}
+    for strength in (1.0, 0.75, 0.5, 0.25):
+        for name, parameter in fit.parameters.items():
+            if any(parameter is p for p in fit.scaled):
+                parameter.data.copy_(fit.best_state[name] * strength)
+        found[strength] = fit.comparison.logits_distance(looked_at.held)
+    assert now == min(found.values()) == found[outcome.strength]
+    assert len(set(found.values())) == 4
+    again = make_fit(looked_at, steps=40, check_every=10, scale=True)
+    again.load_state_dict(fit.state_dict())
+    assert again.run().strength == outcome.strength
+    assert same(state(again), dict(fit.best_state) | state_of_scaled(fit, outcome.strength))
+
+
+def state_of_scaled(fit, strength):
+    names = [name for name, p in fit.parameters.items() if any(p is scaled for scaled in fit.scaled)]
+    return {name: fit.best_state[name] * strength for name in names}
 
 
 def test_a_loss_that_is_not_finite_ends_it(pictures):
