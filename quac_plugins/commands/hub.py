@@ -20,6 +20,7 @@ def push_command(
         list[Path] | None, typer.Option(help="JSON of quac evaluate, one for each seed. May be repeated.")
     ] = None,
     fit: Annotated[Path | None, typer.Option(help="JSON of quac fit-prior or fit-qacon, for the card.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="The host's weights on the Hub, for the card.")] = None,
     license: Annotated[str | None, typer.Option(help="Of the weights, such as apache-2.0.")] = None,
     description: Annotated[str | None, typer.Option(help="One paragraph for the card.")] = None,
     private: Annotated[bool | None, typer.Option("--private/--public", help="Of a new repository.")] = None,
@@ -36,8 +37,8 @@ def push_command(
         from quac_plugins.hub.push import push
 
         pushed = push(
-            folder, repo_id, metrics=metrics, fit=fit, license=license, description=description, private=private,
-            revision=revision, commit_message=message,
+            folder, repo_id, metrics=metrics, fit=fit, base_model=base_model, license=license,
+            description=description, private=private, revision=revision, commit_message=message,
             dry_run=(out or Path("push", *repo_id.split("/"))) if dry_run else None,
         )  # fmt: skip
         typer.echo(str(pushed))

@@ -53,6 +53,7 @@ def make_card(
     repo_id: str,
     reports: list[EvaluationReport],
     fit: Any = None,
+    base_model: str | None = None,
     license: str | None = None,
     description: str | None = None,
 ) -> str:
@@ -63,6 +64,7 @@ def make_card(
         repo_id: where it goes.
         reports: what was measured, one for each seed.
         fit: FitReport or the path of its JSON.
+        base_model: the host's weights on the Hub.
         license: of the weights.
         description: one paragraph.
     """
@@ -75,7 +77,7 @@ def make_card(
     data = ModelCardData(
         library_name="quac-plugins" if is_adapter else "timm",
         license=license,
-        base_model=inside["base_model"],
+        base_model=base_model,
         pipeline_tag="image-classification",
         tags=["quac-plugins", "robustness", *(["timm"] if is_adapter else []), *inside["tags"]],
         model_name=repo_id.partition("/")[2],
@@ -88,6 +90,7 @@ def make_card(
             repo_id=repo_id,
             is_adapter=is_adapter,
             description=description,
+            base_model=base_model,
             license=license,
             inside=inside,
             fit=fitted,
@@ -105,18 +108,15 @@ def _inside(config: dict[str, Any]) -> dict[str, Any]:
     """What an adapter puts where, in the template's words."""
     host, prior = config["host"], config.get("prior")
     suffix = ("_qacon" if config["config"] else "") + ("_ddp" if prior else "")
-    tag = host.get("tag")
-    name = f"{host['architecture']}{suffix}" + (f".{tag}" if tag else "")
     parts = []
     if config["config"]:
         parts.append(_part("Q-ACON and its family", config["config"], config["sites"], "activation"))
     if prior:
         parts.append(_part("Degradation prior", prior["config"], prior["sites"], "fdm"))
     return {
-        "name": name,
-        "host": f"{host['architecture']}" + (f".{tag}" if tag else ""),
+        "name": f"{host['architecture']}{suffix}",
+        "host": host["architecture"],
         "fingerprint": host.get("fingerprint"),
-        "base_model": f"timm/{host['architecture']}.{tag}" if tag else None,
         "parts": parts,
         "tags": (["q-acon"] if config["config"] else []) + (["degradation-prior"] if prior else []),
         "has_prior": bool(prior),
@@ -135,7 +135,7 @@ def _inside_model(config: dict[str, Any]) -> dict[str, Any]:
     parts = [{"title": "Arguments", "kind": name, "options": args, "sites": []}] if args else []
     tags = [word for suffix, word in (("_qacon", "q-acon"), ("_ddp", "degradation-prior")) if suffix in name]
     return {
-        "name": name, "host": name, "fingerprint": None, "base_model": None, "parts": parts, "tags": tags,
+        "name": name, "host": name, "fingerprint": None, "parts": parts, "tags": tags,
         "has_prior": False, "tag": tag, "num_classes": config.get("num_classes"),
     }  # fmt: skip
 

@@ -50,6 +50,7 @@ def push(
     whole: bool | None = None,
     metrics: Any = None,
     fit: Any = None,
+    base_model: str | None = None,
     license: str | None = None,
     description: str | None = None,
     private: bool | None = None,
@@ -71,6 +72,8 @@ def push(
         metrics: what was measured: an :class:`EvaluationReport`, the path of its JSON, or several of these, one for
             each seed.
         fit: the :class:`FitReport` of the fit, or the path of its JSON, for the card's recipe.
+        base_model: the host's weights on the Hub, such as ``"timm/resnet50.a1_in1k"``. Which they are cannot be told
+            from a model, so that without it the card gives their fingerprint alone.
         license: of the weights, such as ``"apache-2.0"``.
         description: one paragraph for the card.
         private: for a new repository; an old one stays what it is.
@@ -107,7 +110,7 @@ def push(
         if reports:
             text = json.dumps([_without_paths(report.to_dict()) for report in reports], indent=1, allow_nan=False)
             (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
-        card = make_card(folder, repo_id, reports, fit=fit, license=license, description=description)
+        card = make_card(folder, repo_id, reports, fit, base_model, license, description)
         (folder / "README.md").write_text(card, encoding="utf-8")
         files = {path.name: (path.stat().st_size, sha256_of(path)) for path in sorted(folder.iterdir())}
         if dry_run is not None:
