@@ -24,7 +24,7 @@ from quac_plugins.core.inject.surgery import WidthSwitch
 from quac_plugins.core.prior.fdm import FDMS
 from quac_plugins.core.prior.routed import RoutedFDM
 from quac_plugins.core.quality.tap import QualityTap
-from quac_plugins.hub.fetch import MODEL_FILES, fetch
+from quac_plugins.hub.fetch import MODEL_FILES, fetch, is_network
 from quac_plugins.hub.load import load_adapter
 from quac_plugins.hub.published import Published, find_published, pretrained_cfg_of
 from quac_plugins.registry import Entry, published
@@ -213,11 +213,11 @@ def _names(names: frozenset[str]) -> set[str]:
 
 
 def _is_network(error: BaseException) -> bool:
-    """Whether weights could not be fetched, as huggingface_hub, urllib and requests say it."""
+    """Whether weights could not be fetched, as huggingface_hub, urllib and HTTP libraries say it, or what caused it."""
     seen: BaseException | None = error
     while seen is not None:
         module = type(seen).__module__.split(".")[0]
-        if isinstance(seen, ConnectionError) or module in ("huggingface_hub", "urllib", "requests", "httpx", "httpx2"):
+        if is_network(seen) or module in ("huggingface_hub", "urllib"):
             return True
         seen = seen.__cause__ or seen.__context__
     return False

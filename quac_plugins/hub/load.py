@@ -36,7 +36,7 @@ def find_adapter(source: str | Path, revision: str | None = None) -> Path:
             raise FileNotFoundError(
                 f"{name!r} is a whole model and no adapter: timm.create_model({name!r}, pretrained=True)"
             )
-        return found.folder()
+        return found.folder(revision)
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.exists():
         raise FileNotFoundError(
             f"no adapter at {name!r}: neither a folder, nor a published name, nor of the form 'org/name' of the Hub"

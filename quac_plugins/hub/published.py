@@ -49,17 +49,22 @@ class Published:
             return self.entry.base or (None if given == self.entry.tag else given)
         return pretrained_cfg_of(self.entry)
 
-    def folder(self) -> Path:
+    def folder(self, revision: str | None = None) -> Path:
         """The folder with its files, verified.
+
+        Args:
+            revision: another one on the Hub than the registry's, whose hash then says nothing.
 
         Raises:
             FileNotFoundError, PermissionError, ConnectionError, ValueError: see :func:`quac_plugins.hub.fetch.fetch`.
         """
         files = ADAPTER_FILES if self.kind == "adapter" else MODEL_FILES
         if self.organization is not None:
-            return fetch(f"{self.organization}/{self.name}", files=files)
+            return fetch(f"{self.organization}/{self.name}", revision, files=files)
         assert self.entry is not None
         known: Any = {"sha256": self.entry.sha256, "size": self.entry.size}
+        if self.entry.repo is not None and revision is not None:
+            return fetch(self.entry.repo, revision, files=files)
         if self.entry.repo is not None:
             return fetch(self.entry.repo, self.entry.revision, files=files, **known)
         weights = self.entry.folder / files[-1]

@@ -58,7 +58,7 @@ class Comparison:
         deep: later places whose features are compared.
         normalize: uint8 (B, H, W, 3) on any device → what the host takes.
         pictures: in pairs.
-        recipe: weights and sizes of crops.
+        recipe: weights, and the size of the near part's crops.
         device: where the pictures go.
         front: what maps the features at the first site to the repaired ones, if it needs nothing else. Then the near
             part runs on features that are computed once, on crops of them; else the host runs up to the first site.
@@ -87,7 +87,7 @@ class Comparison:
         self.model, self.teacher = model, teacher
         self.normalize, self.pictures, self.recipe, self.device = normalize, pictures, recipe, device
         compared = {site.name: site for site in (*sites[:1], *deep)}
-        self.compared, self.places = compared, list(compared)
+        self.places = list(compared)
         self.axes = {name: 1 if site.layout == "nchw" else -1 for name, site in compared.items()}
         self.first = sites[0].name if sites else None
         self.near_steps = round(recipe.steps * recipe.near) if self.first else 0
@@ -192,7 +192,7 @@ class Comparison:
         repaired = self.front(degraded)
         for axis, start, length in inner:
             repaired, clean = repaired.narrow(axis, start, length), clean.narrow(axis, start, length)
-        distance = self.distances({self.first: repaired}, {self.first: clean})[self.first]
+        distance = self._one(self.first, repaired, clean)
         return self.recipe.site_weight * (distance / self.drift[self.first][indices].to(distance)).mean()
 
     def _degraded_features(self, indices: np.ndarray) -> Tensor:
