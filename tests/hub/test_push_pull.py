@@ -1,5 +1,6 @@
 """Push and pull through a server that speaks the Hub's protocol, with the real client."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ import quac_plugins as quac
 from quac_plugins.core.inject.adapter import CONFIG_NAME, WEIGHTS_NAME
 from quac_plugins.hub.fetch import fetch
 from quac_plugins.hub.verify import sha256_of
+from quac_plugins.registry import Entry
 
 REPO = "me/fog-adapter"
 
@@ -366,3 +368,16 @@ def test_the_commands(host, hub, tmp_path):
     missing = run("pull", "me/nothing")
     assert missing.exit_code == 2
     assert "no repository" in missing.output
+
+
+def test_a_revision_of_a_published_name(host, hub, monkeypatch, photographs):
+    first, second, images = with_prior(host), with_prior(host), photographs(2, 64)
+    name = "test_resnet_ddp.fog"
+    commits = [quac.push(model, f"me/{name}").commit for model in (first, second)]
+    weights = hub.files(f"me/{name}")[WEIGHTS_NAME]
+    digest = hashlib.sha256(weights).hexdigest()
+    entry = Entry(name, "adapter", digest, len(weights), "mit", repo=f"me/{name}", revision=commits[1])
+    monkeypatch.setattr("quac_plugins.hub.published.published", lambda: {name: entry})
+    with torch.no_grad():
+        for revision, model in ((None, second), (commits[0], first)):
+            assert torch.equal(quac.load_adapter(host(), name, revision=revision)(images), model(images))
