@@ -106,6 +106,11 @@ _NAME = re.compile(r"[a-z0-9_]+\.[a-z0-9_]+\Z")
 _TYPES = {"size": int, "input": dict, "model_args": dict, "metrics": dict}
 
 
+def is_published_name(name: str) -> bool:
+    """Whether it has the form ``NAME.TAG``, of lower-case letters, digits and ``_``."""
+    return _NAME.match(name) is not None
+
+
 def read_entries(path: str | Path) -> dict[str, Entry]:
     """Every entry of a registry file, checked field by field.
 
@@ -124,7 +129,7 @@ def read_entries(path: str | Path) -> dict[str, Entry]:
 
 def _entry(name: str, table: Any) -> Entry:
     where = f'["{name}"]'
-    if not _NAME.match(name):
+    if not is_published_name(name):
         raise ValueError(f"{where}: a published model is named NAME.TAG, of lower-case letters, digits and _")
     if not isinstance(table, dict):
         raise ValueError(f"{where} must be a table, got {table!r}")

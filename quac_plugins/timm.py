@@ -93,7 +93,8 @@ def create_quac(
         pretrained_cfg = found.host_cfg(pretrained_cfg)
         kwargs = {**found.model_args, **kwargs}
     configs, given = _configs_of(suffix, kwargs)
-    if pretrained and not whole and any(isinstance(c, QuACConfig) and c.init == "paper" for c in configs):
+    own = whole or (found is not None and found.kind == "model")  # weights that were trained with what is put in
+    if pretrained and not own and any(isinstance(c, QuACConfig) and c.init == "paper" for c in configs):
         raise ValueError(
             f"{base}{suffix}: pretrained=True with init='paper' would put random activations into trained weights; "
             "use init='preserve', or pretrained=False"
@@ -105,7 +106,7 @@ def create_quac(
     try:
         model = timm.create_model(
             base,
-            pretrained=pretrained and not whole and (found is None or found.kind == "adapter"),
+            pretrained=pretrained and not own,
             pretrained_cfg=pretrained_cfg,
             pretrained_cfg_overlay=pretrained_cfg_overlay,
             cache_dir=cache_dir,

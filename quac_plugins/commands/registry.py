@@ -20,7 +20,9 @@ def registry() -> None:
 @app.command("check")
 def check_command(
     accuracy: Annotated[bool, typer.Option("--accuracy", help="Measure each model again.")] = False,
-    data: Annotated[Path | None, typer.Option(help="What it is measured on: folder of class folders.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="What it is measured on: class folders, or a folder with val.npz.")
+    ] = None,
     on_hub: Annotated[bool, typer.Option("--hub", help="Compare with the Hub too.")] = False,
     debug: common.Debug = False,
 ) -> None:

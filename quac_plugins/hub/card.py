@@ -61,7 +61,7 @@ def make_card(
 
     Args:
         folder: with an adapter or a model.
-        repo_id: where it goes.
+        repo_id: where it goes, ``"org/name"`` or ``NAME.TAG``.
         reports: what was measured, one for each seed.
         fit: FitReport or the path of its JSON.
         base_model: the host's weights on the Hub.
@@ -80,7 +80,7 @@ def make_card(
         base_model=base_model,
         pipeline_tag="image-classification",
         tags=["quac-plugins", "robustness", *(["timm"] if is_adapter else []), *inside["tags"]],
-        model_name=repo_id.partition("/")[2],
+        model_name=repo_id.rpartition("/")[2],
         eval_results=_results(reports) or None,
     )
     return str(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from quac_plugins.core.inject.adapter import check_adapter_files
+from quac_plugins.evaluate.packed import unpack
 from quac_plugins.hub.card import read_metrics, spread
 from quac_plugins.hub.fetch import ADAPTER_FILES, MODEL_FILES
 from quac_plugins.hub.published import Published
 from quac_plugins.registry import Entry, data_folder, published
 
-_TOLERANCE = 5e-4  # of a figure in percent: the third digit
+PACKED = "val.npz"
+_TOLERANCE = 0.05  # of a figure in percent: the third digit
 
 
 def check_registry(on_hub: bool = False, data: Path | None = None) -> Iterator[tuple[str, list[str]]]:
@@ -20,11 +24,19 @@ def check_registry(on_hub: bool = False, data: Path | None = None) -> Iterator[t
 
     Args:
         on_hub: also fetch what lies on the Hub.
-        data: measure each model again on these images, and compare with its figures.
+        data: measure each model again on these images, and compare with its figures: folders of classes, or a folder
+            with the packed set ``val.npz``.
+
+    Raises:
+        ValueError: the packed set is damaged.
     """
     entries = published()
-    for name, entry in entries.items():
-        yield name, list(_problems(entry, on_hub, data))
+    with ExitStack() as stack:
+        if data is not None and (data / PACKED).is_file():
+            unpacked = stack.enter_context(tempfile.TemporaryDirectory(prefix="quac-check-"))
+            data = unpack(data / PACKED, Path(unpacked) / PACKED)
+        for name, entry in entries.items():
+            yield name, list(_problems(entry, on_hub, data))
     for folder in sorted(path for path in data_folder("hub").iterdir() if path.is_dir()):
         if folder.name not in entries:
             yield folder.name, ["hub/ holds it, and no entry of the registry names it"]

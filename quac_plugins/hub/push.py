@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from quac_plugins.core.inject.adapter import WEIGHTS_NAME, check_adapter_files, is_fresh, save_adapter
@@ -17,6 +18,7 @@ from quac_plugins.core.inject.surgery import injection_of, unwrap
 from quac_plugins.hub.card import make_card, read_metrics
 from quac_plugins.hub.fetch import ADAPTER_FILES, EXTRAS, MODEL_FILES, is_network
 from quac_plugins.hub.verify import refuse_pickles, sha256_of
+from quac_plugins.registry import is_published_name
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ def push(
     Args:
         model: a model with QuAC or a prior inside, or a folder that :func:`save_adapter` or timm's ``save_for_hf``
             wrote.
-        repo_id: ``"org/name"``; made if it does not exist.
+        repo_id: ``"org/name"``; made if it does not exist. With ``dry_run`` also the ``NAME.TAG`` under which the
+            files are to be embedded.
         whole: send the host's weights too, as ``timm.create_model("hf-hub:org/name", pretrained=True)`` reads them;
             the host is one of timm. By default what was put in alone.
         metrics: what was measured: an :class:`EvaluationReport`, the path of its JSON, or several of these, one for
@@ -101,7 +104,7 @@ def push(
     from huggingface_hub.utils import validate_repo_id
 
     validate_repo_id(repo_id)
-    if repo_id.count("/") != 1:
+    if repo_id.count("/") != 1 and not (dry_run is not None and is_published_name(repo_id)):
         raise ValueError(f"repo_id must be 'org/name', got {repo_id!r}")
     with tempfile.TemporaryDirectory(prefix="quac-push-") as temporary:
         folder = Path(temporary)
@@ -141,7 +144,11 @@ def _stage(model: nn.Module | str | Path, folder: Path, whole: bool | None) -> N
                 raise ValueError(
                     f"whole=True needs a model of timm, got {type(model).__name__}; leave it out to send the adapter"
                 )
-            save_for_hf(model, str(folder), safe_serialization=True)
+            packing = model.register_state_dict_post_hook(_pack)
+            try:
+                save_for_hf(model, str(folder), safe_serialization=True)
+            finally:
+                packing.remove()
             return
         record = injection_of(model)
         if record is None:
@@ -167,6 +174,12 @@ def _stage(model: nn.Module | str | Path, folder: Path, whole: bool | None) -> N
         check_adapter_files(source)
     for name in (*wanted, *(n for n in EXTRAS[1:] if n in names)):
         shutil.copyfile(source / name, folder / name)
+
+
+def _pack(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Tensors as safetensors takes them: one after another (not channels_last), none a part of another."""
+    for name, tensor in state.items():
+        state[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _send(

@@ -1,18 +1,24 @@
 """Published models by name: the registry's entries, embedded files and their hashes."""
 
+import io
 import json
 import re
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+from skimage import data
 from typer.testing import CliRunner
 
 import quac_plugins as quac
 from quac_plugins.commands import app
+from quac_plugins.evaluate import evaluate
+from quac_plugins.evaluate.packed import unpack
 from quac_plugins.hub.check import check_registry
 from quac_plugins.hub.verify import sha256_of
 from quac_plugins.registry import Entry, published, read_entries
@@ -109,6 +115,22 @@ def test_a_whole_model_by_its_name(whole, photographs):
     assert timm.create_model(entry.name, pretrained=True, num_classes=3)(images).shape == (2, 3)
 
 
+def test_a_folder_to_embed_is_made_under_the_name_itself(registry, photographs):
+    hub, _, add = registry
+    model = moved(timm.create_model("test_resnet_qacon", num_classes=10, init="paper"))
+    model = model.to(memory_format=torch.channels_last)
+    name = "test_resnet_qacon.paper"
+    quac.push(model, name, whole=True, dry_run=hub / name)
+    assert all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (model.conv1[0].weight,))
+    assert f'timm.create_model("{name}", pretrained=True)' in (hub / name / "README.md").read_text()
+    add(name, "model", "model.safetensors", input={"num_classes": 10}, model_args={"init": "paper"})
+    images = photographs(2, 64)
+    with torch.no_grad():
+        assert torch.allclose(timm.create_model(name, pretrained=True).eval()(images), model(images), atol=1e-5)
+    with pytest.raises(ValueError, match="repo_id must be 'org/name'"):
+        quac.push(model, name, whole=True)  # the Hub has no such names
+
+
 def test_an_adapter_over_a_published_host(over_a_host, photographs):
     entry, model = over_a_host
     images = photographs(2, 64)
@@ -161,9 +183,6 @@ def test_the_check_finds_what_is_wrong(whole, registry):
 
 
 def test_the_check_measures_again(whole, registry, tmp_path):
-    from PIL import Image
-    from skimage import data
-
     _, entries, _ = registry
     entry, _ = whole
     for index, name in enumerate(("astronaut", "chelsea", "coffee", "rocket")):
@@ -175,6 +194,25 @@ def test_the_check_measures_again(whole, registry, tmp_path):
         problems = dict(check_registry(data=tmp_path / "data"))[entry.name]
         found.append(any("top-1 is" in problem for problem in problems))
     assert sorted(found) == [False, True, True, True, True]
+
+
+def test_the_check_measures_on_a_packed_set(whole, registry, tmp_path):
+    _, entries, _ = registry
+    entry, model = whole
+    files, labels = [], []
+    for index, name in enumerate(("astronaut", "chelsea", "coffee", "rocket")):
+        buffer = io.BytesIO()
+        Image.fromarray(getattr(data, name)()).resize((64, 64)).save(buffer, "JPEG")
+        files.append(buffer.getvalue())
+        labels.append(index)
+    jpeg, offsets = np.frombuffer(b"".join(files), np.uint8), np.cumsum([0, *map(len, files)])
+    classes = np.array([f"class {index}" for index in range(10)])
+    np.savez(tmp_path / "val.npz", jpeg=jpeg, offsets=offsets, labels=np.array(labels), classes=classes)
+    measured = evaluate(model, unpack(tmp_path / "val.npz", tmp_path / "pictures")).clean["top1"]
+    for value, wrong in ((measured, False), (measured + 0.06, True)):
+        entries[entry.name] = replace(entry, metrics={"val_top1": value})
+        problems = dict(check_registry(data=tmp_path))[entry.name]
+        assert any("on val.npz, the entry says" in problem for problem in problems) is wrong
 
 
 @pytest.mark.parametrize(
