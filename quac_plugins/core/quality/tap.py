@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from quac_plugins.core.hooks import TAP_HOOKS, TAP_NAME, remove_hooks
 from quac_plugins.core.precision import full_precision
 from quac_plugins.core.quality.context import QualityContext
+from quac_plugins.core.quality.padding import quality_of_each, sizes_of
 from quac_plugins.core.quality.table import QualityFunction
 
 
@@ -86,7 +87,7 @@ class QualityTap(nn.Module):
         q = self.context.given_q()
         if q is None:
             with full_precision(images):
-                q = self.quality(self.to_rgb(images))
+                q = quality_of_each(self.quality, self.to_rgb(images), sizes_of(images))
         elif q.shape[0] != images.shape[0]:
             raise ValueError(
                 f"layer {self.layer!r}: the given q has batch {q.shape[0]}, the images have batch {images.shape[0]}"

@@ -1,0 +1,191 @@
+"""Backbones with QuAC and the degradation prior inside, for yacs (BACKBONE_REGISTRY) and lazy configs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from torch import Tensor, nn
+
+from quac_plugins.core.inject import PriorConfig, QuACConfig, inject
+from quac_plugins.detectron2.blocks import with_activations
+from quac_plugins.detectron2.config import KEY, PRIOR_KEY, TIMM_KEY, configs_of, in_unit_range, named
+
+_EXAMPLE = 224  # side of the images on which sites are found
+
+
+@BACKBONE_REGISTRY.register()
+def build_quac_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """``build_resnet_backbone`` with what ``MODEL.QUAC`` says inside; its checkpoints load as before.
+
+    Raises:
+        KeyError, ValueError: see :func:`quac_plugins.detectron2.config.configs_of`.
+    """
+    return _build(cfg, input_shape, lambda: _resnet(cfg, input_shape))
+
+
+@BACKBONE_REGISTRY.register()
+def build_quac_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """``build_resnet_fpn_backbone`` likewise."""
+    return _build(cfg, input_shape, lambda: _fpn(cfg, _resnet(cfg, input_shape), LastLevelMaxPool()))
+
+
+@BACKBONE_REGISTRY.register()
+def build_quac_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """``build_retinanet_resnet_fpn_backbone`` likewise."""
+
+    def make() -> Backbone:
+        bottom_up = _resnet(cfg, input_shape)
+        top = LastLevelP6P7(bottom_up.output_shape()["res5"].channels, cfg.MODEL.FPN.OUT_CHANNELS)
+        return _fpn(cfg, bottom_up, top)
+
+    return _build(cfg, input_shape, make)
+
+
+@BACKBONE_REGISTRY.register()
+def build_quac_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    """Any network of timm with feature maps at several strides, and an FPN over them.
+
+    ``MODEL.QUAC.TIMM.NAME`` names it, without suffix; ``MODEL.FPN.IN_FEATURES`` its maps, ``res2`` at stride 4 to
+    ``res5`` at stride 32. For pretrained weights ``INPUT.FORMAT``, ``MODEL.PIXEL_MEAN`` and ``MODEL.PIXEL_STD`` must be
+    those that the network was trained with (RGB; timm's mean and std times 255).
+    """
+
+    def make() -> Backbone:
+        names = list(cfg.MODEL.FPN.IN_FEATURES)
+        with named(TIMM_KEY):
+            bottom_up = TimmBackbone(
+                cfg.MODEL.QUAC.TIMM.NAME, names, input_shape.channels, pretrained=cfg.MODEL.QUAC.TIMM.PRETRAINED
+            )
+        return _fpn(cfg, bottom_up, LastLevelMaxPool())
+
+    return _build(cfg, input_shape, make)
+
+
+class TimmBackbone(Backbone):
+    """A network of timm as a backbone of detectron2.
+
+    Args:
+        name: of timm's architecture, such as ``"convnext_tiny"``.
+        out_features: ``"res2"`` (stride 4), ``"res3"``, … in this order.
+        in_chans: channels of the images.
+        pretrained: with timm's weights.
+        **kwargs: of ``timm.create_model``.
+
+    Raises:
+        ValueError: timm has no such name, or the network has no map of such a stride.
+    """
+
+    def __init__(self, name: str, out_features: list[str], in_chans: int = 3, pretrained: bool = False, **kwargs: Any):
+        super().__init__()
+        import timm
+
+        if not timm.is_model(name.partition(".")[0]):
+            raise ValueError(f"NAME: timm knows no {name!r}")
+        with torch.device("meta"):
+            whole: Any = timm.create_model(name, features_only=True, in_chans=in_chans, **kwargs)
+        strides = whole.feature_info.reduction()
+        wanted = [2 ** int(feature[3:]) for feature in out_features]
+        missing = [f for f, stride in zip(out_features, wanted, strict=True) if stride not in strides]
+        if missing:
+            raise ValueError(f"NAME: {name} has maps of the strides {strides}, none for {', '.join(missing)}")
+        indices = [max(i for i, stride in enumerate(strides) if stride == one) for one in wanted]
+        net: Any = timm.create_model(
+            name, features_only=True, out_indices=indices, in_chans=in_chans, pretrained=pretrained, **kwargs
+        )
+        self.net = net
+        self._out_features = list(out_features)
+        self._out_feature_channels = dict(zip(out_features, net.feature_info.channels(), strict=True))
+        self._out_feature_strides = dict(zip(out_features, wanted, strict=True))
+
+    @property
+    def size_divisibility(self) -> int:
+        """The sides of images must be multiples of the coarsest stride."""
+        return max(self._out_feature_strides.values())
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Images (B, C, H, W) → name → (B, channels, H/stride, W/stride)."""
+        maps = {}
+        for name, features in zip(self._out_features, self.net(x), strict=True):
+            channels = self._out_feature_channels[name]
+            nhwc = features.shape[1] != channels and features.shape[-1] == channels
+            maps[name] = features.permute(0, 3, 1, 2) if nhwc else features
+        return maps
+
+
+def with_quac(
+    backbone: Backbone,
+    pixel_mean: Any,
+    pixel_std: Any,
+    input_format: str = "BGR",
+    quac: QuACConfig | dict[str, Any] | None = None,
+    prior: PriorConfig | dict[str, Any] | None = None,
+) -> Backbone:
+    """Put QuAC, a degradation prior or both into any backbone, in place; for lazy configs ``L(with_quac)(…)``.
+
+    Args:
+        backbone: detectron2's ResNet (whose activations become modules), Swin, ViT, MViT, an FPN over one, or your own.
+        pixel_mean, pixel_std: of the model, in pixels to 255.
+        input_format: of the model: ``"BGR"`` or ``"RGB"``.
+        quac: a :class:`quac_plugins.QuACConfig` or its options; None puts none in.
+        prior: a :class:`quac_plugins.PriorConfig` or its options, likewise.
+
+    Returns:
+        The backbone.
+
+    Raises:
+        ValueError: an option is not known, or a pattern matches nothing.
+        RuntimeError: the backbone does not run on images of its own sizes.
+
+    Example:
+        >>> from detectron2.modeling.backbone.resnet import BasicStem, ResNet
+        >>> resnet = ResNet(BasicStem(), ResNet.make_default_stages(18), out_features=["res5"])
+        >>> backbone = with_quac(resnet, [103.53, 116.28, 123.675], [1.0, 1.0, 1.0], quac={"where": "spatial"})
+        >>> type(backbone.res2[0].act1).__name__
+        'QACON'
+    """
+    images = in_unit_range(pixel_mean, pixel_std, input_format.lower())
+    configs: list[QuACConfig | PriorConfig] = []
+    if quac is not None:
+        given = quac.to_dict() if isinstance(quac, QuACConfig) else {"norm": "layer", **quac}
+        configs.append(QuACConfig(**{**given, **images}))
+    if prior is not None:
+        given = prior.to_dict() if isinstance(prior, PriorConfig) else dict(prior)
+        configs.append(PriorConfig(**{**given, **images}))
+    return put_into(with_activations(backbone), configs, len(images["mean"]))
+
+
+def put_into(backbone: Backbone, configs: list[QuACConfig | PriorConfig], in_chans: int) -> Backbone:
+    """Inject configs one after the other; errors name the key."""
+    side = backbone.padding_constraints.get("square_size", 0)
+    if not side:
+        side = -(-_EXAMPLE // max(backbone.size_divisibility, 1)) * max(backbone.size_divisibility, 1)
+    example = torch.empty(1, in_chans, side, side)
+    for config in configs:
+        with named(f"{KEY}.WHERE" if isinstance(config, QuACConfig) else f"{PRIOR_KEY}.SITE"):
+            inject(backbone, config, example)
+    return backbone
+
+
+def _build(cfg: CfgNode, input_shape: ShapeSpec, make: Any) -> Backbone:
+    configs = configs_of(cfg)  # before anything is built
+    return put_into(make(), configs, input_shape.channels)
+
+
+def _resnet(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
+    return with_activations(build_resnet_backbone(cfg, input_shape))
+
+
+def _fpn(cfg: CfgNode, bottom_up: Backbone, top_block: nn.Module) -> Backbone:
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=top_block,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )

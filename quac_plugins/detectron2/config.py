@@ -1,0 +1,120 @@
+"""The keys of a yacs config, and what they say: checked before anything is built, errors named by their key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from quac_plugins.core.inject import PriorConfig, QuACConfig
+
+KEY, PRIOR_KEY, TIMM_KEY = "MODEL.QUAC", "MODEL.QUAC.PRIOR", "MODEL.QUAC.TIMM"
+_QUAC = ("ACTIVATION", "WHERE", "QUALITY", "INIT", "NORM", "REDUCTION")
+_PRIOR = ("SITE", "FDM", "FDM_WIDTH", "FDM_ACT", "EXPERTS", "TOP_K", "QUALITY", "FREEZE")
+
+
+def add_quac_config(cfg: CfgNode) -> None:
+    """Add the keys below ``MODEL.QUAC``, with their defaults, to a config.
+
+    They are the options of :class:`quac_plugins.QuACConfig` and, below ``PRIOR``, of
+    :class:`quac_plugins.PriorConfig`. Several patterns are separated by commas; an ``FDM_WIDTH`` of 0 is the FDM's own.
+
+    Example:
+        >>> from detectron2.config import get_cfg
+        >>> cfg = get_cfg()
+        >>> add_quac_config(cfg)
+        >>> cfg.MODEL.QUAC.QUALITY
+        'brisque'
+    """
+    if "QUAC" in cfg.MODEL:
+        return
+    quac, prior = QuACConfig(norm="layer"), PriorConfig()
+    cfg.MODEL.QUAC = CfgNode(
+        {
+            "ENABLED": True,
+            **{name: getattr(quac, name.lower()) for name in _QUAC},
+            # activations of the ROI heads: patterns of names below roi_heads, such as "box_head.*"; "": none
+            "HEADS": "",
+            "PRIOR": {"ENABLED": False, **{name: getattr(prior, name.lower()) for name in _PRIOR}},
+            # of build_quac_timm_fpn_backbone
+            "TIMM": {"NAME": "resnet50", "PRETRAINED": True},
+        }
+    )
+    cfg.MODEL.QUAC.PRIOR.FDM_WIDTH = 0
+
+
+def configs_of(cfg: CfgNode) -> list[QuACConfig | PriorConfig]:
+    """What the config puts into the backbone, checked.
+
+    Raises:
+        KeyError: ``add_quac_config`` was not called.
+        ValueError: a value that cannot be; the message begins with its key.
+    """
+    if "QUAC" not in cfg.MODEL:
+        raise KeyError(
+            "the config has no MODEL.QUAC: call quac_plugins.detectron2.add_quac_config(cfg) after get_cfg(), before "
+            "merging files"
+        )
+    quac, images = cfg.MODEL.QUAC, images_of(cfg)
+    found: list[QuACConfig | PriorConfig] = []
+    if quac.ENABLED:
+        found.append(_checked(QuACConfig, KEY, {name: quac[name] for name in _QUAC}, images))
+    if quac.PRIOR.ENABLED:
+        values = {name: quac.PRIOR[name] for name in _PRIOR}
+        values["FDM_WIDTH"] = values["FDM_WIDTH"] or None
+        found.append(_checked(PriorConfig, PRIOR_KEY, values, images))
+    with named(f"{KEY}.HEADS"):
+        if quac.HEADS and cfg.MODEL.META_ARCHITECTURE != "QuACGeneralizedRCNN":
+            raise ValueError(
+                "activations of the ROI heads need MODEL.META_ARCHITECTURE 'QuACGeneralizedRCNN', got "
+                f"{cfg.MODEL.META_ARCHITECTURE!r}"
+            )
+        if quac.HEADS and not quac.ENABLED:
+            raise ValueError("needs MODEL.QUAC.ENABLED: q comes from the backbone's first layer")
+    return found
+
+
+def images_of(cfg: CfgNode) -> dict[str, Any]:
+    """mean, std and channel_order of the images that the backbone gets, in the words of :class:`QuACConfig`."""
+    order = cfg.INPUT.FORMAT.lower()
+    if order not in ("rgb", "bgr") and len(cfg.MODEL.PIXEL_MEAN) > 1:
+        raise ValueError(
+            f"INPUT.FORMAT {cfg.INPUT.FORMAT!r}: quality is a matter of RGB; known: RGB, BGR, and L with one channel"
+        )
+    return in_unit_range(cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, order if order in ("rgb", "bgr") else "rgb")
+
+
+def in_unit_range(pixel_mean: Any, pixel_std: Any, order: str) -> dict[str, Any]:
+    """detectron2's pixels go to 255, the quality functions' to 1."""
+    mean, std = tuple(float(v) / 255 for v in pixel_mean), tuple(float(v) / 255 for v in pixel_std)
+    return {"mean": mean, "std": std, "channel_order": order}
+
+
+def patterns(value: str) -> str | list[str]:
+    """One pattern, or several separated by commas; a regular expression keeps its own."""
+    parts = [value] if value.startswith("re:") else [part.strip() for part in value.split(",")]
+    return parts[0] if len(parts) == 1 else parts
+
+
+@contextmanager
+def named(key: str) -> Iterator[None]:
+    """Begin the message of a ValueError or TypeError with the key that it is about."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+def _checked(cls: Any, key: str, values: dict[str, Any], images: dict[str, Any]) -> Any:
+    arguments = {name.lower(): value for name, value in values.items()}
+    for name in ("where", "site"):
+        if name in arguments:
+            with named(f"{key}.{name.upper()}"):
+                arguments[name] = patterns(arguments[name])
+    for name, value in arguments.items():  # one by one, so that an error is that key's
+        with named(f"{key}.{name.upper()}"):
+            cls(**{name: value})
+    with named(key):
+        return cls(**arguments, **images)

@@ -1,0 +1,222 @@
+"""Activations in the ROI heads: features there are one for each proposal, so each takes the q of its image."""
+
+from __future__ import annotations
+
+import fnmatch
+import threading
+from dataclasses import replace
+from typing import Any
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN
+from detectron2.modeling.poolers import ROIPooler
+from torch import Tensor, nn
+
+from quac_plugins.core.hooks import TAP_NAME
+from quac_plugins.core.inject import QuACConfig, injection_of
+from quac_plugins.core.inject.sites import PLACES, Site, find_sites
+from quac_plugins.core.inject.surgery import place
+from quac_plugins.core.inject.trace import Trace, trace
+from quac_plugins.core.quality.context import QualityContext, QualityError
+from quac_plugins.core.quality.table import resolve_quality
+from quac_plugins.core.quality.tap import QualityTap
+from quac_plugins.detectron2.blocks import with_activations
+from quac_plugins.detectron2.config import KEY, configs_of, named, patterns
+
+
+class Proposals:
+    """How many proposals of each image the latest pooling was of; each thread has its own."""
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Proposals:
+        memo[id(self)] = copied = type(self)()
+        return copied
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+    @property
+    def counts(self) -> list[int] | None:
+        """By image; None before any pooling."""
+        return getattr(self._local, "counts", None)
+
+    def note(self, pooler: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Hook of a pooler, whose second argument is one list of boxes for each image."""
+        boxes = args[1] if len(args) > 1 else kwargs["box_lists"]
+        self._local.counts = [len(one) for one in boxes]
+
+
+class ProposalTap(nn.Module):
+    """Hands the images' q to a part of the ROI heads, a row for each proposal.
+
+    Args:
+        source: where the backbone's q is.
+        context: where it goes, a row for each proposal.
+        proposals: of the poolers before.
+        layer: name of the part, for errors.
+    """
+
+    def __init__(self, source: QualityContext, context: QualityContext, proposals: Proposals, layer: str):
+        super().__init__()
+        self.source, self.context, self.proposals, self.layer = source, context, proposals, layer
+
+    def forward(self, x: Any) -> Any:
+        """What it is given: a part that runs its children one after the other runs this one too."""
+        return x
+
+    def observe(self, features: Tensor, instances: Any = None) -> None:
+        """Start a pass over features (N, C, H, W) of N proposals; ``instances`` are theirs, if the part is given them.
+
+        Raises:
+            QualityError: it cannot be told which image a proposal is of.
+        """
+        self.context.watch(self)
+        if self.context.resume(features, self.layer):
+            return
+        q = self.source.current(features, self.layer)
+        of_each = [len(one) for one in instances] if isinstance(instances, (list, tuple)) else self.proposals.counts
+        if of_each is None or sum(of_each) != len(features) or len(of_each) != len(q):
+            raise QualityError(
+                f"{self.layer!r} is given features of {len(features)} proposals, but the latest pooling was of "
+                f"{of_each} proposals in {len(q)} images, so their quality features cannot be told. Its features must "
+                "come straight from an ROIPooler of these ROI heads, or with the list of their instances"
+            )
+        rows = torch.repeat_interleave(torch.tensor(of_each, device=q.device))
+        self.context.begin(q[rows], features)
+
+
+def proposal_pre_hook(part: Any, args: tuple, kwargs: dict) -> None:
+    """Show the tap what its part of the heads is given."""
+    given = [*args, *kwargs.values()]
+    part.quac_tap.observe(given[0], given[1] if len(given) > 1 else None)
+
+
+def proposal_hook(part: Any, args: tuple, output: Any) -> None:
+    """Tell recomputations which pass the part's output belongs to."""
+    part.quac_tap.context.mark(output, tap=True)
+
+
+class _Features(nn.Module):
+    """A part of the heads as a function of its features alone: mask and keypoint heads return losses or instances."""
+
+    def __init__(self, part: nn.Module):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Any:
+        part: Any = self.part
+        return part.layers(x) if hasattr(part, "layers") else part(x)
+
+
+def inject_heads(model: nn.Module, where: str | list[str] = "all", config: QuACConfig | None = None) -> nn.Module:
+    """Put quality-adaptive activations into the ROI heads of a detector whose backbone holds QuAC, in place.
+
+    Args:
+        model: with ``backbone`` and ``roi_heads``, as :class:`GeneralizedRCNN`; standard, cascade and C4 heads.
+        where: ``"all"``, ``"spatial"``, or patterns of names below ``roi_heads``, such as ``"box_head.*"``.
+        config: None: that of the backbone.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: the backbone holds no QuAC that computes q, the quality functions differ, or nothing matches.
+    """
+    record = injection_of(model.backbone)  # type: ignore[arg-type]
+    if record is None or record.config is None or record.quality is None or record.tap is None:
+        raise ValueError("the backbone holds no QuAC that computes q; inject it first (with_quac, MODEL.QUAC)")
+    config = config if config is not None else record.config
+    if config.quality != record.config.quality:
+        raise ValueError(f"quality {config.quality!r} of the heads is not {record.config.quality!r} of the backbone")
+    source = model.backbone.get_submodule(record.tap).get_submodule(TAP_NAME).context  # type: ignore[union-attr]
+    heads: Any = with_activations(model.roi_heads)  # type: ignore[type-var]
+    proposals, wanted = Proposals(), [where] if isinstance(where, str) else list(where)
+    found = {name: _sites(name, part, _example(heads, name, part), wanted) for name, part in _parts(heads).items()}
+    if not any(sites for _, sites, _ in found.values()):
+        names = [f"{name}.{site.name[5:]}" for name, (_, _, every) in found.items() for site in every]
+        raise ValueError(f"{where!r} matches no activation of the ROI heads; there are: {', '.join(names) or 'none'}")
+    for pooler in (module for module in heads.modules() if isinstance(module, ROIPooler)):
+        pooler.register_forward_pre_hook(proposals.note, with_kwargs=True)
+    for name, part in _parts(heads).items():
+        seen, sites, _ = found[name]
+        if sites:
+            _put_in(part, f"roi_heads.{name}", replace(config, where="all"), seen, sites, source, proposals)
+    return model
+
+
+def _put_in(
+    part: nn.Module, name: str, config: QuACConfig, seen: Trace, sites: list[Site], source: Any, proposals: Proposals
+) -> None:
+    quality = resolve_quality(config.quality, config.quality_channels, config.quality_grad)
+    whole = _Features(part)
+    place(whole, config, sites, seen, quality)
+    assert seen.tap is not None
+    context = QualityTap.detach(whole.get_submodule(seen.tap)).context
+    context.tap = name
+    part.add_module(TAP_NAME, ProposalTap(source, context, proposals, name))
+    part.register_forward_pre_hook(proposal_pre_hook, with_kwargs=True)
+    part.register_forward_hook(proposal_hook)
+
+
+def _parts(heads: nn.Module) -> dict[str, nn.Module]:
+    """The modules of the heads that are called with pooled features; those of a cascade one by one."""
+    parts: dict[str, nn.Module] = {}
+    for name in ("res5", "box_head", "mask_head", "keypoint_head"):
+        module = getattr(heads, name, None)
+        if isinstance(module, nn.ModuleList):
+            parts.update({f"{name}.{i}": one for i, one in enumerate(module)})
+        elif isinstance(module, nn.Module):
+            parts[name] = module
+    return parts
+
+
+def _example(heads: Any, name: str, part: nn.Module) -> Tensor:
+    """Features as the part is given them, of one proposal."""
+    pooler = getattr(heads, f"{name.partition('_')[0]}_pooler", None) or getattr(heads, "pooler", None)
+    height, width = pooler.output_size if pooler is not None else (7, 7)
+    first = next(m for m in part.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)))
+    channels = first.in_features // (height * width) if isinstance(first, nn.Linear) else first.in_channels
+    return torch.empty(1, channels, height, width)
+
+
+def _sites(name: str, part: nn.Module, example: Tensor, wanted: list[str]) -> tuple[Trace, list[Site], list[Site]]:
+    """The trace of a part, its sites that are wanted, and all of them."""
+    whole = _Features(part)
+    seen = trace(whole, example)
+    try:
+        every, _ = find_sites(whole, seen, ["all"])
+    except ValueError:  # a part without activations
+        return seen, [], []
+    kept: dict[str, Site] = {}
+    for pattern in wanted:
+        if pattern in PLACES:
+            sites = find_sites(whole, seen, [pattern])[0] if pattern != "spatial" else _spatial(every, seen)
+        else:
+            sites = [site for site in every if fnmatch.fnmatchcase(f"{name}.{site.name[5:]}", pattern)]
+        kept.update({site.name: site for site in sites})
+    return seen, [site for site in every if site.name in kept], every
+
+
+def _spatial(sites: list[Site], seen: Trace) -> list[Site]:
+    return [site for site in sites if any(call.kernel > 1 for call in seen.calls[site.name])]
+
+
+@META_ARCH_REGISTRY.register()
+class QuACGeneralizedRCNN(GeneralizedRCNN):
+    """:class:`GeneralizedRCNN` whose ROI heads hold activations too, as ``MODEL.QUAC.HEADS`` says."""
+
+    @configurable
+    def __init__(self, *, quac_heads: str = "", **kwargs: Any):
+        super().__init__(**kwargs)
+        if quac_heads:
+            with named(f"{KEY}.HEADS"):
+                inject_heads(self, patterns(quac_heads))
+
+    @classmethod
+    def from_config(cls, cfg: Any) -> dict[str, Any]:
+        """The arguments that a config gives."""
+        configs_of(cfg)  # before anything is built
+        return {**super().from_config(cfg), "quac_heads": cfg.MODEL.QUAC.HEADS}
