@@ -23,6 +23,7 @@ $(VENV)/.installed: pyproject.toml
 	fi
 # The corruptions' library depends on opencv-python; the build that has cv2.quality and needs no display comes last,
 # since all of them write the same folder.
+	$(BIN)/python tests/install_detectron2.py
 	@touch $@
 
 demo: setup

@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, FPN, Backbone, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from quac_plugins.core.inject import PriorConfig, QuACConfig, inject
@@ -148,6 +149,7 @@ def with_quac(
         >>> type(backbone.res2[0].act1).__name__
         'QACON'
     """
+    quac, prior = (OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for v in (quac, prior))
     images = in_unit_range(pixel_mean, pixel_std, input_format.lower())
     configs: list[QuACConfig | PriorConfig] = []
     if quac is not None:

@@ -9,6 +9,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from quac_plugins.core.inject import PriorConfig, QuACConfig
+from quac_plugins.core.quality.table import resolve_quality
 
 KEY, PRIOR_KEY, TIMM_KEY = "MODEL.QUAC", "MODEL.QUAC.PRIOR", "MODEL.QUAC.TIMM"
 _QUAC = ("ACTIVATION", "WHERE", "QUALITY", "INIT", "NORM", "REDUCTION")
@@ -116,5 +117,7 @@ def _checked(cls: Any, key: str, values: dict[str, Any], images: dict[str, Any])
     for name, value in arguments.items():  # one by one, so that an error is that key's
         with named(f"{key}.{name.upper()}"):
             cls(**{name: value})
+    with named(f"{key}.QUALITY"):
+        resolve_quality(arguments["quality"])
     with named(key):
         return cls(**arguments, **images)
