@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -149,16 +150,20 @@ def with_quac(
         >>> type(backbone.res2[0].act1).__name__
         'QACON'
     """
-    quac, prior = (OmegaConf.to_container(v, resolve=True) if OmegaConf.is_config(v) else v for v in (quac, prior))
     images = in_unit_range(pixel_mean, pixel_std, input_format.lower())
     configs: list[QuACConfig | PriorConfig] = []
     if quac is not None:
-        given = quac.to_dict() if isinstance(quac, QuACConfig) else {"norm": "layer", **quac}
-        configs.append(QuACConfig(**{**given, **images}))
+        configs.append(QuACConfig(**{"norm": "layer", **_options(quac), **images}))
     if prior is not None:
-        given = prior.to_dict() if isinstance(prior, PriorConfig) else dict(prior)
-        configs.append(PriorConfig(**{**given, **images}))
+        configs.append(PriorConfig(**{**_options(prior), **images}))
     return put_into(with_activations(backbone), configs, len(images["mean"]))
+
+
+def _options(given: Any) -> dict[str, Any]:
+    """Of a config of ours, a dict, or a node of a lazy config."""
+    if isinstance(given, (QuACConfig, PriorConfig)):
+        return {field.name: getattr(given, field.name) for field in fields(given)}
+    return dict(OmegaConf.to_container(given, resolve=True) if OmegaConf.is_config(given) else given)  # type: ignore
 
 
 def put_into(backbone: Backbone, configs: list[QuACConfig | PriorConfig], in_chans: int) -> Backbone:

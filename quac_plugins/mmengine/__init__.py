@@ -1,0 +1,36 @@
+"""The MMEngine door: QuAC and the degradation prior from the configs of mmpretrain, mmseg, mmdet and their kin.
+
+``custom_imports = dict(imports=["quac_plugins.mmengine"])`` adds the names below to MMEngine's registries, and lets
+every model that is built from a config be looked over once: activations that ``act_cfg`` names get their channels, and
+the quality features the model's own normalization. Works with mmengine and with onedl-mmengine.
+"""
+
+try:
+    import mmengine  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "quac_plugins.mmengine needs mmengine (or onedl-mmengine, its maintained fork): python -m pip install mmengine"
+    ) from error
+
+from quac_plugins.mmengine.activations import PLANNED, PlannedActivation
+from quac_plugins.mmengine.backbones import build_prior_backbone, build_quac_backbone, build_quac_resnet
+from quac_plugins.mmengine.building import finish, look_over_models
+from quac_plugins.mmengine.degradations import CorruptedDataset, CorruptImage, CorruptionAccuracy
+from quac_plugins.mmengine.hooks import FitPriorHook
+from quac_plugins.mmengine.quality import Quality
+
+__all__ = [
+    "PLANNED",
+    "CorruptImage",
+    "CorruptedDataset",
+    "CorruptionAccuracy",
+    "FitPriorHook",
+    "PlannedActivation",
+    "Quality",
+    "build_prior_backbone",
+    "build_quac_backbone",
+    "build_quac_resnet",
+    "finish",
+]
+
+look_over_models()

@@ -1,0 +1,119 @@
+"""Activations for ``act_cfg``, which MMEngine builds without a number of channels.
+
+``dict(type="QACON", quality="brisque")`` builds a plan. As soon as it is put behind a layer whose width is plain
+(mmcv's ConvModule, a Sequential) it becomes the activation itself; otherwise when the whole model has been built, from
+what its calls show. Both is before an optimizer asks for parameters.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from quac_plugins.core.activations import ACTIVATIONS, ChannelActivation
+from quac_plugins.core.inject import QuACConfig
+from quac_plugins.core.quality.context import QualityContext
+from quac_plugins.core.quality.table import resolve_quality
+
+PLAN = "_quac_plan"  # attribute of an activation that came from a plan
+
+
+class PlannedActivation(nn.Module):
+    """An activation that waits for its number of channels.
+
+    Args:
+        activation: name of the activation.
+        host: config of the activation that is preserved.
+        inplace: taken and ignored, since mmcv gives it to every activation.
+        **options: ``quality``, ``init``, ``norm``, ``reduction``, … of :class:`quac_plugins.QuACConfig`.
+
+    Raises:
+        ValueError, TypeError: an option is not known or cannot be.
+    """
+
+    def __init__(self, activation: str, host: Any = None, inplace: bool = False, **options: Any):
+        super().__init__()
+        self.config = planned_config(activation, options)
+        self.host = host or {"type": "ReLU"}
+
+    def build_host(self) -> nn.Module:
+        """The activation that is preserved."""
+        return MODELS.build(self.host)
+
+    def sized(self, channels: int) -> ChannelActivation:
+        """The activation itself, of so many channels, with a context of its own until a model's tap takes it over."""
+        config = self.config
+        arguments: dict[str, Any] = {}
+        if config.is_driven:
+            arguments = {"norm": config.norm, "reduction": config.reduction}
+        context = None
+        if config.activation_class.needs_quality:
+            quality = resolve_quality(config.quality, config.quality_channels, config.quality_grad)
+            context = QualityContext(quality.channels)
+            arguments |= {"quality_channels": quality.channels, "expand_q": config.expand_q}
+        made = config.activation_class(channels, init=config.init, host=self.build_host(), **arguments)
+        made.context = context
+        setattr(made, PLAN, (self,))  # in a tuple, so that it is no child
+        return made
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Raises RuntimeError: nobody has given it its channels."""
+        raise RuntimeError(
+            f"act_cfg=dict(type={type(self).__name__!r}): its number of channels is not known here. Build the model "
+            "from a config (MODELS.build, Runner), or call quac_plugins.mmengine.finish(model) before its optimizer is "
+            "built"
+        )
+
+    def extra_repr(self) -> str:
+        """What it will be."""
+        return f"{self.config.activation}, quality={self.config.quality!r}, channels not known yet"
+
+
+def planned_config(activation: str, options: dict[str, Any]) -> QuACConfig:
+    """The options of an ``act_cfg`` as a config; ValueError names unknown ones."""
+    known = ("quality", "init", "norm", "reduction", "quality_grad", "quality_channels", "expand_q")
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"unknown {', '.join(unknown)}; known: {', '.join(known)}, host")
+    return QuACConfig(activation=activation, where="all", **options)
+
+
+def plan_of(module: nn.Module) -> PlannedActivation | None:
+    """The plan that a module is, or that it was made from."""
+    return module if isinstance(module, PlannedActivation) else getattr(module, PLAN, (None,))[0]
+
+
+def _type_of(name: str, cls_name: str) -> type[PlannedActivation]:
+    def __init__(self: PlannedActivation, **options: Any) -> None:
+        PlannedActivation.__init__(self, name, **options)
+
+    doc = f"``act_cfg=dict(type={cls_name!r})``; see :class:`PlannedActivation`."
+    made = type(cls_name, (PlannedActivation,), {"__init__": __init__, "__doc__": doc, "__module__": __name__})
+    MODELS.register_module(name=cls_name, module=made, force=True)
+    return made
+
+
+PLANNED = {cls.__name__: _type_of(name, cls.__name__) for name, cls in ACTIVATIONS.items()}
+"""Name in the registry → class, for every activation there is."""
+
+
+def _give_channels(parent: nn.Module, name: str, child: Any) -> nn.Module | None:
+    """Hook of torch, called whenever a module becomes a child: the plan becomes its activation, if widths agree."""
+    if not isinstance(child, PlannedActivation):
+        return None
+    widths = {width for layer in parent.children() if (width := _width(layer)) is not None}
+    return child.sized(widths.pop()) if len(widths) == 1 else None
+
+
+def _width(layer: nn.Module) -> int | None:
+    for attribute in ("out_channels", "out_features", "num_features", "num_channels"):
+        width = getattr(layer, attribute, None)
+        if isinstance(width, int):
+            return width
+    return None
+
+
+register_module_module_registration_hook(_give_channels)  # type: ignore[arg-type]

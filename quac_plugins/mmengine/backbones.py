@@ -1,0 +1,79 @@
+"""Backbones with QuAC and the degradation prior inside: any that is registered."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+
+from quac_plugins.core.inject import PriorConfig, QuACConfig, inject
+from quac_plugins.mmengine.building import example_of
+from quac_plugins.mmengine.checking import options_of
+
+
+def build_quac_backbone(backbone: Any, quac: Any = None, prior: Any = None) -> nn.Module:
+    """``dict(type="QuACBackbone", backbone=dict(type="mmpretrain.ResNet", …), quac=dict(…), prior=dict(…))``.
+
+    Args:
+        backbone: config of a registered backbone (or the backbone).
+        quac: options of :class:`quac_plugins.QuACConfig`; None puts no activations in.
+        prior: options of :class:`quac_plugins.PriorConfig`; None puts no prior in.
+
+    Returns:
+        The backbone itself, so that names of parameters, and with them checkpoints, stay what they are.
+
+    Raises:
+        ValueError: an option is not known, or a site is not there.
+    """
+    configs = [
+        options_of(cls, given, path)
+        for cls, given, path in ((QuACConfig, quac, "quac"), (PriorConfig, prior, "prior"))
+        if given is not None
+    ]
+    model = backbone if isinstance(backbone, nn.Module) else MODELS.build(backbone)
+    for config in configs:
+        key = "quac.where" if isinstance(config, QuACConfig) else "prior.site"
+        try:
+            inject(model, config, example_of(model))
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from error
+    return model
+
+
+def build_quac_resnet(quac: Any = None, prior: Any = None, **kwargs: Any) -> nn.Module:
+    """``dict(type="QuACResNet", depth=50, quac=dict(…))``: the ResNet of the config's scope, with QuAC inside.
+
+    Args:
+        quac, prior: as of :func:`build_quac_backbone`. With neither, QuAC with its defaults.
+        **kwargs: of the ResNet.
+
+    Raises:
+        ImportError: there is no default scope, and neither mmpretrain, mmseg nor mmdet is installed.
+    """
+    scope = DefaultScope.get_current_instance()
+    name = "ResNet"
+    if scope is None or scope.scope_name == "mmengine":
+        installed = next((p for p in ("mmpretrain", "mmdet", "mmseg") if find_spec(p)), None)
+        if installed is None:
+            raise ImportError("QuACResNet needs mmpretrain, mmdet or mmseg: python -m pip install mmpretrain")
+        name = f"{installed}.{name}"
+    if quac is None and prior is None:
+        quac = {}
+    return build_quac_backbone({"type": name, **kwargs}, quac, prior)
+
+
+def build_prior_backbone(backbone: Any, **options: Any) -> nn.Module:
+    """``dict(type="DegradationPrior", backbone=dict(…), site="auto", …)``: a frozen backbone with a degradation prior.
+
+    Args:
+        backbone: config of a registered backbone.
+        **options: of :class:`quac_plugins.PriorConfig`.
+    """
+    return build_quac_backbone(backbone, prior=options)
+
+
+MODELS.register_module(name="QuACBackbone", module=build_quac_backbone, force=True)
+MODELS.register_module(name="QuACResNet", module=build_quac_resnet, force=True)
+MODELS.register_module(name="DegradationPrior", module=build_prior_backbone, force=True)

@@ -1,0 +1,92 @@
+"""Our options in a config, checked before anything is built; an error begins with the path of what is wrong."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from quac_plugins.core.inject import PriorConfig, QuACConfig
+from quac_plugins.core.options import one_of
+from quac_plugins.core.quality.table import resolve_quality
+from quac_plugins.mmengine.activations import PLANNED, planned_config
+
+HOLDERS = ("QuACBackbone", "QuACResNet", "DegradationPrior")
+
+
+def check_config(cfg: Any, path: str) -> None:
+    """Look through a config for what is ours.
+
+    Raises:
+        ValueError: an option is not known, of another type, or cannot be; the message begins with its path.
+    """
+    if isinstance(cfg, Mapping):
+        kind = cfg.get("type")
+        name = kind.rpartition(".")[2] if isinstance(kind, str) else getattr(kind, "__name__", "")
+        if name in HOLDERS:
+            _check_holder(name, cfg, path)
+        elif name in PLANNED and "activation" not in cfg:
+            _check_plan(name, cfg, path)
+        for key, value in cfg.items():
+            check_config(value, f"{path}.{key}")
+    elif isinstance(cfg, Sequence) and not isinstance(cfg, str):
+        for index, value in enumerate(cfg):
+            check_config(value, f"{path}[{index}]")
+
+
+def options_of(cls: Any, given: Any, path: str) -> Any:
+    """A QuACConfig or PriorConfig of what a config says; the errors of :func:`check_config`."""
+    if isinstance(given, cls):
+        return given
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{path}: must be a dict of options of {cls.__name__}, got {given!r}")
+    known = [field.name for field in fields(cls)]
+    for key in given:
+        try:
+            one_of("option", key, known)
+        except ValueError as error:
+            raise ValueError(f"{path}.{key}: {error}") from error
+    for key, value in given.items():
+        try:
+            if key not in ("mean", "std"):  # which go together
+                cls(**{key: _plain(value)})
+            if key == "quality":
+                resolve_quality(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}.{key}: {error}") from error
+    try:
+        return cls(**{key: _plain(value) for key, value in given.items()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def _check_holder(name: str, cfg: Mapping[str, Any], path: str) -> None:
+    if name == "DegradationPrior":
+        options_of(PriorConfig, {k: v for k, v in cfg.items() if k not in ("type", "backbone", "_scope_")}, path)
+    else:
+        for key, cls in (("quac", QuACConfig), ("prior", PriorConfig)):
+            if cfg.get(key) is not None:
+                options_of(cls, cfg[key], f"{path}.{key}")
+        unknown = set(cfg) - {"type", "backbone", "quac", "prior", "_scope_"}
+        if name == "QuACBackbone" and unknown:
+            raise ValueError(f"{path}.{sorted(unknown)[0]}: QuACBackbone takes backbone, quac and prior")
+    if name != "QuACResNet" and not isinstance(cfg.get("backbone"), Mapping):
+        raise ValueError(f"{path}.backbone: must be the config of a backbone, got {cfg.get('backbone')!r}")
+
+
+def _check_plan(name: str, cfg: Mapping[str, Any], path: str) -> None:
+    given = {key: value for key, value in cfg.items() if key not in ("type", "inplace", "host", "_scope_")}
+    known = list(inspect.signature(QuACConfig).parameters)
+    for key, value in given.items():
+        where = f"{path}.{key}" if key in known else path
+        try:
+            planned_config("acon", {key: value})
+            if key == "quality":
+                resolve_quality(value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from error

@@ -1,0 +1,48 @@
+"""Quality functions as models of the registry: images in, quality features out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from quac_plugins.core.quality.table import resolve_quality
+
+
+@MODELS.register_module(name="QuACQuality", force=True)
+class Quality(nn.Module):
+    """``dict(type="QuACQuality", name="brisque")``: a quality function on its own.
+
+    Args:
+        name: of :func:`quac_plugins.quality_names`.
+
+    Raises:
+        ValueError: there is no such quality function.
+
+    Example:
+        >>> import torch
+        >>> Quality("brisque_tone")(torch.rand(2, 3, 64, 64)).shape
+        torch.Size([2, 47])
+    """
+
+    def __init__(self, name: str = "brisque"):
+        super().__init__()
+        self.quality = resolve_quality(name)
+        self.out_channels = self.quality.channels
+
+    def forward(self, images: Tensor) -> Tensor:
+        """RGB (B, 3, H, W) in [0, 1] → (B, Q)."""
+        return self.quality(images)
+
+
+def _named(title: str, name: str) -> None:
+    def __init__(self: Any) -> None:
+        Quality.__init__(self, name)
+
+    made = type(title, (Quality,), {"__init__": __init__, "__doc__": f"The quality function {name!r}."})
+    MODELS.register_module(name=title, module=made, force=True)
+
+
+for _title, _name in (("BRISQUE", "brisque"), ("BRISQUETone", "brisque_tone"), ("CONTRIQUE", "contrique")):
+    _named(_title, _name)

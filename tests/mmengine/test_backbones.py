@@ -1,0 +1,83 @@
+"""QuACBackbone, QuACResNet, DegradationPrior: the host itself at the start, under its own names."""
+
+import pytest
+import torch
+from mmengine.registry import DefaultScope
+from mmpretrain.registry import MODELS
+
+import quac_plugins as quac
+
+BACKBONES = [
+    ({"type": "QuACResNet", "depth": 18, "quac": {"where": "spatial"}}, {"type": "ResNet", "depth": 18}, 512),
+    ({"type": "QuACResNet", "depth": 18}, {"type": "ResNet", "depth": 18}, 512),
+    ({"type": "DegradationPrior", "site": "auto"}, {"type": "ResNet", "depth": 18}, 512),
+    ({"type": "QuACBackbone", "quac": {"where": "all"}}, {"type": "ResNetV1d", "depth": 18}, 512),
+    ({"type": "QuACBackbone", "quac": {}, "prior": {"site": "auto"}}, {"type": "MobileNetV3"}, 576),
+    (
+        {"type": "QuACBackbone", "quac": {"where": "all"}, "prior": {"site": "auto"}},
+        {"type": "VisionTransformer", "arch": "deit-tiny", "img_size": 96, "out_type": "featmap"},
+        192,
+    ),
+    ({"type": "QuACBackbone", "quac": {"where": "auto"}}, {"type": "SwinTransformer", "arch": "tiny"}, 768),
+]
+
+
+@pytest.mark.parametrize(("ours", "host", "channels"), BACKBONES)
+def test_a_preserved_backbone_is_its_host(ours, host, channels, build, pictures):
+    if "backbone" not in ours and ours["type"] != "QuACResNet":
+        ours = {**ours, "backbone": host}
+    changes = {"head": {"in_channels": channels}}
+    model, plain = build(backbone=ours, **changes).eval(), build(backbone=host, **changes).eval()
+    loaded = model.load_state_dict(plain.state_dict(), strict=False)
+    assert not loaded.unexpected_keys
+    assert type(model.backbone) is type(plain.backbone)
+    side = 224 if "Swin" in host["type"] else 96
+    batch = model.data_preprocessor({"inputs": pictures(((side, side), (side, side)))})["inputs"]
+    with torch.no_grad():
+        found, expected = model.extract_feat(batch), plain.extract_feat(batch)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert quac.injection_of(model.backbone) is not None
+
+
+def test_without_a_scope_the_resnet_is_that_of_what_is_installed():
+    with DefaultScope.overwrite_default_scope(None):
+        backbone = MODELS.build({"type": "QuACResNet", "depth": 18})
+    assert type(backbone).__module__.startswith("mmpretrain.")
+
+
+@pytest.mark.parametrize(
+    ("backbone", "message"),
+    [
+        ({"type": "QuACResNet", "quac": {"wher": "all"}}, r"model\.backbone\.quac\.wher: .*did you mean 'where'"),
+        ({"type": "QuACResNet", "quac": {"norm": 3}}, r"model\.backbone\.quac\.norm: unknown norm 3"),
+        ({"type": "QuACResNet", "quac": {"quality": "brisk"}}, r"model\.backbone\.quac\.quality: .*'brisque'"),
+        ({"type": "QuACResNet", "quac": "all"}, r"model\.backbone\.quac: must be a dict"),
+        ({"type": "QuACResNet", "prior": {"top_k": "x"}}, r"model\.backbone\.prior\.top_k: "),
+        ({"type": "DegradationPrior", "backbone": {"type": "ResNet"}, "fdmm": 1}, r"model\.backbone\.fdmm: "),
+        ({"type": "DegradationPrior"}, r"model\.backbone\.backbone: must be the config of a backbone"),
+        ({"type": "QuACBackbone", "backbone": {"type": "ResNet"}, "where": 1}, r"model\.backbone\.where: .*takes"),
+        ({"type": "MobileNetV2", "act_cfg": {"type": "QACON", "qality": 1}}, r"model\.backbone\.act_cfg.*qality"),
+        ({"type": "MobileNetV2", "act_cfg": {"type": "QSwish", "init": 1}}, r"model\.backbone\.act_cfg\.init: "),
+    ],
+)
+def test_an_error_begins_with_its_path_and_nothing_is_built(backbone, message, classifier, monkeypatch):
+    monkeypatch.setattr("mmpretrain.models.ResNet.__init__", lambda *_, **__: pytest.fail("built"))
+    with pytest.raises(ValueError, match=message):
+        MODELS.build(classifier(backbone=backbone))
+
+
+@pytest.mark.parametrize(("key", "option"), [("quac", "where"), ("prior", "site")])
+def test_a_site_that_is_not_there(key, option, classifier):
+    cfg = classifier(backbone={"type": "QuACResNet", "depth": 18, key: {option: "layer9.*"}})
+    with pytest.raises(ValueError, match=rf"{key}\.{option}: .*layer9"):
+        MODELS.build(cfg)
+
+
+@pytest.mark.parametrize("name", ["BRISQUE", "BRISQUETone"])
+def test_quality_functions_are_models(name, photographs):
+    quality = MODELS.build({"type": name})
+    function = quac.resolve_quality({"BRISQUE": "brisque", "BRISQUETone": "brisque_tone"}[name])
+    assert torch.equal(quality(photographs(2, 64)), function(photographs(2, 64)))
+    assert quality.out_channels == function.channels
+    with pytest.raises(ValueError, match="brisk"):
+        MODELS.build({"type": "QuACQuality", "name": "brisk"})
