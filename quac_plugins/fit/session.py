@@ -197,7 +197,8 @@ class Session:
                     parameter.requires_grad_(False)
                 for parameter in parameters.values():
                     parameter.requires_grad_(True)
-                self.teacher = remove(copy.deepcopy(self.model)).eval().requires_grad_(False)
+                self.teacher = remove(copy.deepcopy(self.model)).requires_grad_(False)
+                self.teacher.eval()  # on its own: hosts whose train() returns nothing are many
                 self.share = Share(rank, world_size, self._average) if world_size > 1 else Share()
                 self._check_host()
                 if world_size > 1:  # the same start everywhere, whatever the seeds of the processes were

@@ -17,6 +17,7 @@ from quac_plugins.mmengine.backbones import build_prior_backbone, build_quac_bac
 from quac_plugins.mmengine.building import finish, look_over_models
 from quac_plugins.mmengine.degradations import CorruptedDataset, CorruptImage, CorruptionAccuracy
 from quac_plugins.mmengine.hooks import FitPriorHook
+from quac_plugins.mmengine.initialization import keep_what_was_put_in
 from quac_plugins.mmengine.quality import Quality
 
 __all__ = [
@@ -34,3 +35,4 @@ __all__ = [
 ]
 
 look_over_models()
+keep_what_was_put_in()

@@ -2,21 +2,14 @@
 
 import copy
 
-import mmpretrain.utils.dependency
 import numpy as np
+import plain_mmpretrain  # noqa: F401
 import pytest
 import torch
 from mmengine.registry import DefaultScope
+from mmpretrain.registry import MODELS
 from PIL import Image
 from skimage import data
-
-# transformers is here for pyiqa, in a version that mmpretrain's language models do not know
-mmpretrain.utils.dependency.WITH_MULTIMODAL = False
-
-import mmpretrain.models
-from mmpretrain.registry import MODELS
-
-import quac_plugins.mmengine  # noqa: F401
 
 PREPROCESSOR = {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375], "to_rgb": True}
 CLASSIFIER = {

@@ -39,6 +39,22 @@ def test_a_preserved_backbone_is_its_host(ours, host, channels, build, pictures)
     assert quac.injection_of(model.backbone) is not None
 
 
+@pytest.mark.parametrize("options", [{"quac": {"where": "all"}}, {"prior": {"site": "stages"}}])
+def test_initialization_of_the_weights_leaves_what_was_put_in(options, build, pictures):
+    """MMEngine draws every convolution anew when training begins."""
+    model = build(backbone={"type": "QuACResNet", "depth": 18, **options})
+    before = {name: tensor.clone() for name, tensor in quac.adapter_state(model.backbone).items()}
+    weight = model.backbone.conv1.weight.detach().clone()
+    torch.manual_seed(1)
+    model.init_weights()
+    assert not torch.equal(model.backbone.conv1.weight, weight)
+    assert all(torch.equal(quac.adapter_state(model.backbone)[name], tensor) for name, tensor in before.items())
+    plain = build()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()})
+    batch = model.data_preprocessor({"inputs": pictures(((96, 96), (96, 96)))})["inputs"]
+    assert torch.equal(model.train().extract_feat(batch)[0], plain.train().extract_feat(batch)[0])
+
+
 def test_without_a_scope_the_resnet_is_that_of_what_is_installed():
     with DefaultScope.overwrite_default_scope(None):
         backbone = MODELS.build({"type": "QuACResNet", "depth": 18})
