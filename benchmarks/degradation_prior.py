@@ -356,7 +356,7 @@ EACH: dict[str, dict[str, Any]] = {
 }
 ALL: dict[str, Any] = {"config": _WIDE, "fit": {"steps": 400, "near": 0.3, "views": 2}}
 ROUTED: dict[str, Any] = {"config": _WIDE, "fit": {"steps": 240, "views": 2}}
-QACON: dict[str, Any] = {"config": {"quality": "brisque_tone"}, "fit": {"steps": 300}}
+QACON: dict[str, Any] = {"config": {"quality": "brisque_tone"}, "fit": {"steps": 300, "lr": 2e-4}}
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from quac_plugins.detectron2.blocks import (
     with_activations,
 )
 from quac_plugins.detectron2.config import add_quac_config
+from quac_plugins.detectron2.degradations import CorruptImage
 from quac_plugins.detectron2.heads import QuACGeneralizedRCNN, inject_heads
 from quac_plugins.detectron2.sizes import note_image_sizes
 
@@ -36,6 +37,7 @@ __all__ = [
     "ActBasicStem",
     "ActBottleneckBlock",
     "ActDeformBottleneckBlock",
+    "CorruptImage",
     "QuACGeneralizedRCNN",
     "TimmBackbone",
     "add_quac_config",

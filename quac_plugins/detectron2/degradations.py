@@ -1,0 +1,70 @@
+"""Degradations among detectron2's augmentations."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from detectron2.data.transforms import Augmentation, ColorTransform, NoOpTransform, Transform
+
+from quac_plugins.degradations import check_severity, corrupt, corruption_names
+
+
+class CorruptImage(Augmentation):
+    """Degrade an image by a corruption of ImageNet-C (Hendrycks and Dietterich, ICLR 2019); boxes and masks stay.
+
+    Args:
+        corruptions: names or sets of :func:`quac_plugins.degradations.corruption_names`; of several one is drawn.
+        severities: 1 to 5, or several, one of which is drawn.
+        prob: share of images that are degraded.
+        image_format: ``"BGR"`` or ``"RGB"``, as ``INPUT.FORMAT``.
+        seed: with it, what is drawn depends on the image alone, for validation; without, on numpy's generator.
+
+    Raises:
+        ValueError: a name, a severity or a probability cannot be; the image is not uint8 (H, W, 3).
+
+    Example:
+        >>> import numpy as np
+        >>> image = np.full((64, 64, 3), 128, np.uint8)
+        >>> transform = CorruptImage("gaussian_noise", 3, seed=0).get_transform(image)
+        >>> transform.apply_image(image).std() > 10
+        True
+    """
+
+    def __init__(
+        self,
+        corruptions: str | Sequence[str] = "all",
+        severities: int | Sequence[int] = (1, 2, 3, 4, 5),
+        prob: float = 1.0,
+        image_format: str = "BGR",
+        seed: int | None = None,
+    ):
+        super().__init__()
+        self.corruptions = corruption_names(corruptions)
+        self.severities = [check_severity(s) for s in ([severities] if isinstance(severities, int) else severities)]
+        if not 0 <= prob <= 1:
+            raise ValueError(f"prob must lie between 0 and 1, got {prob}")
+        if image_format not in ("BGR", "RGB"):
+            raise ValueError(f"image_format must be 'BGR' or 'RGB', got {image_format!r}")
+        self.prob, self.image_format, self.seed = prob, image_format, seed
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """What is drawn for this image."""
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"CorruptImage takes uint8 images (H, W, 3), got {image.dtype} {image.shape}")
+        rng: Any = np.random
+        if self.seed is not None:
+            rng = np.random.default_rng([self.seed, zlib.crc32(image.tobytes())])
+        if rng.random() >= self.prob:
+            return NoOpTransform()
+        name, severity = str(rng.choice(self.corruptions)), int(rng.choice(self.severities))
+        seed, turn = int(rng.random() * 2**31), slice(None, None, -1 if self.image_format == "BGR" else 1)
+
+        def degrade(pixels: np.ndarray) -> np.ndarray:
+            return np.ascontiguousarray(
+                corrupt(np.ascontiguousarray(pixels[..., turn]), name, severity, seed)[..., turn]
+            )
+
+        return ColorTransform(degrade)
