@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import timm
@@ -325,9 +325,32 @@ def _add_published(entries: Iterable[Entry]) -> None:
             cfg = _with(cfg, architecture=entry.architecture, tag=entry.tag)
         _registry._model_pretrained_cfgs[entry.name] = cfg
         _registry._model_has_pretrained.add(entry.name)
+        if entry.kind == "model" and not entry.architecture.endswith(SUFFIXES):
+            _registry._model_entrypoints[entry.architecture] = _verifying(entry.architecture)
         tags = _registry._model_with_tags[entry.architecture]
         if entry.name not in tags:
             tags.append(entry.name)
+
+
+def _verifying(base: str) -> Callable[..., nn.Module]:
+    """The entrypoint of one of timm's own names that has published weights: their hash is checked, as everywhere."""
+    original = timm.model_entrypoint(base)
+    if hasattr(original, "_quac_verifies"):
+        return original
+
+    @wraps(original)
+    def create(pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: Any) -> nn.Module:
+        tag = pretrained_cfg if isinstance(pretrained_cfg, str) else _field(pretrained_cfg, "tag")
+        found = find_published(f"{base}.{tag}", known_to_host=True) if tag else None
+        if found is not None:
+            kwargs = {**found.model_args, **kwargs}
+            if pretrained:
+                file = {"file": str(found.folder() / MODEL_FILES[-1]), "source": None}
+                kwargs["pretrained_cfg_overlay"] = {**file, **(kwargs.get("pretrained_cfg_overlay") or {})}
+        return original(pretrained=pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
+
+    create._quac_verifies = True  # type: ignore[attr-defined]
+    return create
 
 
 def _tables(written: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -48,7 +48,8 @@ class ActBasicBlock(_Activations, BasicBlock):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) → (B, out_channels, H/stride, W/stride)."""
         out = self.conv2(self.act1(self.conv1(x)))
-        return self.act2(_plus_shortcut(self, out, x))
+        shortcut = self.shortcut(x) if self.shortcut is not None else x
+        return self.act2(out + shortcut)
 
 
 class ActBottleneckBlock(_Activations, BottleneckBlock):
@@ -59,7 +60,8 @@ class ActBottleneckBlock(_Activations, BottleneckBlock):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) → (B, out_channels, H/stride, W/stride)."""
         out = self.conv3(self.act2(self.conv2(self.act1(self.conv1(x)))))
-        return self.act3(_plus_shortcut(self, out, x))
+        shortcut = self.shortcut(x) if self.shortcut is not None else x
+        return self.act3(out + shortcut)
 
 
 class ActDeformBottleneckBlock(_Activations, DeformBottleneckBlock):
@@ -77,11 +79,8 @@ class ActDeformBottleneckBlock(_Activations, DeformBottleneckBlock):
         else:
             out = self.conv2(out, offset)
         out = self.conv3(self.act2(out))
-        return self.act3(_plus_shortcut(self, out, x))
-
-
-def _plus_shortcut(block: nn.Module, out: Tensor, x: Tensor) -> Tensor:
-    return out + (block.shortcut(x) if block.shortcut is not None else x)  # type: ignore[operator]
+        shortcut = self.shortcut(x) if self.shortcut is not None else x
+        return self.act3(out + shortcut)
 
 
 _CLASSES: dict[type[nn.Module], Any] = {

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from detectron2.export.torchscript_patch import patch_nonscriptable_classes
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem, BottleneckBlock, ResNet
 
 from quac_plugins.detectron2 import ActBasicBlock, ActBasicStem, ActBottleneckBlock, with_activations
@@ -55,3 +56,14 @@ def test_a_users_own_block_is_left_alone():
     resnet = ResNet(BasicStem(), ResNet.make_default_stages(18, block_class=Mine), out_features=["res3"])
     assert {type(block) for block in with_activations(resnet).res2} == {Mine}
     assert type(resnet.stem) is ActBasicStem
+
+
+def test_a_resnet_with_activation_modules_can_be_scripted(photographs):
+    """As detectron2's own can, for which it has a patch; with QuAC inside it can be traced and exported instead."""
+    patch_nonscriptable_classes()
+    resnet = with_activations(
+        ResNet(BasicStem(), ResNet.make_default_stages(50, norm="FrozenBN"), out_features=["res4"])
+    )
+    scripted = torch.jit.script(resnet)
+    images = photographs(2, 64)
+    assert torch.allclose(scripted(images)["res4"], resnet(images)["res4"])

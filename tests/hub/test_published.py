@@ -42,7 +42,8 @@ def registry(tmp_path, monkeypatch):
     monkeypatch.setattr("quac_plugins.hub.check.data_folder", lambda name: tmp_path / name)
     (tmp_path / "hub").mkdir()
     tables = timm.models._registry
-    kept = [(t, t.copy()) for t in (tables._model_pretrained_cfgs, tables._model_has_pretrained)]
+    held = (tables._model_pretrained_cfgs, tables._model_has_pretrained, tables._model_entrypoints)
+    kept = [(t, t.copy()) for t in held]
     tags = {name: list(tables._model_with_tags[name]) for name in tables._model_with_tags}
 
     def add(name, kind, weights, **values):
@@ -141,6 +142,26 @@ def test_an_adapter_over_a_published_host(over_a_host, photographs):
         assert torch.equal(quac.load_adapter(plain, entry.name)(images), expected)
         quac.remove(model)
         assert torch.equal(timm.create_model("test_resnet.tiny", pretrained=True).eval()(images), model(images))
+
+
+def test_weights_under_a_name_of_timms_own(registry, photographs):
+    """A host without anything of ours: built with its own arguments, and its hash is checked like any other."""
+    hub, _, add = registry
+    host = timm.create_model("test_resnet", num_classes=10, in_chans=1).eval()
+    quac.push(host, "test_resnet.grey", whole=True, dry_run=hub / "test_resnet.grey")
+    entry = add(
+        "test_resnet.grey", "model", "model.safetensors", input={"num_classes": 10, "input_size": [1, 64, 64]},
+        model_args={"in_chans": 1},
+    )  # fmt: skip
+    images = photographs(2, 64)[:, :1]
+    with torch.no_grad():
+        assert torch.equal(timm.create_model(entry.name, pretrained=True).eval()(images), host(images))
+        assert timm.create_model(entry.name)(images).shape == (2, 10)
+        assert timm.create_model("test_resnet", num_classes=3)(photographs(1, 64)).shape == (1, 3)
+    file = hub / entry.name / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"abcd")
+    with pytest.raises(ValueError, match="SHA-256"):
+        timm.create_model(entry.name, pretrained=True)
 
 
 @pytest.mark.parametrize("how", ["swapped", "cut", "missing"])
