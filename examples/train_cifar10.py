@@ -48,7 +48,7 @@ from quac_plugins.evaluate.packed import unpack
 
 ROOT = Path(__file__).parents[1]
 NETWORK, SIDE = "dla46_c", 32
-QUAC: dict[str, Any] = {"where": "spatial", "quality": "brisque_tone", "init": "paper"}
+QUAC: dict[str, Any] = {"where": "spatial", "quality": "brisque_tone", "init": "preserve"}
 OVERLAY = {
     "mean": (0.491, 0.482, 0.447),
     "std": (0.247, 0.243, 0.262),
