@@ -11,6 +11,7 @@ photographs stays in it and is not done again.
 
 Rows
     host            the untouched network
+    restored        the same behind a restorer that knows nothing of it: total variation denoising of scikit-image
     prior-each      one FDM for each corruption, 10 images
     light-each      the same of the default width, with the default recipe
     prior-all       one FDM for all corruptions, 100 images
@@ -37,9 +38,21 @@ from typing import Any
 import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
-ROWS = ("host", "prior-each", "light-each", "prior-all", "qacon-fdm-all", "routed", "qacon-10", "qacon-100", "both")
+ROWS = (
+    "host",
+    "restored",
+    "prior-each",
+    "light-each",
+    "prior-all",
+    "qacon-fdm-all",
+    "routed",
+    "qacon-10",
+    "qacon-100",
+    "both",
+)
 TITLES = {
     "host": "host",
+    "restored": "total variation denoising in front of the host",
     "prior-each": "host + FDM of width 48, one per corruption, 10 images",
     "light-each": "host + FDM of the default width, one per corruption, 10 images",
     "prior-all": "host + one FDM for all, 100 images",
@@ -49,6 +62,7 @@ TITLES = {
     "qacon-100": "host + Q-ACON by distillation, 100 images",
     "both": "routed prior + Q-ACON, 100 images",
 }
+UNFITTED = ("host", "restored")  # nothing is drawn: one run
 FIT_POOL = 130  # photographs that may be fitted on; the rest judge
 
 
@@ -160,6 +174,8 @@ def unit(job: tuple[argparse.Namespace, str, int, str]) -> None:
     if row in EACH:
         quac.inject(model, quac.PriorConfig(**EACH[row]["config"]))
         reports.append(fit_prior(model, chosen(fit, 10, seed), corruptions=corruption, **EACH[row]["fit"], **options))
+    elif row == "restored":
+        model = quac.restore_then(model, total_variation, restorer_input="np")
     elif row in ("prior-all", "qacon-fdm-all"):
         act = {"fdm_act": "qacon"} if row == "qacon-fdm-all" else {}
         quac.inject(model, quac.PriorConfig(**{**ALL["config"], **act}))
@@ -186,6 +202,14 @@ def unit(job: tuple[argparse.Namespace, str, int, str]) -> None:
     print(f"{row} seed {seed} {corruption}: mean {mean:.1f}, {seconds:.0f} s", file=sys.stderr, flush=True)
 
 
+def total_variation(images: Any) -> Any:
+    """Denoise (B, H, W, 3) float images in [0, 1]."""
+    from skimage.restoration import denoise_tv_chambolle
+
+    options = {"weight": 0.1, "max_num_iter": 12, "channel_axis": -1}
+    return np.stack([denoise_tv_chambolle(image, **options) for image in images]).astype(np.float32)
+
+
 def units(args: argparse.Namespace) -> list[list[tuple[argparse.Namespace, str, int, str]]]:
     """Batches of units that may run side by side; later batches need earlier ones."""
     from quac_plugins.degradations import CORRUPTIONS
@@ -196,12 +220,12 @@ def units(args: argparse.Namespace) -> list[list[tuple[argparse.Namespace, str, 
         rows = [row for row in args.rows if seed not in known.get(row, ())]
         if "both" in rows and "routed" not in rows and not (args.work / f"routed-{seed}").is_dir():
             rows.append("routed")  # its adapter is what goes under
-        whole = [(args, row, seed, "") for row in rows if row not in (*EACH, "both", "host")]
+        whole = [(args, row, seed, "") for row in rows if row not in (*EACH, "both", *UNFITTED)]
         each = [(args, row, seed, name) for row in rows if row in EACH for name in CORRUPTIONS]
         longest_first = sorted(whole, key=lambda job: job[1] != "routed")
         batches.append(longest_first[:1] + each + longest_first[1:])
         batches.append([(args, "both", seed, "")] if "both" in rows else [])
-    return [[(args, "host", 0, "")], *batches]
+    return [[(args, row, 0, "") for row in UNFITTED if row in args.rows], *batches]
 
 
 # -- the table
@@ -209,7 +233,15 @@ def units(args: argparse.Namespace) -> list[list[tuple[argparse.Namespace, str, 
 
 def recipe_of(row: str) -> Any:
     """What a row's numbers depend on, as the table's file holds it."""
-    recipes = {**EACH, "host": {}, "prior-all": ALL, "qacon-fdm-all": ALL, "routed": ROUTED, "both": [ROUTED, QACON]}
+    recipes = {
+        **EACH,
+        "host": {},
+        "restored": {},
+        "prior-all": ALL,
+        "qacon-fdm-all": ALL,
+        "routed": ROUTED,
+        "both": [ROUTED, QACON],
+    }
     return json.loads(json.dumps(recipes.get(row, QACON)))
 
 
@@ -232,7 +264,7 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
     known = earlier(args)
     for row in ROWS:
         by_seed = []
-        for seed in range(1 + max(args.seeds)) if row != "host" else [0]:
+        for seed in range(1 + max(args.seeds)) if row not in UNFITTED else [0]:
             scores: dict[str, float] = {}
             seconds, adds, parameters = [], None, None
             names = CORRUPTIONS if row in EACH else ("",)
@@ -296,9 +328,9 @@ def markdown(table: dict[str, Any], severities: list[int]) -> str:
             spread([statistics.mean(r["scores"][f"{c}/{s}"] for c in CORRUPTIONS) for r in runs]) for s in severities
         ]
         adds = runs[0]["multiply_adds"]
-        fit = "" if row == "host" else f"{statistics.mean(t for r in runs for t in r['seconds']):.0f} s"
+        fit = "" if row in UNFITTED else f"{statistics.mean(t for r in runs for t in r['seconds']):.0f} s"
         lines.append(
-            f"| {TITLES[row]} | {len(runs) if row != 'host' else ''} | {spread(clean) if clean else 'one each'} | "
+            f"| {TITLES[row]} | {'' if row in UNFITTED else len(runs)} | {spread(clean) if clean else 'one each'} | "
             + " | ".join(means)
             + f" | {'' if adds is None else f'+{adds:.1%}'} | {fit} |"
         )
