@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -44,7 +44,7 @@ def numbers(what: str, value: Any) -> tuple[float, ...]:
 
 def pattern_list(what: str, value: Any) -> list[str]:
     """A pattern or several, as a list."""
-    patterns = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else []
+    patterns = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
     if not patterns or not all(p and isinstance(p, str) for p in patterns):
         raise ValueError(f"{what} must be a name, a pattern or a list of patterns, got {value!r}")
     return patterns

@@ -88,18 +88,19 @@ class TimmBackbone(Backbone):
 
         if not timm.is_model(name.partition(".")[0]):
             raise ValueError(f"NAME: timm knows no {name!r}")
-        with torch.device("meta"):
-            whole: Any = timm.create_model(name, features_only=True, in_chans=in_chans, **kwargs)
-        strides = whole.feature_info.reduction()
+        kwargs = {"in_chans": in_chans, **kwargs}
+        try:  # images of a detector have all sizes
+            strides = _strides(name, {"strict_img_size": False, **kwargs})
+            kwargs = {"strict_img_size": False, **kwargs}
+        except TypeError:  # most networks take them anyway
+            strides = _strides(name, kwargs)
         wanted = [2 ** int(feature[3:]) for feature in out_features]
         missing = [f for f, stride in zip(out_features, wanted, strict=True) if stride not in strides]
         if missing:
             raise ValueError(f"NAME: {name} has maps of the strides {strides}, none for {', '.join(missing)}")
         indices = [max(i for i, stride in enumerate(strides) if stride == one) for one in wanted]
-        net: Any = timm.create_model(
-            name, features_only=True, out_indices=indices, in_chans=in_chans, pretrained=pretrained, **kwargs
-        )
-        self.net = net
+        net: Any = timm.create_model(name, features_only=True, out_indices=indices, pretrained=pretrained, **kwargs)
+        self.net, self.nhwc = net, str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
         self._out_features = list(out_features)
         self._out_feature_channels = dict(zip(out_features, net.feature_info.channels(), strict=True))
         self._out_feature_strides = dict(zip(out_features, wanted, strict=True))
@@ -113,10 +114,16 @@ class TimmBackbone(Backbone):
         """Images (B, C, H, W) → name → (B, channels, H/stride, W/stride)."""
         maps = {}
         for name, features in zip(self._out_features, self.net(x), strict=True):
-            channels = self._out_feature_channels[name]
-            nhwc = features.shape[1] != channels and features.shape[-1] == channels
-            maps[name] = features.permute(0, 3, 1, 2) if nhwc else features
+            maps[name] = features.permute(0, 3, 1, 2) if self.nhwc else features
         return maps
+
+
+def _strides(name: str, kwargs: dict[str, Any]) -> list[int]:
+    import timm
+
+    with torch.device("meta"):
+        whole: Any = timm.create_model(name, features_only=True, **kwargs)
+    return whole.feature_info.reduction()
 
 
 def with_quac(
@@ -133,8 +140,9 @@ def with_quac(
         backbone: detectron2's ResNet (whose activations become modules), Swin, ViT, MViT, an FPN over one, or your own.
         pixel_mean, pixel_std: of the model, in pixels to 255.
         input_format: of the model: ``"BGR"`` or ``"RGB"``.
-        quac: a :class:`quac_plugins.QuACConfig` or its options; None puts none in.
-        prior: a :class:`quac_plugins.PriorConfig` or its options, likewise.
+        quac: a :class:`quac_plugins.QuACConfig` or a dict of its options; None puts none in. A lazy config takes the
+            dict, or ``L(QuACConfig)(…)``.
+        prior: a :class:`quac_plugins.PriorConfig` or a dict of its options, likewise.
 
     Returns:
         The backbone.
@@ -156,7 +164,9 @@ def with_quac(
         configs.append(QuACConfig(**{"norm": "layer", **_options(quac), **images}))
     if prior is not None:
         configs.append(PriorConfig(**{**_options(prior), **images}))
-    return put_into(with_activations(backbone), configs, len(images["mean"]))
+    return put_into(
+        with_activations(backbone), configs, len(images["mean"]), {"quac": "quac.where", "prior": "prior.site"}
+    )
 
 
 def _options(given: Any) -> dict[str, Any]:
@@ -166,21 +176,24 @@ def _options(given: Any) -> dict[str, Any]:
     return dict(OmegaConf.to_container(given, resolve=True) if OmegaConf.is_config(given) else given)  # type: ignore
 
 
-def put_into(backbone: Backbone, configs: list[QuACConfig | PriorConfig], in_chans: int) -> Backbone:
-    """Inject configs one after the other; errors name the key."""
-    side = backbone.padding_constraints.get("square_size", 0)
-    if not side:
-        side = -(-_EXAMPLE // max(backbone.size_divisibility, 1)) * max(backbone.size_divisibility, 1)
+def put_into(
+    backbone: Backbone, configs: list[QuACConfig | PriorConfig], in_chans: int, keys: dict[str, str]
+) -> Backbone:
+    """Inject configs one after the other; errors begin with the key of ``quac`` or of ``prior``."""
+    # detectron2's Swin says its divisibility under a misspelt name, so that asking for it is an AttributeError
+    divisor = max(getattr(backbone, "size_divisibility", 0), 1)
+    side = backbone.padding_constraints.get("square_size", 0) or -(-_EXAMPLE // divisor) * divisor
     example = torch.empty(1, in_chans, side, side)
     for config in configs:
-        with named(f"{KEY}.WHERE" if isinstance(config, QuACConfig) else f"{PRIOR_KEY}.SITE"):
+        with named(keys["quac" if isinstance(config, QuACConfig) else "prior"]):
             inject(backbone, config, example)
     return backbone
 
 
 def _build(cfg: CfgNode, input_shape: ShapeSpec, make: Any) -> Backbone:
     configs = configs_of(cfg)  # before anything is built
-    return put_into(make(), configs, input_shape.channels)
+    keys = {"quac": f"{KEY}.WHERE", "prior": f"{PRIOR_KEY}.SITE"}
+    return put_into(make(), configs, input_shape.channels, keys)
 
 
 def _resnet(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:

@@ -93,8 +93,10 @@ def in_unit_range(pixel_mean: Any, pixel_std: Any, order: str) -> dict[str, Any]
     return {"mean": mean, "std": std, "channel_order": order}
 
 
-def patterns(value: str) -> str | list[str]:
-    """One pattern, or several separated by commas; a regular expression keeps its own."""
+def patterns(value: Any) -> str | list[str]:
+    """One pattern, or several separated by commas (a regular expression keeps its own) or in a list."""
+    if not isinstance(value, str):
+        return value
     parts = [value] if value.startswith("re:") else [part.strip() for part in value.split(",")]
     return parts[0] if len(parts) == 1 else parts
 

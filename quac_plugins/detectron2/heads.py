@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import threading
 from dataclasses import replace
@@ -125,26 +126,36 @@ def inject_heads(model: nn.Module, where: str | list[str] = "all", config: QuACC
     Raises:
         ValueError: the backbone holds no QuAC that computes q, the quality functions differ, or nothing matches.
     """
-    record = injection_of(model.backbone)  # type: ignore[arg-type]
+    holder: Any = next((m for m in model.backbone.modules() if _driven(m)), model.backbone)  # type: ignore[union-attr]
+    record = injection_of(holder)
     if record is None or record.config is None or record.quality is None or record.tap is None:
         raise ValueError("the backbone holds no QuAC that computes q; inject it first (with_quac, MODEL.QUAC)")
     config = config if config is not None else record.config
     if config.quality != record.config.quality:
         raise ValueError(f"quality {config.quality!r} of the heads is not {record.config.quality!r} of the backbone")
-    source = model.backbone.get_submodule(record.tap).get_submodule(TAP_NAME).context  # type: ignore[union-attr]
+    source = holder.get_submodule(record.tap).get_submodule(TAP_NAME).context
     heads: Any = with_activations(model.roi_heads)  # type: ignore[type-var]
     proposals, wanted = Proposals(), [where] if isinstance(where, str) else list(where)
-    found = {name: _sites(name, part, _example(heads, name, part), wanted) for name, part in _parts(heads).items()}
+    parts = {name: part for name, part in _parts(heads).items() if any(_may_match(p, name) for p in wanted)}
+    found = {name: _sites(name, part, _example(heads, name, part), wanted) for name, part in parts.items()}
     if not any(sites for _, sites, _ in found.values()):
+        for name, part in _parts(heads).items():
+            with contextlib.suppress(ValueError):
+                found[name] = _sites(name, part, _example(heads, name, part), ["all"])
         names = [f"{name}.{site.name[5:]}" for name, (_, _, every) in found.items() for site in every]
         raise ValueError(f"{where!r} matches no activation of the ROI heads; there are: {', '.join(names) or 'none'}")
     for pooler in (module for module in heads.modules() if isinstance(module, ROIPooler)):
         pooler.register_forward_pre_hook(proposals.note, with_kwargs=True)
-    for name, part in _parts(heads).items():
+    for name, part in parts.items():
         seen, sites, _ = found[name]
         if sites:
             _put_in(part, f"roi_heads.{name}", replace(config, where="all"), seen, sites, source, proposals)
     return model
+
+
+def _driven(module: nn.Module) -> bool:
+    record = module.__dict__.get("_quac_injection")
+    return record is not None and record.config is not None
 
 
 def _put_in(
@@ -173,11 +184,20 @@ def _parts(heads: nn.Module) -> dict[str, nn.Module]:
     return parts
 
 
+def _may_match(pattern: str, part: str) -> bool:
+    """Whether a pattern can mean an activation inside a part: only then need the part be traced."""
+    first = pattern.partition(".")[0]
+    return pattern in PLACES or fnmatch.fnmatchcase(part.partition(".")[0], first)
+
+
 def _example(heads: Any, name: str, part: nn.Module) -> Tensor:
     """Features as the part is given them, of one proposal."""
     pooler = getattr(heads, f"{name.partition('_')[0]}_pooler", None) or getattr(heads, "pooler", None)
     height, width = pooler.output_size if pooler is not None else (7, 7)
-    first = next(m for m in part.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)))
+    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+    first = next((m for m in part.modules() if isinstance(m, kinds)), None)
+    if first is None:
+        return torch.empty(1, 1, height, width)
     channels = first.in_features // (height * width) if isinstance(first, nn.Linear) else first.in_channels
     return torch.empty(1, channels, height, width)
 
@@ -185,7 +205,12 @@ def _example(heads: Any, name: str, part: nn.Module) -> Tensor:
 def _sites(name: str, part: nn.Module, example: Tensor, wanted: list[str]) -> tuple[Trace, list[Site], list[Site]]:
     """The trace of a part, its sites that are wanted, and all of them."""
     whole = _Features(part)
-    seen = trace(whole, example)
+    try:
+        seen = trace(whole, example)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name} takes more than pooled features, so no activation of it can be found: {error}"
+        ) from error
     try:
         every, _ = find_sites(whole, seen, ["all"])
     except ValueError:  # a part without activations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -25,7 +26,9 @@ def note_image_sizes() -> None:
     @functools.wraps(original)
     def noting(self: ImageList, tensor: torch.Tensor, image_sizes: Any) -> None:
         original(self, tensor, image_sizes)
-        if not (torch.jit.is_tracing() or torch.jit.is_scripting()):
+        if torch.jit.is_tracing() or torch.jit.is_scripting():
+            return
+        with contextlib.suppress(TypeError, ValueError):  # a list that holds something else than images of these sizes
             note_sizes(tensor, image_sizes)
 
     setattr(noting, _MARK, True)

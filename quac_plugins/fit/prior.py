@@ -116,7 +116,7 @@ def fit_prior(
         images, pairs, degrade, corruptions, severity, limit, views, draws, clean_share, held_out, seed, num_workers,
         mean, std, input_size, crop_pct, interpolation,
     )  # fmt: skip
-    session = Session(network, data, device, _PICTURES)
+    session = Session(network, data, device, _PICTURES, planned)
     made = recipe_with(recipe, settings, seed, session.device)
     session.check_labels(made)
     kinds = session.names or (["degrade"] if degrade is not None else ["pairs"])

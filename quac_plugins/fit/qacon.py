@@ -102,14 +102,14 @@ def fit_qacon(
         images, pairs, degrade, corruptions, severity, limit, views, draws, clean_share, held_out, seed, num_workers,
         mean, std, input_size, crop_pct, interpolation,
     )  # fmt: skip
-    session = Session(network, data, device, _PICTURES)
+    planned = there if there is not None else config if config is not None else QuACConfig()
+    session = Session(network, data, device, _PICTURES, planned)
     # every activation of the network moves at once: with ten times this rate it forgets what it was
     made = recipe_with(recipe or Recipe(near=0.0, lr=2e-4), settings, seed, session.device)
     session.check_labels(made)
     kinds = session.names or (["degrade"] if degrade is not None else ["pairs"])
     with unharmed(network):
         if there is None:
-            planned = config if config is not None else QuACConfig()
             put_in(network, planned, session.size, session.config["mean"], session.config["std"], seed)
         record = injection_of(network)
         assert record is not None

@@ -71,9 +71,18 @@ class Session:
         model: what is fitted; unwrapped.
         data: the pictures.
         device: where to fit; None: where the model is.
+        pictures: how many degraded ones a fit aims at.
+        planned: the config of what is fitted.
     """
 
-    def __init__(self, model: nn.Module, data: Data, device: str | torch.device | None, pictures: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        device: str | torch.device | None,
+        pictures: int,
+        planned: QualityOptions,
+    ):
         self.model, self.data = model, data
         for what, value in (("views", data.views), ("draws", data.draws)):
             if value is not None:
@@ -86,10 +95,14 @@ class Session:
             raise ValueError("no corruptions to fit on: give names, such as corruptions=['fog'], or degrade, or pairs")
         levels = list(data.severity) if isinstance(data.severity, Iterable) else [data.severity]
         self.names, self.severities = names, [check_severity(level) for level in levels] if names else []
+        mean, std = data.mean, data.std
+        if mean is None and std is None:  # what was put in knows the images of its host, also where timm does not
+            own = next((config for config in [planned, *self._configs()] if config.mean is not None), planned)
+            mean, std = own.mean, own.std
         self.config = data_config(
             model,
-            mean=data.mean,
-            std=data.std,
+            mean=mean,
+            std=std,
             input_size=data.input_size,
             crop_pct=data.crop_pct,
             interpolation=data.interpolation,

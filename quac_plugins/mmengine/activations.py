@@ -28,7 +28,8 @@ class PlannedActivation(nn.Module):
         activation: name of the activation.
         host: config of the activation that is preserved.
         inplace: taken and ignored, since mmcv gives it to every activation.
-        **options: ``quality``, ``init``, ``norm``, ``reduction``, … of :class:`quac_plugins.QuACConfig`.
+        **options: ``quality``, ``init``, ``norm`` (here ``"layer"``), ``reduction``, … of
+            :class:`quac_plugins.QuACConfig`.
 
     Raises:
         ValueError, TypeError: an option is not known or cannot be.
@@ -78,7 +79,7 @@ def planned_config(activation: str, options: dict[str, Any]) -> QuACConfig:
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(f"unknown {', '.join(unknown)}; known: {', '.join(known)}, host")
-    return QuACConfig(activation=activation, where="all", **options)
+    return QuACConfig(**{"norm": "layer", **options, "activation": activation, "where": "all"})
 
 
 def plan_of(module: nn.Module) -> PlannedActivation | None:
@@ -93,6 +94,7 @@ def _type_of(name: str, cls_name: str) -> type[PlannedActivation]:
     doc = f"``act_cfg=dict(type={cls_name!r})``; see :class:`PlannedActivation`."
     made = type(cls_name, (PlannedActivation,), {"__init__": __init__, "__doc__": doc, "__module__": __name__})
     MODELS.register_module(name=cls_name, module=made, force=True)
+    globals()[cls_name] = made  # for pickle, and for configs that import it
     return made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -9,7 +10,8 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from quac_plugins.core.inject import PriorConfig, QuACConfig, inject
-from quac_plugins.mmengine.building import example_of
+from quac_plugins.core.quality.tap import QualityTap
+from quac_plugins.mmengine.building import GIVEN_ORDER, example_of
 from quac_plugins.mmengine.checking import options_of
 
 
@@ -18,7 +20,9 @@ def build_quac_backbone(backbone: Any, quac: Any = None, prior: Any = None) -> n
 
     Args:
         backbone: config of a registered backbone (or the backbone).
-        quac: options of :class:`quac_plugins.QuACConfig`; None puts no activations in.
+        quac: options of :class:`quac_plugins.QuACConfig`, with ``norm="layer"`` unless they say otherwise: batches are
+            small in detection, and many hosts hold batch norms in eval mode. None puts no activations in. For pictures
+            that are read as RGB (CIFAR) say ``channel_order="rgb"``: MMCV's are BGR.
         prior: options of :class:`quac_plugins.PriorConfig`; None puts no prior in.
 
     Returns:
@@ -28,7 +32,7 @@ def build_quac_backbone(backbone: Any, quac: Any = None, prior: Any = None) -> n
         ValueError: an option is not known, or a site is not there.
     """
     configs = [
-        options_of(cls, given, path)
+        options_of(cls, {"norm": "layer", **given} if cls is QuACConfig and isinstance(given, Mapping) else given, path)
         for cls, given, path in ((QuACConfig, quac, "quac"), (PriorConfig, prior, "prior"))
         if given is not None
     ]
@@ -39,7 +43,18 @@ def build_quac_backbone(backbone: Any, quac: Any = None, prior: Any = None) -> n
             inject(model, config, example_of(model))
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from error
+        _note_order(model, quac if isinstance(config, QuACConfig) else prior)
+    model.train(model.training)  # stages that the backbone freezes in train() are frozen before an optimizer is built
     return model
+
+
+def _note_order(model: nn.Module, given: Any) -> None:
+    """An order of channels that the config names goes before what the data preprocessor lets guess."""
+    order = given.get("channel_order") if isinstance(given, Mapping) else None
+    if order is not None:
+        setattr(model, GIVEN_ORDER, order)
+        for tap in (module for module in model.modules() if isinstance(module, QualityTap)):
+            setattr(tap, GIVEN_ORDER, order)
 
 
 def build_quac_resnet(quac: Any = None, prior: Any = None, **kwargs: Any) -> nn.Module:

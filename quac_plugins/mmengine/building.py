@@ -15,8 +15,7 @@ import torch
 from mmengine.registry import Registry
 from torch import Tensor, nn
 
-from quac_plugins.core.hooks import TAP_HOOKS
-from quac_plugins.core.inject import injection_of
+from quac_plugins.core.hooks import TAP_HOOKS, TAP_NAME
 from quac_plugins.core.inject.sites import find_sites
 from quac_plugins.core.inject.surgery import _swap, place
 from quac_plugins.core.inject.trace import Trace, trace
@@ -24,9 +23,10 @@ from quac_plugins.core.quality.table import resolve_quality
 from quac_plugins.core.quality.tap import QualityTap
 from quac_plugins.mmengine.activations import PlannedActivation, plan_of
 from quac_plugins.mmengine.checking import check_config
-from quac_plugins.mmengine.preprocessing import listen_to, normalization_of
+from quac_plugins.mmengine.preprocessing import listen_to, normalization_of, note_config, prepares_images
 
 _MARK = "_quac_looks_over"
+GIVEN_ORDER = "_quac_given_order"  # attribute of a tap, or of what holds it, whose config says the order of channels
 
 
 class _Depth(threading.local):
@@ -55,6 +55,7 @@ def look_over_models() -> None:
             built = original(self, cfg, *args, **kwargs)
         finally:
             _depth.value -= 1
+        note_config(built, cfg)
         return finish(built) if _depth.value == 0 and isinstance(built, nn.Module) else built
 
     setattr(build, _MARK, True)
@@ -74,14 +75,16 @@ def finish(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: two plans differ, or an activation is never called.
+        ValueError: two plans differ.
     """
-    plans = {name: plan for name, module in model.named_modules() if (plan := plan_of(module)) is not None}
-    if plans and not isinstance(model, PlannedActivation):
-        _carry_out(model, plans)
-    preprocessor = getattr(model, "data_preprocessor", None)
-    if isinstance(preprocessor, nn.Module):
-        _adopt(model, preprocessor)
+    for module in reversed(list(model.modules())):  # the innermost first: a model inside a wrapper for augmentations
+        preprocessor = getattr(module, "data_preprocessor", None)
+        if module is model or prepares_images(preprocessor):
+            plans = {name: plan for name, part in module.named_modules() if (plan := plan_of(part)) is not None}
+            if plans and not isinstance(module, PlannedActivation):
+                _carry_out(module, plans)
+            if isinstance(preprocessor, nn.Module) and prepares_images(preprocessor):
+                _adopt(module, preprocessor)
     return model
 
 
@@ -93,38 +96,47 @@ def _carry_out(model: nn.Module, plans: dict[str, PlannedActivation]) -> None:
                 f"{name!r} has act_cfg {plan.config}, but {next(iter(plans))!r} has {first.config}: one model takes "
                 "one kind; put the other in with quac_plugins.inject"
             )
-    before = {name: model.get_submodule(name) for name in plans}
-    hosts: dict[int, nn.Module] = {id(module): plans[name].build_host() for name, module in before.items()}
-    for module in {id(m): m for m in before.values()}.values():
-        _swap(model, module, hosts[id(module)].train(module.training))
+    before = {id(module): module for module in (model.get_submodule(name) for name in plans)}
+    hosts = {id(model.get_submodule(name)): plan.build_host() for name, plan in plans.items()}
+    for key, module in before.items():
+        hosts[key].train(module.training)
+        _swap(model, module, hosts[key])
     try:
-        inside, seen = _traced(model, list(plans))
+        inside, seen = _traced(model)
     except RuntimeError:
-        for module in {id(m): m for m in before.values()}.values():
-            _swap(model, hosts[id(module)], module)
+        for key, module in before.items():
+            _swap(model, hosts[key], module)
         if all(not isinstance(module, PlannedActivation) for module in before.values()):
             return  # a part of a network, whose activations have their channels
         raise
-    names = list(dict.fromkeys(_name_of(inside, hosts[id(module)]) for module in before.values()))
-    sites, _ = find_sites(inside, seen, names)
-    config, quality = replace(first.config, where=names), None
+    names = {key: _name_of(inside, host) for key, host in hosts.items()}
+    called = {key: name for key, name in names.items() if name is not None and name in seen.calls}
+    for key in before.keys() - called.keys():  # never called, or outside what could be traced
+        _swap(model, hosts[key], before[key])
+    if not called:
+        return
+    config, quality = replace(first.config, where=list(called.values())), None
     if config.activation_class.needs_quality:
         quality = resolve_quality(config.quality, config.quality_channels, config.quality_grad)
         if seen.tap is None:
             raise RuntimeError(f"no layer of {type(inside).__name__} is called with the image itself")
+    sites, _ = find_sites(inside, seen, config.patterns)
     place(inside, config, sites, seen, quality)
+    if quality is not None and seen.tap is not None:
+        context = inside.get_submodule(seen.tap).get_submodule(TAP_NAME).context
+        for key in before.keys() - called.keys():
+            if not isinstance(before[key], PlannedActivation):
+                before[key].context = context  # of the same images
 
 
-def _name_of(model: nn.Module, module: nn.Module) -> str:
-    return next(name for name, other in model.named_modules() if other is module)
+def _name_of(model: nn.Module, module: nn.Module) -> str | None:
+    return next((name for name, other in model.named_modules() if other is module), None)
 
 
-def _traced(model: nn.Module, names: list[str]) -> tuple[nn.Module, Trace]:
+def _traced(model: nn.Module) -> tuple[nn.Module, Trace]:
     """The model, or its backbone where the model itself takes more than images, and its trace."""
     backbone = getattr(model, "backbone", None)
-    candidates = [model]
-    if isinstance(backbone, nn.Module) and all(name.startswith("backbone.") for name in names):
-        candidates.append(backbone)
+    candidates = [model, *([backbone] if isinstance(backbone, nn.Module) else [])]
     for inside in candidates:
         try:
             return inside, trace(inside, example_of(inside))
@@ -146,18 +158,18 @@ def example_of(model: nn.Module) -> Tensor | None:
 
 def _adopt(model: nn.Module, preprocessor: nn.Module) -> None:
     """Taps that know no normalization take the preprocessor's, and what holds them remembers it."""
-    taps = [layer._modules[name] for layer in model.modules() for name in TAP_HOOKS if name in layer._modules]
-    taps = [tap for tap in taps if isinstance(tap, QualityTap)]
     values = normalization_of(preprocessor)
-    for tap in taps:
+    layers = [(layer, name) for layer in model.modules() for name in TAP_HOOKS if name in layer._modules]
+    for layer, name in layers:
+        tap = layer._modules[name]
         if isinstance(tap, QualityTap) and tap.mean is None:
-            tap.mean, tap.std, tap.channel_order = values["mean"], values["std"], values["channel_order"]
-            tap._range_checked = True
+            tap.mean, tap.std, tap._range_checked = values["mean"], values["std"], True
+            tap.channel_order = getattr(tap, GIVEN_ORDER, values["channel_order"])
     for module in model.modules():
-        record = injection_of(module) if "_quac_injection" in module.__dict__ else None
-        if record is not None and record.config is not None and record.config.mean is None:
-            record.config = replace(record.config, **values)
-        if record is not None and record.prior is not None and record.prior.config.mean is None:
-            record.prior.config = replace(record.prior.config, **values)
-    if taps:
+        record = module.__dict__.get("_quac_injection")
+        for holder in (record, record.prior) if record is not None else ():
+            if holder is not None and holder.config is not None and holder.config.mean is None:
+                order = {"channel_order": getattr(module, GIVEN_ORDER, values["channel_order"])}
+                holder.config = replace(holder.config, **{**values, **order})
+    if layers:
         listen_to(preprocessor)

@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from torch import nn
+
 from quac_plugins.core.inject import PriorConfig, QuACConfig
 from quac_plugins.core.options import one_of
 from quac_plugins.core.quality.table import resolve_quality
 from quac_plugins.mmengine.activations import PLANNED, planned_config
 
 HOLDERS = ("QuACBackbone", "QuACResNet", "DegradationPrior")
+_FUNCTIONS = ("build_quac_backbone", "build_quac_resnet", "build_prior_backbone")  # as new configs name them
 
 
 def check_config(cfg: Any, path: str) -> None:
@@ -24,6 +27,7 @@ def check_config(cfg: Any, path: str) -> None:
     if isinstance(cfg, Mapping):
         kind = cfg.get("type")
         name = kind.rpartition(".")[2] if isinstance(kind, str) else getattr(kind, "__name__", "")
+        name = dict(zip(_FUNCTIONS, HOLDERS, strict=True)).get(name, name)
         if name in HOLDERS:
             _check_holder(name, cfg, path)
         elif name in PLANNED and "activation" not in cfg:
@@ -75,7 +79,7 @@ def _check_holder(name: str, cfg: Mapping[str, Any], path: str) -> None:
         unknown = set(cfg) - {"type", "backbone", "quac", "prior", "_scope_"}
         if name == "QuACBackbone" and unknown:
             raise ValueError(f"{path}.{sorted(unknown)[0]}: QuACBackbone takes backbone, quac and prior")
-    if name != "QuACResNet" and not isinstance(cfg.get("backbone"), Mapping):
+    if name != "QuACResNet" and not isinstance(cfg.get("backbone"), (Mapping, nn.Module)):
         raise ValueError(f"{path}.backbone: must be the config of a backbone, got {cfg.get('backbone')!r}")
 
 

@@ -103,6 +103,11 @@ class CorruptedDataset(Dataset[Any]):
         clean: bool = True,
     ):
         self.dataset = DATASETS.build(dataset) if isinstance(dataset, dict) else dataset
+        if not hasattr(self.dataset, "pipeline"):
+            raise ValueError(
+                f"CorruptedDataset takes a dataset with a pipeline of its own, got {type(self.dataset).__name__}: wrap "
+                "each of its datasets instead"
+            )
         levels = [severities] if isinstance(severities, int) else list(severities)
         pairs = [(name, check_severity(level)) for level in levels for name in corruption_names(corruptions)]
         self.conditions = ([CLEAN] if clean else []) + pairs

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 from mmengine.hooks import Hook
@@ -9,6 +13,10 @@ from mmengine.registry import HOOKS
 from torch import nn
 
 from quac_plugins.core.inject import injection_of
+from quac_plugins.core.inject.adapter import adapter_state, is_fresh
+from quac_plugins.core.options import one_of
+from quac_plugins.degradations import check_severity, corruption_names
+from quac_plugins.fit import Recipe, fit_prior
 
 
 @HOOKS.register_module(force=True)
@@ -20,15 +28,27 @@ class FitPriorHook(Hook):
     Args:
         images: folder of clean photographs, or what else :func:`quac_plugins.fit_prior` takes.
         limit: at most so many of them.
+        refit: also where the weights that were loaded bring a fitted prior.
         **options: of :func:`quac_plugins.fit_prior`: ``corruptions``, ``severity``, ``steps``, ``seed``, …
 
     Raises:
-        ValueError: the model holds no prior.
+        ValueError: an option is not known, at once; the model holds no prior.
     """
 
     priority = "VERY_LOW"  # after checkpoints and their kin
 
-    def __init__(self, images: Any, limit: int | None = None, **options: Any):
+    def __init__(self, images: Any, limit: int | None = None, refit: bool = False, **options: Any):
+        known = [*inspect.signature(fit_prior).parameters, *(field.name for field in fields(Recipe))]
+        for name in options:
+            with _named(name):
+                one_of("option", name, [key for key in known if key not in ("model", "images", "settings")])
+        with _named("corruptions"):
+            corruption_names(options.get("corruptions") or ())
+        with _named("severity"):
+            given = options.get("severity", 3)
+            for level in given if isinstance(given, (list, tuple)) else [given]:
+                check_severity(level)
+        self.refit = refit
         self.images, self.limit, self.options = images, limit, options
         self.report: Any = None
 
@@ -47,11 +67,22 @@ class FitPriorHook(Hook):
     def _fit(self, runner: Any) -> None:
         if self.report is not None:
             return
-        from quac_plugins.fit import fit_prior
-
         model = _holder(runner.model)
+        if not self.refit and not is_fresh(model):
+            runner.logger.info("FitPriorHook: the prior that was loaded is fitted already; refit=True fits it again")
+            return
         self.report = fit_prior(model, self.images, limit=self.limit, **{"progress": False, **self.options})
         runner.logger.info(f"degradation prior fitted: {self.report}")
+        for average in (ema for hook in runner.hooks if (ema := getattr(hook, "ema_model", None)) is not None):
+            _holder(average).load_state_dict(adapter_state(model), strict=False)  # which is what is evaluated
+
+
+@contextmanager
+def _named(option: str) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"FitPriorHook.{option}: {error}") from error
 
 
 def _holder(model: nn.Module) -> nn.Module:

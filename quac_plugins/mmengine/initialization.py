@@ -10,41 +10,57 @@ import threading
 from typing import Any
 
 import torch
-from mmengine.model import BaseModule
+from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
 
-from quac_plugins.core.inject import injection_of
 from quac_plugins.core.inject.adapter import adapter_state
 
 _MARK = "_quac_keeps_what_was_put_in"
-_running = threading.local()
+
+
+class _Running(threading.local):
+    """What the initialization that this thread runs has to put back: pairs of a tensor and its values."""
+
+    kept: list[list[Tensor]] | None = None
+
+
+_running = _Running()
 
 
 def keep_what_was_put_in() -> None:
-    """Let ``init_weights`` leave alone what was put into a model."""
+    """Let ``init_weights`` leave alone what was put into a model, unless a checkpoint brings it."""
     if getattr(BaseModule.init_weights, _MARK, False):
         return
-    original = BaseModule.init_weights
+    initialize, load = BaseModule.init_weights, PretrainedInit.__call__
 
-    @functools.wraps(original)
+    @functools.wraps(initialize)
     def init_weights(self: BaseModule) -> Any:
-        if getattr(_running, "inside", False):
-            return original(self)
-        _running.inside, before = True, put_in(self)
+        if _running.kept is not None:
+            return initialize(self)
+        _running.kept = [[tensor, tensor.detach().clone()] for tensor in put_in(self)]
         try:
-            return original(self)
+            return initialize(self)
         finally:
-            _running.inside = False
             with torch.no_grad():
-                for tensor, value in before:
+                for tensor, value in _running.kept:
                     tensor.copy_(value)
+            _running.kept = None
+
+    @functools.wraps(load)
+    def call(self: PretrainedInit, module: nn.Module) -> Any:
+        pairs = _running.kept or []
+        before = [tensor.detach().clone() for tensor, _ in pairs]
+        result = load(self, module)
+        for pair, was in zip(pairs, before, strict=True):
+            if not torch.equal(pair[0], was):
+                pair[1] = pair[0].detach().clone()
+        return result
 
     setattr(init_weights, _MARK, True)
-    BaseModule.init_weights = init_weights
+    BaseModule.init_weights, PretrainedInit.__call__ = init_weights, call
 
 
-def put_in(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Every tensor that was put into a model, with a copy of its values."""
+def put_in(model: nn.Module) -> list[Tensor]:
+    """Every tensor that was put into a model."""
     holders = [module for module in model.modules() if "_quac_injection" in module.__dict__]
-    tensors = [t for holder in holders if injection_of(holder) for t in adapter_state(holder).values()]
-    return [(tensor, tensor.detach().clone()) for tensor in tensors]
+    return [tensor for holder in holders for tensor in adapter_state(holder).values()]

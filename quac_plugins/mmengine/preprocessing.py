@@ -2,46 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from quac_plugins.core.quality.padding import note_sizes
 
+_TURNED_TO_BGR = "_quac_turned_to_bgr"
+
+
+def prepares_images(preprocessor: Any) -> bool:
+    """Whether it says how it normalizes: MMEngine's plainest one only moves data, which a pipeline has normalized."""
+    return isinstance(preprocessor, nn.Module) and hasattr(preprocessor, "_enable_normalize")
+
+
+def note_config(built: Any, cfg: Any) -> None:
+    """Remember what a preprocessor itself forgets: whether it turned the channels to BGR or to RGB."""
+    if prepares_images(built) and isinstance(cfg, Mapping) and cfg.get("rgb_to_bgr"):
+        setattr(built, _TURNED_TO_BGR, True)
+
 
 def normalization_of(preprocessor: nn.Module) -> dict[str, Any]:
     """mean, std and channel_order of the images it gives out, in the words of :class:`quac_plugins.QuACConfig`."""
     mean, std = getattr(preprocessor, "mean", None), getattr(preprocessor, "std", None)
-    if isinstance(mean, Tensor) and isinstance(std, Tensor) and getattr(preprocessor, "_enable_normalize", True):
+    if isinstance(mean, Tensor) and isinstance(std, Tensor) and preprocessor._enable_normalize:
         means, stds = mean.flatten().tolist(), std.flatten().tolist()
     else:  # pixels to 255, as they were read
         means, stds = [0.0], [1.0]
-    # images are read as BGR, and turned round where the preprocessor says so
-    turned = getattr(preprocessor, "to_rgb", getattr(preprocessor, "_channel_conversion", False))
-    values = {"mean": tuple(v / 255 for v in means), "std": tuple(v / 255 for v in stds)}
-    return {**values, "channel_order": "rgb" if turned else "bgr"}
+    # images are read as BGR; the names are mmpretrain's, mmengine's and mmseg's
+    turned = any(getattr(preprocessor, name, False) for name in ("to_rgb", "_channel_conversion", "channel_conversion"))
+    order = "rgb" if turned and not getattr(preprocessor, _TURNED_TO_BGR, False) else "bgr"
+    return {"mean": tuple(v / 255 for v in means), "std": tuple(v / 255 for v in stds), "channel_order": order}
 
 
 def listen_to(preprocessor: nn.Module) -> None:
     """Let a preprocessor note how large the images in its batches are without padding."""
     if note_batch not in preprocessor._forward_hooks.values():
-        preprocessor.register_forward_hook(note_batch)
+        preprocessor.register_forward_hook(note_batch, with_kwargs=True)
 
 
-def note_batch(preprocessor: nn.Module, args: tuple, output: Any) -> None:
-    """Hook: sizes are those of the data samples, which follow resizing in the preprocessor, else those of the input."""
+def note_batch(preprocessor: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    """Hook: the sizes of the images that came in; where they were resized here, those of the data samples."""
+    data = args[0] if args else kwargs.get("data")
     images = output.get("inputs") if isinstance(output, dict) else None
-    if not isinstance(images, Tensor) or images.ndim != 4 or not args or not isinstance(args[0], dict):
+    if not isinstance(images, Tensor) or images.ndim != 4 or not isinstance(data, dict):
         return
-    sizes = _sizes(output.get("data_samples"), args[0].get("inputs"))
-    height, width = images.shape[-2:]
-    if len(sizes) == len(images) and all(0 < h <= height and 0 < w <= width for h, w in sizes):
-        note_sizes(images, sizes)
-
-
-def _sizes(samples: Any, raw: Any) -> list[tuple[int, int]]:
-    shapes = [getattr(one, "img_shape", None) for one in samples] if isinstance(samples, (list, tuple)) else [None]
-    known = [(int(shape[0]), int(shape[1])) for shape in shapes if shape is not None]
-    if len(known) == len(shapes):
-        return known
-    return [tuple(one.shape[-2:]) for one in raw] if raw is not None else []
+    raw = [(int(one.shape[-2]), int(one.shape[-1])) for one in data.get("inputs", ())]
+    samples = output.get("data_samples")
+    told = [getattr(one, "img_shape", None) for one in samples] if isinstance(samples, (list, tuple)) else []
+    known = [(int(shape[0]), int(shape[1])) for shape in told if shape is not None]
+    divisor = max(int(getattr(preprocessor, "pad_size_divisor", 1) or 1), 1)
+    padded = tuple(-(-max(side) // divisor) * divisor for side in zip(*raw, strict=True))
+    for sizes in (raw, known) if padded == tuple(images.shape[-2:]) else (known, raw):
+        if len(sizes) == len(images) and all(h <= images.shape[-2] and w <= images.shape[-1] for h, w in sizes):
+            note_sizes(images, sizes)
+            return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -64,7 +64,7 @@ class QuACConfig(QualityOptions):
         one_of("norm", self.norm, NORMS)
         one_of("expand_q", self.expand_q, EXPANSIONS)
         whole_number("reduction", self.reduction, 1, 4096)
-        if isinstance(self.where, tuple):
+        if not isinstance(self.where, str) and isinstance(self.where, Sequence):
             self.where = list(self.where)
         pattern_list("where", self.where)
         self.check_quality()

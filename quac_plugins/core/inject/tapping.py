@@ -74,6 +74,8 @@ def _normalization(
     wanted = min(in_chans, 3)
     if len(mean) == 1 or len(mean) == wanted:
         return mean, std
+    if len(mean) == in_chans:  # more than colours: the first three are RGB
+        return mean[:wanted], std[:wanted]
     if len(mean) == 3:  # a grey host of a colour recipe: timm normalizes by the mean of the three
         return (sum(mean) / 3,) * wanted, (sum(std) / 3,) * wanted
     raise ValueError(f"mean and std have {len(mean)} numbers, the host's images have {in_chans} channels")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -53,14 +53,14 @@ class PriorConfig(QualityOptions):
     freeze: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.site, tuple):
+        if not isinstance(self.site, str) and isinstance(self.site, Sequence):
             self.site = list(self.site)
         pattern_list("site", self.site)
         resolve_fdm(self.fdm)
         one_of("fdm_act", self.fdm_act, act_names())
         if self.fdm_width is not None:
             whole_number("fdm_width", self.fdm_width, 1, 65536)
-        if not isinstance(self.experts, (list, tuple)) or not all(n and isinstance(n, str) for n in self.experts):
+        if not isinstance(self.experts, Sequence) or not all(n and isinstance(n, str) for n in self.experts):
             raise ValueError(f"experts must be a list of names of degradations, got {self.experts!r}")
         self.experts = list(self.experts)
         if len(set(self.experts)) < len(self.experts) or len(self.experts) > _MOST_EXPERTS:

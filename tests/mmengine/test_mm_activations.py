@@ -110,3 +110,18 @@ def test_two_kinds_in_one_model_are_refused(build):
     }
     with pytest.raises(ValueError, match="one model takes one kind"):
         build(backbone={"type": "VGG", "depth": 11, "act_cfg": {"type": "QACON"}}, neck=block)
+
+
+def test_an_activation_that_is_never_called_is_left_out(build):
+    """mmpretrain's DenseNet keeps one that it only hands on."""
+    model = build(
+        backbone={"type": "DenseNet", "arch": "121", "act_cfg": {"type": "QACON"}}, head={"in_channels": 1024}
+    )
+    assert len((quac.injection_of(model) or quac.injection_of(model.backbone)).sites) > 60
+
+
+def test_activations_are_copied_and_pickled(tmp_path):
+    module = ConvModule(3, 8, 3, act_cfg={"type": "QACON"})
+    torch.save(module, tmp_path / "module.pt")
+    again = torch.load(tmp_path / "module.pt", weights_only=False)
+    assert again.activate.channels == 8

@@ -134,3 +134,38 @@ def test_a_timm_network_that_is_not_there_or_has_no_such_stride():
         TimmBackbone("resnet_fifty", ["res2"])
     with pytest.raises(ValueError, match="none for res7"):
         TimmBackbone("resnet18", ["res2", "res7"])
+
+
+def test_a_swin_on_its_own_which_misspells_its_divisibility(photographs):
+    backbone = with_quac(SwinTransformer(embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 6)), MEAN, STD, quac={})
+    assert quac.injection_of(backbone).sites
+    assert set(backbone(photographs(1, 64))) == {"p0", "p1", "p2", "p3"}
+
+
+def test_channels_last_maps_as_wide_as_they_are_high(photographs):
+    """96 channels at 96×96: only the network itself knows which axis is which."""
+    backbone = TimmBackbone("swin_tiny_patch4_window7_224", ["res2"], depths=(1, 1, 1, 1)).eval()
+    images = photographs(1, 384)
+    with torch.no_grad():
+        assert torch.equal(backbone(images)["res2"], backbone.net(images)[0].permute(0, 3, 1, 2))
+
+
+def test_options_of_a_lazy_config_as_nodes_of_its_own(photographs):
+    node = LazyCall(with_quac)(
+        backbone=LazyCall(ResNet)(stem=LazyCall(BasicStem)(), stages=LazyCall(ResNet.make_default_stages)(depth=18)),
+        pixel_mean=MEAN, pixel_std=STD, quac=LazyCall(quac.QuACConfig)(where=["res4.*", "res5.*"]),
+        prior=LazyCall(quac.PriorConfig)(site="auto", experts=["fog"]),
+    )  # fmt: skip
+    record = quac.injection_of(instantiate(node))
+    assert len(record.sites) == 8
+    assert record.prior.config.experts == ["fog"]
+    with pytest.raises(ValueError, match=r"^quac\.where: "):
+        with_quac(ResNet(BasicStem(), ResNet.make_default_stages(18)), MEAN, STD, quac={"where": "layer9.*"})
+
+
+def test_images_with_depth():
+    resnet = ResNet(BasicStem(in_channels=4), ResNet.make_default_stages(18))
+    with_quac(resnet, [*MEAN, 100.0], [*STD, 50.0], quac={})
+    tap = resnet.stem.conv1.quac_tap
+    assert tap.mean == pytest.approx(tuple(v / 255 for v in MEAN))
+    assert resnet(torch.rand(1, 4, 64, 64))["res5"].shape[1] == 512

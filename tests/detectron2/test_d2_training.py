@@ -213,19 +213,25 @@ def test_activation_checkpointing_changes_nothing(config, build, inputs, moved):
 
 def test_the_prior_of_a_detector_is_fitted_on_photographs(config, build, inputs, tmp_path):
     """Without labels, on the backbone alone; the adapter goes into another copy of the detector."""
-    cfg = config("faster_rcnn_R_50_FPN_ddp", {"MODEL.RESNETS.NORM": "BN"})
-    model = build(cfg)
+    cfg = config("faster_rcnn_R_50_FPN_ddp", {"MODEL.RESNETS.NORM": "BN", "MODEL.PIXEL_STD": [1.0, 1.0, 1.0]})
+    model, seen = build(cfg), []
+    with torch.no_grad():
+        model.backbone.bottom_up.stem.conv1.weight.mul_(0.02)
+    hook = model.backbone.bottom_up.stem.conv1.register_forward_hook(lambda m, args, out: seen.append(args[0]))
     before = {n: t.clone() for n, t in model.state_dict().items() if "quac_prior" not in n}
     photographs = [getattr(data, name)()[:128, :128, :3] for name in ("astronaut", "coffee", "chelsea", "rocket")]
     report = quac.fit_prior(
         model.backbone, photographs, corruptions="contrast", severity=5, steps=30, views=2, input_size=128,
         progress=False,
     )  # fmt: skip
+    hook.remove()
     assert report.held_out < 1
+    shown = torch.cat([images[:1].float() for images in seen if images.device.type == "cpu" and len(images) < 64])
+    assert 80 < float(shown.abs().max()) < 160  # as the detector itself shows them: to 255, less the mean
     state = model.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
     quac.save_adapter(model.backbone, tmp_path / "adapter")
-    other = build(config("faster_rcnn_R_50_FPN_ddp", {"MODEL.RESNETS.NORM": "BN"}))
+    other = build(cfg)
     other.load_state_dict(before, strict=False)
     quac.load_adapter(other.backbone, tmp_path / "adapter")
     with torch.no_grad():

@@ -13,10 +13,12 @@ from mmengine.evaluator import Evaluator
 from mmengine.hooks import Hook
 from mmengine.model import MMDistributedDataParallel
 from mmengine.optim import OptimWrapper, build_optim_wrapper
-from mmengine.registry import DATASETS, METRICS, OPTIM_WRAPPERS, TRANSFORMS, init_default_scope
+from mmengine.registry import DATASETS, HOOKS, METRICS, OPTIM_WRAPPERS, TRANSFORMS, init_default_scope
 from mmengine.runner import Runner
 from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
+
+import quac_plugins as quac
 
 QUAC = {"type": "QuACResNet", "depth": 18, "quac": {"where": "spatial", "quality": "brisque"}}
 PIPELINE = [{"type": "LoadImageFromFile"}, {"type": "PackInputs"}]
@@ -169,7 +171,7 @@ def test_a_config_survives_dump_and_reload(config, tmp_path):
 def test_the_prior_is_fitted_when_the_weights_are_there(config, folder, tmp_path):
     host = {"type": "ResNet", "depth": 18}
     plain = Runner.from_cfg(config(host, work_dir=str(tmp_path / "plain")))
-    torch.save(plain.model.state_dict(), tmp_path / "host.pth")
+    torch.save({"state_dict": plain.model.state_dict()}, tmp_path / "host.pth")
     hook = {
         "type": "FitPriorHook", "images": str(folder), "limit": 4, "corruptions": ["contrast"], "severity": 5,
         "steps": 20, "views": 2, "input_size": 64,
@@ -182,13 +184,38 @@ def test_the_prior_is_fitted_when_the_weights_are_there(config, folder, tmp_path
     assert fitted.report.images["all"] == 4
     assert fitted.report.held_out <= 1
     state = runner.model.state_dict()
-    loaded = torch.load(tmp_path / "host.pth", weights_only=True)
+    loaded = torch.load(tmp_path / "host.pth", weights_only=True)["state_dict"]
     assert all(torch.equal(state[name], tensor) for name, tensor in loaded.items())
     report = fitted.report
     runner.val()
     assert fitted.report is report  # once
+    torch.save({"state_dict": runner.model.state_dict()}, tmp_path / "fitted.pth")
+    again = Runner.from_cfg(config(prior, load_from=str(tmp_path / "fitted.pth"), custom_hooks=[hook]))
+    again.test()  # what is loaded is fitted already
+    assert all(
+        torch.equal(again.model.state_dict()[name], tensor) for name, tensor in runner.model.state_dict().items()
+    )
+    averaged = config(prior, load_from=str(tmp_path / "host.pth"), custom_hooks=[{"type": "EMAHook"}, hook])
+    runner = Runner.from_cfg(averaged)
+    runner.test()
+    ema = next(one for one in runner.hooks if type(one).__name__ == "EMAHook").ema_model.module
+    fitted = quac.adapter_state(runner.model.backbone)
+    assert all(torch.equal(quac.adapter_state(ema.backbone)[name], tensor) for name, tensor in fitted.items())
     with pytest.raises(ValueError, match="holds no degradation prior"):
         Runner.from_cfg(config(QUAC, custom_hooks=[hook], work_dir=str(tmp_path / "none"))).test()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stpes": 20}, r"FitPriorHook\.stpes: .*did you mean 'steps'"),
+        ({"corruptions": ["fogg"]}, r"FitPriorHook\.corruptions: .*fogg"),
+        ({"severity": 9}, r"FitPriorHook\.severity: .*9"),
+    ],
+)
+def test_a_wrong_option_of_the_hook_is_named_at_once(options, message):
+    with pytest.raises(ValueError, match=message):
+        HOOKS.build({"type": "FitPriorHook", "images": "few/", **options})
 
 
 def test_every_corruption_is_judged(config, folder):

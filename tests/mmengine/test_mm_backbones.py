@@ -97,3 +97,20 @@ def test_quality_functions_are_models(name, photographs):
     assert quality.out_channels == function.channels
     with pytest.raises(ValueError, match="brisk"):
         MODELS.build({"type": "QuACQuality", "name": "brisk"})
+
+
+def test_a_checkpoint_by_init_cfg_brings_what_was_trained(build, moved, tmp_path):
+    trained = moved(build(backbone={"type": "QuACResNet", "depth": 18}))
+    torch.save({"state_dict": trained.state_dict()}, tmp_path / "trained.pth")
+    init = {"type": "Pretrained", "checkpoint": str(tmp_path / "trained.pth"), "prefix": "backbone."}
+    model = build(backbone={"type": "QuACResNet", "depth": 18, "init_cfg": init})
+    model.init_weights()
+    wanted, found = trained.backbone.state_dict(), model.backbone.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+def test_stages_that_the_host_freezes_are_frozen_before_an_optimizer_asks(build):
+    model = build(backbone={"type": "QuACResNet", "depth": 18, "frozen_stages": 1, "quac": {"where": "all"}})
+    inside = {n: p.requires_grad for n, p in model.backbone.named_parameters() if ".fc3." in n}
+    assert {grad for name, grad in inside.items() if name.startswith("layer1.")} == {False}
+    assert {grad for name, grad in inside.items() if name.startswith("layer2.")} == {True}
