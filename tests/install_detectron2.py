@@ -20,7 +20,8 @@ WHEEL, INSIDE = "labgym==3.1.2", "LabGym/detectron2/"
 
 
 def main() -> None:
-    if find_spec("detectron2") is not None:
+    found = find_spec("detectron2")
+    if found is not None and found.origin is not None:  # a folder of tests by this name is no detectron2
         return
     site = Path(sysconfig.get_paths()["purelib"])
     with tempfile.TemporaryDirectory(dir=site) as temporary:
