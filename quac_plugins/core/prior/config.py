@@ -60,7 +60,8 @@ class PriorConfig(QualityOptions):
         one_of("fdm_act", self.fdm_act, act_names())
         if self.fdm_width is not None:
             whole_number("fdm_width", self.fdm_width, 1, 65536)
-        if not isinstance(self.experts, Sequence) or not all(n and isinstance(n, str) for n in self.experts):
+        several = isinstance(self.experts, Sequence) and not isinstance(self.experts, str)
+        if not several or not all(n and isinstance(n, str) for n in self.experts):
             raise ValueError(f"experts must be a list of names of degradations, got {self.experts!r}")
         self.experts = list(self.experts)
         if len(set(self.experts)) < len(self.experts) or len(self.experts) > _MOST_EXPERTS:
