@@ -50,6 +50,21 @@ def normalized(photographs):
 
 
 @pytest.fixture
+def moved():
+    """Let what was put in differ from its start, so that q matters."""
+
+    def move(model):
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if any(part in name for part in (".fc3.", ".p1", ".p2", ".fc1.")):
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        return model
+
+    return move
+
+
+@pytest.fixture
 def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -19,6 +20,15 @@ def one_of(what: str, value: Any, known: tuple[str, ...] | list[str]) -> None:
         close = difflib.get_close_matches(str(value), known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"unknown {what} {value!r}{hint} Known: {', '.join(known)}")
+
+
+@contextmanager
+def named(key: str) -> Iterator[None]:
+    """Begin the message of a TypeError or ValueError with the key of a user's config that it is about; ValueError."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{key}: {error}") from error
 
 
 def whole_number(what: str, value: Any, least: int = 1, most: int | None = None) -> None:

@@ -14,8 +14,9 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from quac_plugins.core.inject import PriorConfig, QuACConfig, inject
+from quac_plugins.core.options import named
 from quac_plugins.detectron2.blocks import with_activations
-from quac_plugins.detectron2.config import KEY, PRIOR_KEY, TIMM_KEY, configs_of, in_unit_range, named
+from quac_plugins.detectron2.config import KEY, PRIOR_KEY, TIMM_KEY, configs_of, in_unit_range
 
 _EXAMPLE = 224  # side of the images on which sites are found
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from detectron2.config import CfgNode
 
 from quac_plugins.core.inject import PriorConfig, QuACConfig
+from quac_plugins.core.options import named
 from quac_plugins.core.quality.table import resolve_quality
 
 KEY, PRIOR_KEY, TIMM_KEY = "MODEL.QUAC", "MODEL.QUAC.PRIOR", "MODEL.QUAC.TIMM"
@@ -99,15 +98,6 @@ def patterns(value: Any) -> str | list[str]:
         return value
     parts = [value] if value.startswith("re:") else [part.strip() for part in value.split(",")]
     return parts[0] if len(parts) == 1 else parts
-
-
-@contextmanager
-def named(key: str) -> Iterator[None]:
-    """Begin the message of a ValueError or TypeError with the key that it is about."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{key}: {error}") from error
 
 
 def _checked(cls: Any, key: str, values: dict[str, Any], images: dict[str, Any]) -> Any:

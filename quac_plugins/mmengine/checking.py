@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from quac_plugins.core.inject import PriorConfig, QuACConfig
-from quac_plugins.core.options import one_of
+from quac_plugins.core.options import named, one_of
 from quac_plugins.core.quality.table import resolve_quality
 from quac_plugins.mmengine.activations import PLANNED, planned_config
 
@@ -47,26 +47,16 @@ def options_of(cls: Any, given: Any, path: str) -> Any:
         raise ValueError(f"{path}: must be a dict of options of {cls.__name__}, got {given!r}")
     known = [field.name for field in fields(cls)]
     for key in given:
-        try:
+        with named(f"{path}.{key}"):
             one_of("option", key, known)
-        except ValueError as error:
-            raise ValueError(f"{path}.{key}: {error}") from error
     for key, value in given.items():
-        try:
+        with named(f"{path}.{key}"):
             if key not in ("mean", "std"):  # which go together
-                cls(**{key: _plain(value)})
+                cls(**{key: value})
             if key == "quality":
                 resolve_quality(value)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}.{key}: {error}") from error
-    try:
-        return cls(**{key: _plain(value) for key, value in given.items()})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, (list, tuple)) else value
+    with named(path):
+        return cls(**given)
 
 
 def _check_holder(name: str, cfg: Mapping[str, Any], path: str) -> None:
@@ -88,9 +78,7 @@ def _check_plan(name: str, cfg: Mapping[str, Any], path: str) -> None:
     known = list(inspect.signature(QuACConfig).parameters)
     for key, value in given.items():
         where = f"{path}.{key}" if key in known else path
-        try:
+        with named(where):
             planned_config("acon", {key: value})
             if key == "quality":
                 resolve_quality(value)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{where}: {error}") from error

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -14,7 +12,7 @@ from torch import nn
 
 from quac_plugins.core.inject import injection_of
 from quac_plugins.core.inject.adapter import adapter_state, is_fresh
-from quac_plugins.core.options import one_of
+from quac_plugins.core.options import named, one_of
 from quac_plugins.degradations import check_severity, corruption_names
 from quac_plugins.fit import Recipe, fit_prior
 
@@ -40,11 +38,11 @@ class FitPriorHook(Hook):
     def __init__(self, images: Any, limit: int | None = None, refit: bool = False, **options: Any):
         known = [*inspect.signature(fit_prior).parameters, *(field.name for field in fields(Recipe))]
         for name in options:
-            with _named(name):
+            with named(f"FitPriorHook.{name}"):
                 one_of("option", name, [key for key in known if key not in ("model", "images", "settings")])
-        with _named("corruptions"):
+        with named("FitPriorHook.corruptions"):
             corruption_names(options.get("corruptions") or ())
-        with _named("severity"):
+        with named("FitPriorHook.severity"):
             given = options.get("severity", 3)
             for level in given if isinstance(given, (list, tuple)) else [given]:
                 check_severity(level)
@@ -75,14 +73,6 @@ class FitPriorHook(Hook):
         runner.logger.info(f"degradation prior fitted: {self.report}")
         for average in (ema for hook in runner.hooks if (ema := getattr(hook, "ema_model", None)) is not None):
             _holder(average).load_state_dict(adapter_state(model), strict=False)  # which is what is evaluated
-
-
-@contextmanager
-def _named(option: str) -> Iterator[None]:
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"FitPriorHook.{option}: {error}") from error
 
 
 def _holder(model: nn.Module) -> nn.Module:

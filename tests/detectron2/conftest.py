@@ -56,21 +56,6 @@ def config():
     return make
 
 
-@pytest.fixture
-def moved():
-    """Let what was put in differ from its start, so that q matters."""
-
-    def move(model, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if any(part in name for part in (".fc3.", ".p1", ".p2", ".fc1.")):
-                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        return model
-
-    return move
-
-
 def picture(name, height, width):
     """A photograph as detectron2's dataset mapper gives it: BGR, uint8, (3, H, W)."""
     rgb = np.ascontiguousarray(getattr(data, name)()[: height * 2 : 2, : width * 2 : 2, :3])
