@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from detectron2.data.transforms import Augmentation, ColorTransform, NoOpTransform, Transform
 
-from quac_plugins.degradations import check_severity, corrupt, corruption_names
+from quac_plugins.degradations import Corrupt
 
 
 class CorruptImage(Augmentation):
@@ -42,8 +42,8 @@ class CorruptImage(Augmentation):
         seed: int | None = None,
     ):
         super().__init__()
-        self.corruptions = corruption_names(corruptions)
-        self.severities = [check_severity(s) for s in ([severities] if isinstance(severities, int) else severities)]
+        made = Corrupt(corruptions, severities)  # which knows what cannot be
+        self.corruptions, self.severities = made.names, made.severities
         if not 0 <= prob <= 1:
             raise ValueError(f"prob must lie between 0 and 1, got {prob}")
         if image_format not in ("BGR", "RGB"):
@@ -59,12 +59,9 @@ class CorruptImage(Augmentation):
             rng = np.random.default_rng([self.seed, zlib.crc32(image.tobytes())])
         if rng.random() >= self.prob:
             return NoOpTransform()
-        name, severity = str(rng.choice(self.corruptions)), int(rng.choice(self.severities))
-        seed, turn = int(rng.random() * 2**31), slice(None, None, -1 if self.image_format == "BGR" else 1)
-
-        def degrade(pixels: np.ndarray) -> np.ndarray:
-            return np.ascontiguousarray(
-                corrupt(np.ascontiguousarray(pixels[..., turn]), name, severity, seed)[..., turn]
-            )
-
-        return ColorTransform(degrade)
+        # the transform may be applied again, and is then the same: what is drawn depends on this seed and the pixels
+        made = Corrupt(self.corruptions, self.severities, int(rng.random() * 2**31) if self.seed is None else self.seed)
+        turn = slice(None, None, -1 if self.image_format == "BGR" else 1)
+        return ColorTransform(
+            lambda pixels: np.ascontiguousarray(made(np.ascontiguousarray(pixels[..., turn]))[..., turn])
+        )
