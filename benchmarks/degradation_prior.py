@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tables import spread, write_tables
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = (
@@ -300,11 +301,6 @@ def collect(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def spread(values: list[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return f"{statistics.mean(values):.1f}" + (f" ± {deviation:.1f}" if deviation is not None else "")
-
-
 def markdown(table: dict[str, Any], severities: list[int]) -> str:
     from quac_plugins.degradations import CORRUPTIONS
 
@@ -374,9 +370,7 @@ def main() -> None:
         for batch in units(args):
             for _ in pool.imap_unordered(unit, batch, chunksize=1):
                 table = collect(args)
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.with_suffix(".json").write_text(json.dumps(table, indent=1) + "\n")
-                args.out.with_suffix(".md").write_text(markdown(table, args.severities))
+                write_tables(args.out, table, markdown(table, args.severities))
     print(args.out.with_suffix(".md").read_text())
 
 

@@ -15,7 +15,6 @@ import contextlib
 import io
 import json
 import os
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.data.transforms import RandomFlip, ResizeShortestEdge
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import COCOEvaluator, inference_on_dataset
+from tables import spread, write_tables
 
 import quac_plugins as quac
 from quac_plugins.detectron2 import CorruptImage, add_quac_config
@@ -127,11 +127,6 @@ def markdown(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -
     return "\n".join(lines) + "\n"
 
 
-def spread(values: list[float], digits: int) -> str:
-    text = f"{statistics.mean(values):.{digits}f}"
-    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("QUAC_DATA", "data")) / "bccd")
@@ -150,9 +145,7 @@ def main() -> None:
     for seed in args.seeds.split(","):
         for row in args.rows.split(","):
             found.setdefault(row, []).append(run(args, row, int(seed)))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    args.out.with_suffix(".md").write_text(markdown(args, found), encoding="utf-8")
+    write_tables(args.out, found, markdown(args, found))
     print(markdown(args, found))
 
 

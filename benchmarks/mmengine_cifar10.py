@@ -22,6 +22,7 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner, find_latest_checkpoint
+from tables import spread, write_tables
 
 import quac_plugins.mmengine  # noqa: F401
 from quac_plugins.evaluate.packed import unpack
@@ -120,11 +121,6 @@ def markdown(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -
     return "\n".join(lines) + "\n"
 
 
-def spread(values: list[float], digits: int) -> str:
-    text = f"{statistics.mean(values):.{digits}f}"
-    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("QUAC_DATA", "data")) / "cifar10")
@@ -145,9 +141,7 @@ def main() -> None:
     for seed in args.seeds.split(","):
         for row in args.rows.split(","):
             found.setdefault(row, []).append(run(args, row, int(seed)))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    args.out.with_suffix(".md").write_text(markdown(args, found), encoding="utf-8")
+    write_tables(args.out, found, markdown(args, found))
     print(markdown(args, found))
 
 
