@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from quac_plugins.core.inject.adapter import adapter_state, is_fresh
+from quac_plugins.core.inject.adapter import adapter_state, is_fresh, load_adapter_state
 from quac_plugins.core.inject.fingerprint import fingerprint
 from quac_plugins.core.inject.surgery import Injection, injection_of, remove, unwrap
 from quac_plugins.core.inject.trace import Trace, trace
@@ -261,7 +261,7 @@ class Session:
         if start is None:
             keep.save(_START, {name: tensor.detach().cpu() for name, tensor in adapter_state(self.model).items()})
         else:
-            self.model.load_state_dict(start, strict=False)
+            load_adapter_state(self.model, start)
         return keep
 
     def _average(self, tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from quac_plugins.core.inject.adapter import adapter_state
+from quac_plugins.core.inject.adapter import adapter_state, load_adapter_state
 from quac_plugins.core.inject.config import QuACConfig
 from quac_plugins.core.inject.surgery import inject, injection_of, remove, take_prior
 from quac_plugins.core.prior.config import PriorConfig
@@ -48,5 +48,5 @@ def unharmed(model: nn.Module) -> Iterator[None]:
         elif now is not None:
             if now.prior is not None and not had_prior:
                 take_prior(model)
-            model.load_state_dict(state, strict=False)
+            load_adapter_state(model, state)
         raise

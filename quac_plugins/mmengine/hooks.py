@@ -11,7 +11,7 @@ from mmengine.registry import HOOKS
 from torch import nn
 
 from quac_plugins.core.inject import injection_of
-from quac_plugins.core.inject.adapter import adapter_state, is_fresh
+from quac_plugins.core.inject.adapter import adapter_state, is_fresh, load_adapter_state
 from quac_plugins.core.options import named, one_of
 from quac_plugins.degradations import check_severity, corruption_names
 from quac_plugins.fit import Recipe, fit_prior
@@ -72,7 +72,7 @@ class FitPriorHook(Hook):
         self.report = fit_prior(model, self.images, limit=self.limit, **{"progress": False, **self.options})
         runner.logger.info(f"degradation prior fitted: {self.report}")
         for average in (ema for hook in runner.hooks if (ema := getattr(hook, "ema_model", None)) is not None):
-            _holder(average).load_state_dict(adapter_state(model), strict=False)  # which is what is evaluated
+            load_adapter_state(_holder(average), adapter_state(model))  # which is what is evaluated
 
 
 def _holder(model: nn.Module) -> nn.Module:

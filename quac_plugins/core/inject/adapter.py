@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from quac_plugins.core.inject.surgery import (
     build_prior,
     inject,
     injection_of,
+    nothing_inside,
     remove,
     take_prior,
     unwrap,
@@ -58,6 +59,21 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """
     record = _record(model)
     return {name: t for name, t in unwrap(model).state_dict().items() if record.name_in_host(name) is None}
+
+
+def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy what :func:`adapter_state` gave back in.
+
+    Not by ``load_state_dict(strict=False)`` of the whole: a host's layers may set what they miss there, as detectron2's
+    frozen batch norms their statistics.
+
+    Raises:
+        KeyError: a name that is not of what was put in.
+    """
+    here = adapter_state(model)
+    with torch.no_grad():
+        for name, tensor in state.items():
+            here[name].copy_(tensor)
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> Path:
@@ -170,7 +186,7 @@ def load_adapter_folder(
     except Exception:
         undo()
         raise
-    unwrap(model).load_state_dict(state, strict=False)
+    load_adapter_state(model, state)
     changed = _record(model).changed
     if changed is not None:
         changed(unwrap(model))
@@ -452,5 +468,5 @@ def _prior_of(model: nn.Module) -> PriorInjection:
 def _record(model: nn.Module) -> Injection:
     record = injection_of(model)
     if record is None:
-        raise ValueError(f"{type(model).__name__} holds no QuAC; call quac_plugins.inject first")
+        raise nothing_inside(model, "call quac_plugins.inject first")
     return record
