@@ -72,14 +72,15 @@ def make_card(
 
     config = json.loads((folder / (name := _config_name(folder))).read_text(encoding="utf-8"))
     is_adapter = name == CONFIG_NAME
+    of_timm = not is_adapter or str(config["host"].get("class", "timm.")).startswith("timm.")
     inside = _inside(config) if is_adapter else _inside_model(config)
     fitted = _fit(fit)
     data = ModelCardData(
         library_name="quac-plugins" if is_adapter else "timm",
         license=license,
         base_model=base_model,
-        pipeline_tag="image-classification",
-        tags=["quac-plugins", "robustness", *(["timm"] if is_adapter else []), *inside["tags"]],
+        pipeline_tag="image-classification" if of_timm or reports else None,
+        tags=["quac-plugins", "robustness", *(["timm"] if is_adapter and of_timm else []), *inside["tags"]],
         model_name=repo_id.rpartition("/")[2],
         eval_results=_results(reports) or None,
     )
@@ -89,6 +90,7 @@ def make_card(
             template_path=str(data_folder("hub") / _TEMPLATE),
             repo_id=repo_id,
             is_adapter=is_adapter,
+            of_timm=of_timm,
             description=description,
             base_model=base_model,
             license=license,
@@ -116,6 +118,7 @@ def _inside(config: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": f"{host['architecture']}{suffix}",
         "host": host["architecture"],
+        "host_class": host.get("class"),
         "fingerprint": host.get("fingerprint"),
         "parts": parts,
         "tags": (["q-acon"] if config["config"] else []) + (["degradation-prior"] if prior else []),

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from quac_plugins.core.inject.adapter import WEIGHTS_NAME, check_adapter_files, is_fresh, save_adapter
-from quac_plugins.core.inject.surgery import injection_of, unwrap
+from quac_plugins.core.inject.surgery import injection_of, nothing_inside
 from quac_plugins.hub.card import make_card, read_metrics
 from quac_plugins.hub.fetch import ADAPTER_FILES, EXTRAS, MODEL_FILES, is_network
 from quac_plugins.hub.verify import refuse_pickles, sha256_of
@@ -152,10 +152,7 @@ def _stage(model: nn.Module | str | Path, folder: Path, whole: bool | None) -> N
             return
         record = injection_of(model)
         if record is None:
-            raise ValueError(
-                f"{type(unwrap(model)).__name__} holds no QuAC and no prior; inject first, or give whole=True to send "
-                "a model of timm"
-            )
+            raise nothing_inside(model, "inject first, or give whole=True to send a model of timm")
         if record.prior is not None and record.config is None and is_fresh(model):
             raise ValueError("the prior is as it was created, so that it changes nothing; fit_prior(model, …) first")
         save_adapter(model, folder)

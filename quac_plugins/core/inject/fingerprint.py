@@ -25,12 +25,13 @@ def base_name(name: str) -> str:
 
 
 def describe_host(model: nn.Module) -> dict[str, Any]:
-    """Architecture, tag and fingerprint of a host, whatever was put into it."""
+    """Architecture, class, tag and fingerprint of a host, whatever was put into it."""
     model = unwrap(model)
     cfg = getattr(model, "pretrained_cfg", None) or {}
     name = cfg.get("architecture") if isinstance(cfg, dict) else None
     return {
         "architecture": base_name(name) if isinstance(name, str) and name else type(model).__name__,
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
         "tag": cfg.get("tag") if isinstance(cfg, dict) else None,
         "fingerprint": fingerprint(model),
     }

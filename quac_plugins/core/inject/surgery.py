@@ -133,6 +133,14 @@ def injection_of(model: nn.Module) -> Injection | None:
     return unwrap(model).__dict__.get(_RECORD)
 
 
+def nothing_inside(model: nn.Module, todo: str) -> ValueError:
+    """The error of a model that holds nothing: it names the parts that do, as a detector's backbone may."""
+    inside = [name for name, module in unwrap(model).named_modules() if name and injection_of(module) is not None]
+    if inside:
+        todo = f"what holds it is {' and '.join(repr(name) for name in inside)}: give that module"
+    return ValueError(f"{type(unwrap(model)).__name__} holds no QuAC and no prior; {todo}")
+
+
 def inject(
     model: nn.Module, config: QuACConfig | PriorConfig | None = None, example: Tensor | None = None
 ) -> nn.Module:
@@ -359,7 +367,7 @@ def remove(model: nn.Module) -> nn.Module:
     """
     record = injection_of(model)
     if record is None:
-        raise ValueError(f"{type(model).__name__} holds no QuAC; nothing to remove")
+        raise nothing_inside(model, "nothing to remove")
     whole, model = model, unwrap(model)
     if record.prior is not None:
         take_prior(model)
