@@ -6,7 +6,6 @@ import torch
 import quac_plugins as quac
 from quac_plugins.detectron2 import with_activations
 
-
 FASTER_RCNN = "faster_rcnn_R_50_FPN_qacon"
 
 
@@ -43,7 +42,8 @@ def test_a_backbones_adapter_goes_to_the_hub_and_back(changes, config, build, in
         assert torch.equal(again.state_dict()[name], tensor), name
     assert all(map(torch.equal, outputs(again, inputs), outputs(model, inputs)))
     card = hub.files("me/detector")["README.md"].decode()
-    assert "detectron2.modeling.backbone.fpn.FPN" in card and "timm" not in card
+    assert "detectron2.modeling.backbone.fpn.FPN" in card
+    assert "timm" not in card
 
 
 def test_it_also_goes_into_detectron2s_own_backbone(config, build, inputs, hub):
