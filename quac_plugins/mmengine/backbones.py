@@ -12,7 +12,7 @@ from torch import nn
 from quac_plugins.core.inject import PriorConfig, QuACConfig, inject
 from quac_plugins.core.quality.tap import QualityTap
 from quac_plugins.mmengine.building import GIVEN_ORDER, example_of
-from quac_plugins.mmengine.checking import options_of
+from quac_plugins.mmengine.checking import SiteError, options_of
 
 
 def build_quac_backbone(backbone: Any, quac: Any = None, prior: Any = None) -> nn.Module:
@@ -29,7 +29,8 @@ def build_quac_backbone(backbone: Any, quac: Any = None, prior: Any = None) -> n
         The backbone itself, so that names of parameters, and with them checkpoints, stay what they are.
 
     Raises:
-        ValueError: an option is not known, or a site is not there.
+        ValueError: an option is not known, or a site is not there. In a model that is built from a config the message
+            begins with its path.
     """
     configs = [
         options_of(cls, {"norm": "layer", **given} if cls is QuACConfig and isinstance(given, Mapping) else given, path)
@@ -38,12 +39,13 @@ def build_quac_backbone(backbone: Any, quac: Any = None, prior: Any = None) -> n
     ]
     model = backbone if isinstance(backbone, nn.Module) else MODELS.build(backbone)
     for config in configs:
-        key = "quac.where" if isinstance(config, QuACConfig) else "prior.site"
+        of_quac = isinstance(config, QuACConfig)
+        given, key = (quac, "where") if of_quac else (prior, "site")
         try:
             inject(model, config, example_of(model))
         except ValueError as error:
-            raise ValueError(f"{key}: {error}") from error
-        _note_order(model, quac if isinstance(config, QuACConfig) else prior)
+            raise SiteError(key, given, str(error)) from error
+        _note_order(model, given)
     model.train(model.training)  # stages that the backbone freezes in train() are frozen before an optimizer is built
     return model
 

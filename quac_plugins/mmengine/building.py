@@ -22,7 +22,7 @@ from quac_plugins.core.inject.trace import Trace, trace
 from quac_plugins.core.quality.table import resolve_quality
 from quac_plugins.core.quality.tap import QualityTap
 from quac_plugins.mmengine.activations import PlannedActivation, plan_of
-from quac_plugins.mmengine.checking import check_config
+from quac_plugins.mmengine.checking import SiteError, check_config, path_of
 from quac_plugins.mmengine.preprocessing import listen_to, normalization_of, note_config, prepares_images
 
 _MARK = "_quac_looks_over"
@@ -53,6 +53,10 @@ def look_over_models() -> None:
         _depth.value += 1
         try:
             built = original(self, cfg, *args, **kwargs)
+        except SiteError as error:
+            if _depth.value > 1:
+                raise
+            raise ValueError(f"{path_of(cfg, error.given, 'model') or 'model'}.{error.key}: {error}") from error
         finally:
             _depth.value -= 1
         note_config(built, cfg)

@@ -18,6 +18,28 @@ HOLDERS = ("QuACBackbone", "QuACResNet", "DegradationPrior")
 _FUNCTIONS = ("build_quac_backbone", "build_quac_resnet", "build_prior_backbone")  # as new configs name them
 
 
+class SiteError(ValueError):
+    """A site that the backbone does not have; ``given`` are the options that ask for it, ``key`` says which of them."""
+
+    def __init__(self, key: str, given: Any, message: str):
+        super().__init__(message)
+        self.key, self.given = key, given
+
+
+def path_of(cfg: Any, given: Any, path: str) -> str | None:
+    """Where in a config the options ``given`` are; None if nowhere."""
+    if isinstance(cfg, Mapping):
+        options = {key: value for key, value in cfg.items() if key not in ("type", "backbone", "_scope_")}
+        if isinstance(given, Mapping) and given in (cfg, options):
+            return path
+        parts = [(f"{path}.{key}", value) for key, value in cfg.items()]
+    elif isinstance(cfg, Sequence) and not isinstance(cfg, str):
+        parts = [(f"{path}[{index}]", value) for index, value in enumerate(cfg)]
+    else:
+        return None
+    return next((found for at, value in parts if (found := path_of(value, given, at)) is not None), None)
+
+
 def check_config(cfg: Any, path: str) -> None:
     """Look through a config for what is ours.
 

@@ -1,5 +1,7 @@
 """QuACBackbone, QuACResNet, DegradationPrior: the host itself at the start, under its own names."""
 
+import re
+
 import pytest
 import torch
 from mmengine.registry import DefaultScope
@@ -82,11 +84,17 @@ def test_an_error_begins_with_its_path_and_nothing_is_built(backbone, message, c
         MODELS.build(classifier(backbone=backbone))
 
 
-@pytest.mark.parametrize(("key", "option"), [("quac", "where"), ("prior", "site")])
-def test_a_site_that_is_not_there(key, option, classifier):
-    cfg = classifier(backbone={"type": "QuACResNet", "depth": 18, key: {option: "layer9.*"}})
-    with pytest.raises(ValueError, match=rf"{key}\.{option}: .*layer9"):
-        MODELS.build(cfg)
+@pytest.mark.parametrize(
+    ("backbone", "path"),
+    [
+        ({"type": "QuACResNet", "depth": 18, "quac": {"where": "layer9.*"}}, "quac.where"),
+        ({"type": "QuACResNet", "depth": 18, "quac": {}, "prior": {"site": "layer9.*"}}, "prior.site"),
+        ({"type": "DegradationPrior", "backbone": {"type": "ResNet", "depth": 18}, "site": "layer9.*"}, "site"),
+    ],
+)
+def test_a_site_that_is_not_there_is_named_with_its_path(backbone, path, classifier):
+    with pytest.raises(ValueError, match=rf"^model\.backbone\.{re.escape(path)}: .*layer9"):
+        MODELS.build(classifier(backbone=backbone))
 
 
 @pytest.mark.parametrize("name", ["BRISQUE", "BRISQUETone"])
