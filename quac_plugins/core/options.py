@@ -83,6 +83,7 @@ class QualityOptions:
     channel_order: str
     quality_grad: bool
     quality_channels: int | None
+    tap: str = "image"
 
     def check_quality(self) -> None:
         """ValueError or TypeError for a value that cannot be."""

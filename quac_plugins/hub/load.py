@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from quac_plugins.core.inject.adapter import WEIGHTS_NAME, load_adapter_folder
+from quac_plugins.core.inject.example import Example
 from quac_plugins.hub.fetch import fetch
 from quac_plugins.hub.published import find_published
 from quac_plugins.hub.verify import refuse_pickles
@@ -49,7 +50,7 @@ def load_adapter(
     source: str | Path,
     revision: str | None = None,
     check_host: bool = True,
-    example: Tensor | None = None,
+    example: Example | None = None,
 ) -> nn.Module:
     """Put a saved adapter into a host, or its parameters into a host that already holds the same.
 

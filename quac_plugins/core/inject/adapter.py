@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from quac_plugins.core.activations.driver import EXPANSIONS
 from quac_plugins.core.hooks import PRIOR_NAME
 from quac_plugins.core.inject.config import QuACConfig
+from quac_plugins.core.inject.example import Example
 from quac_plugins.core.inject.fingerprint import describe_host, same_weights
 from quac_plugins.core.inject.sites import Site
 from quac_plugins.core.inject.surgery import (
@@ -167,7 +168,7 @@ class _Saved:
 
 
 def load_adapter_folder(
-    model: nn.Module, folder: Path, check_host: bool = True, example: Tensor | None = None
+    model: nn.Module, folder: Path, check_host: bool = True, example: Example | None = None
 ) -> nn.Module:
     """See :func:`quac_plugins.load_adapter`; from a local folder."""
     saved = _read_config(folder / CONFIG_NAME)
@@ -220,7 +221,7 @@ def _holds(model: nn.Module, config: QualityOptions) -> bool:
 
 
 def _make_room(
-    model: nn.Module, saved: _Saved, state: dict[str, Tensor], example: Tensor | None
+    model: nn.Module, saved: _Saved, state: dict[str, Tensor], example: Example | None
 ) -> Callable[[], object]:
     """Put what the adapter holds into a host that holds nothing yet, or a prior that is as it was created.
 
@@ -259,7 +260,7 @@ def _same_prior(saved: _Saved, here: PriorInjection) -> bool:
     return names[0] == names[1] and not _prior_differences(saved.prior, here.config)
 
 
-def _inject_prior(model: nn.Module, saved: _Saved, state: dict[str, Tensor], example: Tensor | None) -> None:
+def _inject_prior(model: nn.Module, saved: _Saved, state: dict[str, Tensor], example: Example | None) -> None:
     """At the adapter's own sites: a rule such as "auto" is not asked twice."""
     assert saved.prior is not None
     known = dict(unwrap(model).named_modules())
@@ -358,6 +359,8 @@ def _differences(there: QuACConfig, here: QuACConfig) -> list[str]:
     fields = ["activation", "init"]
     if here.is_driven:
         fields += ["norm", "reduction"]
+    if here.activation_class.needs_quality:
+        fields.append("tap")
     return _compare(there, here, fields, here.activation_class.needs_quality)
 
 

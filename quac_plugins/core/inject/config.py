@@ -36,6 +36,8 @@ class QuACConfig(QualityOptions):
         quality_channels: Q of a callable ``quality``; measured when None.
         expand_q: what an activation does with a batch that is a multiple of q's where tracing the host did not show it:
             ``"error"``, ``"interleave"`` or ``"tile"``.
+        tap: ``"image"``, q is computed from the images that enter the host; or ``"given"``, the host sees latents or
+            noisy samples, so q always comes from the caller (:func:`quality_of`, a pipeline) and never from these.
 
     Raises:
         ValueError: a value is not known; the message lists those that are.
@@ -57,12 +59,14 @@ class QuACConfig(QualityOptions):
     quality_grad: bool = False
     quality_channels: int | None = None
     expand_q: str = "error"
+    tap: str = "image"
 
     def __post_init__(self) -> None:
         resolve_activation(self.activation)
         one_of("init", self.init, INITS)
         one_of("norm", self.norm, NORMS)
         one_of("expand_q", self.expand_q, EXPANSIONS)
+        one_of("tap", self.tap, ["image", "given"])
         whole_number("reduction", self.reduction, 1, 4096)
         if not isinstance(self.where, str) and isinstance(self.where, Sequence):
             self.where = list(self.where)

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections import Counter
 from types import FunctionType
 
-from torch import Tensor, nn
+from torch import nn
 
 from quac_plugins.core.hooks import PRIOR_NAME, add_prior_hook, prior_hook, remove_hooks
+from quac_plugins.core.inject.example import Example
 from quac_plugins.core.inject.trace import Trace, trace
 
 _CHILDREN = {"children", "named_children", "_modules"}  # how a module's code names them
@@ -46,7 +47,7 @@ def leave_out(model: nn.Module, seen: Trace) -> None:
             seen.others[name] = "runs its children by itself, and would run one more"
 
 
-def let_chains_run(model: nn.Module, names: list[str], example: Tensor | None) -> None:
+def let_chains_run(model: nn.Module, names: list[str], example: Example | None) -> None:
     """Take the prior's hook off modules that turn out to run it already.
 
     Raises:

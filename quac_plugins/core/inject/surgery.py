@@ -24,6 +24,7 @@ from quac_plugins.core.hooks import (
 )
 from quac_plugins.core.inject.config import QuACConfig
 from quac_plugins.core.inject.containers import leave_out, let_chains_run, note_chain, runs_children
+from quac_plugins.core.inject.example import Example
 from quac_plugins.core.inject.sites import Site, find_sites
 from quac_plugins.core.inject.tapping import tap_for, untap
 from quac_plugins.core.inject.trace import Trace, trace
@@ -142,7 +143,7 @@ def nothing_inside(model: nn.Module, todo: str) -> ValueError:
 
 
 def inject(
-    model: nn.Module, config: QuACConfig | PriorConfig | None = None, example: Tensor | None = None
+    model: nn.Module, config: QuACConfig | PriorConfig | None = None, example: Example | None = None
 ) -> nn.Module:
     """Put quality-adaptive activations, or a degradation prior, into a host, in place.
 
@@ -152,7 +153,8 @@ def inject(
         model: any network on images (B, C, H, W).
         config: what and where; see :class:`QuACConfig` and :class:`PriorConfig`.
         example: images as the host gets them, used for their shape alone; needed when the host takes other sizes than
-            its ``pretrained_cfg`` says, or than (B, 3, 224, 224).
+            its ``pretrained_cfg`` says, or than (B, 3, 224, 224). For a host that takes more than images its arguments,
+            the images first: a tuple ``(images, timestep)``, or a dict by name.
 
     Returns:
         The model.
@@ -174,9 +176,6 @@ def inject(
     config = config if config is not None else QuACConfig()
     if not isinstance(config, (QuACConfig, PriorConfig)):
         raise TypeError(f"config must be a QuACConfig or a PriorConfig, got {type(config).__name__}")
-    if example is not None and (not isinstance(example, Tensor) or example.ndim != 4):
-        got = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
-        raise ValueError(f"example must be a tensor of images (B, C, H, W), got {got}")
     whole, model = model, unwrap(model)
     there = injection_of(model)
     holds = there is not None and (there.config if isinstance(config, QuACConfig) else there.prior)

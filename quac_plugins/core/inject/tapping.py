@@ -25,13 +25,21 @@ def tap_for(
     """
     if quality is None or seen.tap is None:
         return None, _nothing
-    mean, std = _normalization(model, config, seen.in_chans)
+    given = config.tap == "given"
+    mean, std = _normalization(model, config, seen.in_chans) if not given else (None, None)
     at = seen.tap
     layer = model.get_submodule(at)
     for name in TAP_HOOKS:
         there = layer._modules.get(name)
-        if isinstance(there, QualityTap) and (there.quality, there.mean, there.std, there.channel_order) == (
+        if isinstance(there, QualityTap) and (
+            there.quality,
+            there.given_only,
+            there.mean,
+            there.std,
+            there.channel_order,
+        ) == (
             quality,
+            given,
             tuple(mean) if mean is not None else None,
             tuple(std) if std is not None else None,
             config.channel_order,
@@ -40,7 +48,7 @@ def tap_for(
     context = QualityContext(quality.channels, at)
     device = next((p.device for p in model.parameters() if p.is_floating_point()), torch.device("cpu"))
     with torch.device(device):
-        tap = QualityTap(quality, context, at, seen.in_chans, mean, std, config.channel_order)
+        tap = QualityTap(quality, context, at, seen.in_chans, mean, std, config.channel_order, given)
     own_name = PRIOR_TAP_NAME if isinstance(config, PriorConfig) else TAP_NAME
 
     def attach() -> None:

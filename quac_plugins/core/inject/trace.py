@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from quac_plugins.core.activations.base import ChannelActivation
 from quac_plugins.core.activations.hosts import is_activation
 from quac_plugins.core.hooks import TAP_HOOKS
+from quac_plugins.core.inject.example import Arguments, Example, arguments_of
 from quac_plugins.core.quality.context import contexts_of, quality_given
 
 OURS = "quac_"  # in the names of modules that were put in, which are no part of the host
@@ -243,42 +244,47 @@ def _describe(x: Tensor, batch: int) -> Call | None:
     return Call(tuple(x.shape), channel_dim, x.shape[channel], label.kernel or 0, label.batch, fold)
 
 
-def trace(model: nn.Module, example: Tensor | None = None) -> Trace:
+def trace(model: nn.Module, example: Example | None = None) -> Trace:
     """Run a host once on fake tensors and tell what its activations see.
 
     Args:
         model: the host; neither its parameters nor its buffers nor its modes change.
-        example: images (B, C, H, W) as the host gets them; by default the host's own input size, or (1, 3, 224, 224).
+        example: images (B, C, H, W) as the host gets them, or its arguments that begin with them; by default the host's
+            own input size, or (1, 3, 224, 224).
 
     Raises:
         RuntimeError: the host does not run on such images; the message says how to give better ones.
     """
-    images = example[:1] if example is not None else torch.empty(1, *_input_size(model))
-    first = next(model.parameters(), None)
-    if first is not None and first.is_floating_point():
-        images = images.to(dtype=first.dtype, device=first.device)
+    given = arguments_of(example, lambda: _input_size(model))
+    one = given.of_batch(1, model, lambda tensor, shape: tensor[:1])
+    images = one.images
     try:
         with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            fake = mode.from_tensor(images).new_empty(_BATCH, *images.shape[1:])
-            return _run(model, fake, _BATCH)
+            many = one.of_batch(_BATCH, model, lambda tensor, shape: mode.from_tensor(tensor).new_empty(shape))
+            return _run(model, many, _BATCH)
     except Exception as fake_error:
         if images.is_meta:
-            raise RuntimeError(_cannot_run(model, images, fake_error)) from fake_error
+            raise RuntimeError(_cannot_run(model, one, fake_error)) from fake_error
         try:
             # a host that decides by the values of its tensors cannot run on fake ones
             with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
-                return _run(copy.deepcopy(model), torch.rand(2, *images.shape[1:]).to(images), 2)
+                return _run(copy.deepcopy(model), one.of_batch(2, model, _random), 2)
         except Exception as error:
-            raise RuntimeError(_cannot_run(model, images, error)) from error
+            raise RuntimeError(_cannot_run(model, one, error)) from error
 
 
-def _cannot_run(model: nn.Module, images: Tensor, error: Exception) -> str:
+def _random(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.rand(shape).to(tensor) if tensor.is_floating_point() else tensor.expand(shape).clone()
+
+
+def _cannot_run(model: nn.Module, given: Arguments, error: Exception) -> str:
+    beside = "alone" if given.alone else "and the other arguments of the example"
     reason = (str(error).splitlines() or [""])[0]
     return (
-        f"{type(model).__name__} does not run on images of shape {tuple(images.shape)} alone, so its activations "
-        f"cannot be found ({type(error).__name__}: {reason}). Give images it takes: inject(model, config, "
-        "example=torch.rand(1, C, H, W)). A host that takes more than images: inject the part of it that takes them, "
-        "or a module around it that supplies the rest"
+        f"{type(model).__name__} does not run on images of shape {tuple(given.images.shape)} {beside}, so its "
+        f"activations cannot be found ({type(error).__name__}: {reason}). Give images it takes: inject(model, config, "
+        "example=torch.rand(1, C, H, W)). A host that takes more than images: give all its arguments, the images first "
+        "(example=(images, timestep, …)), or inject the part of it that takes images alone"
     )
 
 
@@ -312,7 +318,8 @@ def _input_size(model: nn.Module) -> tuple[int, int, int]:
     return chans, height, width
 
 
-def _run(model: nn.Module, images: Tensor, batch: int) -> Trace:
+def _run(model: nn.Module, given: Arguments, batch: int) -> Trace:
+    images = given.images
     images._quac_label = _Label(batch=0, channel=1)  # type: ignore[attr-defined]
     result = Trace(in_chans=images.shape[1], image_size=(images.shape[2], images.shape[3]))
     names = {id(module): name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
@@ -360,6 +367,8 @@ def _run(model: nn.Module, images: Tensor, batch: int) -> Trace:
         with _evaluating(model), torch.no_grad(), labels, quality_given(nothing), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
+                if not given.alone:
+                    raise TypeError("it takes more than images")
                 features = model.forward_features(images)  # type: ignore[operator]
                 result.last = _backbone_output(features, outputs, batch)
                 end = model.forward_head(features)  # type: ignore[operator]
@@ -367,7 +376,7 @@ def _run(model: nn.Module, images: Tensor, batch: int) -> Trace:
                 result.features, result.others, labels.layers = [], {}, 0
                 while running:
                     running.pop().end(labels)
-                end = model(images)
+                end = given.call(model)
     finally:
         for handle in handles:
             handle.remove()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from quac_plugins.core.hooks import TAP_HOOKS, TAP_NAME, remove_hooks
 from quac_plugins.core.precision import full_precision
-from quac_plugins.core.quality.context import QualityContext
+from quac_plugins.core.quality.context import QualityContext, QualityError
 from quac_plugins.core.quality.padding import quality_of_each, sizes_of
 from quac_plugins.core.quality.table import QualityFunction
 
@@ -30,6 +30,7 @@ class QualityTap(nn.Module):
         mean, std: the normalization the host's images come with, per channel; undone before the quality function.
             None: the images are in [0, 1].
         channel_order: ``"rgb"`` or ``"bgr"``, the order of the host's images.
+        given_only: what enters the layer is no image but a latent or a noisy sample: q must be given.
     """
 
     _is_impure = True  # torch.fx: a call without users that must stay
@@ -43,6 +44,7 @@ class QualityTap(nn.Module):
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         channel_order: str = "rgb",
+        given_only: bool = False,
     ):
         super().__init__()
         self.quality = quality
@@ -52,6 +54,7 @@ class QualityTap(nn.Module):
         self.mean = tuple(mean) if mean is not None else None
         self.std = tuple(std) if std is not None else None
         self.channel_order = channel_order
+        self.given_only = given_only
         self._range_checked = mean is not None
 
     def extra_repr(self) -> str:
@@ -85,12 +88,19 @@ class QualityTap(nn.Module):
         if self.context.resume(images, self.layer):
             return
         q = self.context.given_q()
+        if q is None and self.given_only:
+            raise QualityError(
+                f"layer {self.layer!r} sees no degraded images but what is made of them, so the quality features must "
+                "be given: call the network through its pipeline, or `with quac_plugins.quality_of(model, q): …` with "
+                f"q of shape (B, {self.context.channels}) of the degraded images"
+            )
         if q is None:
             with full_precision(images):
                 q = quality_of_each(self.quality, self.to_rgb(images), sizes_of(images))
         elif q.shape[0] != images.shape[0]:
             raise ValueError(
-                f"layer {self.layer!r}: the given q has batch {q.shape[0]}, the images have batch {images.shape[0]}"
+                f"layer {self.layer!r}: the given q has batch {q.shape[0]}, the images have batch {images.shape[0]}; "
+                "where each image stands for several rows, give its q for each of them"
             )
         self.context.begin(q, images)
 
