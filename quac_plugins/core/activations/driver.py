@@ -15,9 +15,9 @@ from quac_plugins.core.activations.base import ChannelActivation
 from quac_plugins.core.activations.reference import global_average, per_channel
 from quac_plugins.core.precision import full_precision
 from quac_plugins.core.quality.context import QualityError
+from quac_plugins.core.quality.rows import EXPANSIONS, can_expand, expand_rows
 
 NORMS = ("batch", "layer", "group", "none")
-EXPANSIONS = ("error", "interleave", "tile")
 
 
 def make_norm(norm: str, width: int) -> nn.Module:
@@ -137,16 +137,13 @@ class DrivenActivation(ChannelActivation):
                 f"layer {self.layer!r} expects quality features (B, {self.quality_channels}), got {tuple(q.shape)}"
             )
         rows, images = x.shape[0], q.shape[0]
-        if rows == images:
-            return q
-        if self.expand_q == "error" or images == 0 or rows % images:
+        if not can_expand(images, rows, self.expand_q):
             raise QualityError(
                 f"layer {self.layer!r} got {rows} rows (x {tuple(x.shape)}) but quality features of {images} images "
                 f"(q {tuple(q.shape)}). If every image stands for {max(rows // max(images, 1), 1)} rows, say in which "
                 "order: expand_q='interleave' (rows of one image together) or 'tile' (the batch repeated)"
             )
-        times = rows // images
-        return q.repeat_interleave(times, dim=0) if self.expand_q == "interleave" else q.repeat(times, 1)
+        return expand_rows(q, rows, self.expand_q)
 
     def extra_repr(self) -> str:
         """Adds Q, the hidden width and the norm."""

@@ -58,4 +58,6 @@ def is_activation(module: nn.Module) -> bool:
         >>> is_activation(nn.ReLU6()), is_activation(nn.Sigmoid())
         (True, False)
     """
-    return type(module).__name__ in HOST_ACTIVATIONS
+    # a projection with its activation may bear the name of the latter, as diffusers' GELU does
+    leaf = all(name.startswith("quac_") for name in module._modules)
+    return leaf and type(module).__name__ in HOST_ACTIVATIONS

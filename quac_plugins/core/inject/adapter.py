@@ -21,7 +21,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from quac_plugins.core.activations.driver import EXPANSIONS
 from quac_plugins.core.hooks import PRIOR_NAME
 from quac_plugins.core.inject.config import QuACConfig
 from quac_plugins.core.inject.example import Example
@@ -44,6 +43,7 @@ from quac_plugins.core.prior.fdm import FDM, LAYOUTS
 from quac_plugins.core.prior.routed import Gate
 from quac_plugins.core.prior.sites import PriorSite
 from quac_plugins.core.quality.context import QualityContext
+from quac_plugins.core.quality.rows import EXPANSIONS
 from quac_plugins.core.quality.table import resolve_quality
 
 CONFIG_NAME = "adapter_config.json"

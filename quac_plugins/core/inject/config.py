@@ -9,8 +9,9 @@ from torch import Tensor
 
 from quac_plugins.core.activations import ACTIVATIONS, ChannelActivation, DrivenActivation, resolve_activation
 from quac_plugins.core.activations.base import INITS
-from quac_plugins.core.activations.driver import EXPANSIONS, NORMS
+from quac_plugins.core.activations.driver import NORMS
 from quac_plugins.core.options import QualityOptions, one_of, pattern_list, whole_number
+from quac_plugins.core.quality.rows import EXPANSIONS
 
 
 @dataclass
@@ -37,7 +38,8 @@ class QuACConfig(QualityOptions):
         expand_q: what an activation does with a batch that is a multiple of q's where tracing the host did not show it:
             ``"error"``, ``"interleave"`` or ``"tile"``.
         tap: ``"image"``, q is computed from the images that enter the host; or ``"given"``, the host sees latents or
-            noisy samples, so q always comes from the caller (:func:`quality_of`, a pipeline) and never from these.
+            noisy samples, so q always comes from the caller (:func:`quality_of`, a pipeline) and never from these. A
+            batch that is a multiple of the given q's is expanded as ``expand_q`` says.
 
     Raises:
         ValueError: a value is not known; the message lists those that are.

@@ -29,9 +29,10 @@ def describe_host(model: nn.Module) -> dict[str, Any]:
     model = unwrap(model)
     cfg = getattr(model, "pretrained_cfg", None) or {}
     name = cfg.get("architecture") if isinstance(cfg, dict) else None
+    cls = getattr(model, "host_class", type(model))  # a door's class of hosts with QuAC inside names that of the host
     return {
-        "architecture": base_name(name) if isinstance(name, str) and name else type(model).__name__,
-        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "architecture": base_name(name) if isinstance(name, str) and name else cls.__name__,
+        "class": f"{cls.__module__}.{cls.__qualname__}",
         "tag": cfg.get("tag") if isinstance(cfg, dict) else None,
         "fingerprint": fingerprint(model),
     }

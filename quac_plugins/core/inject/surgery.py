@@ -93,6 +93,7 @@ class Injection:
         attributes: attributes of the host that a door has rewritten, as they were; :func:`remove` restores them.
         added: attributes that a door has added; :func:`remove` deletes them.
         changed: what a door does when other things have been put in than those it asked for.
+        removed: what a door does when all has been taken out.
     """
 
     config: QuACConfig | None = None
@@ -104,6 +105,7 @@ class Injection:
     attributes: dict[str, Any] = field(default_factory=dict)
     added: list[str] = field(default_factory=list)
     changed: Callable[[nn.Module], None] | None = None
+    removed: Callable[[nn.Module], None] | None = None
 
     def prefixes(self) -> tuple[str, ...]:
         """State-dict prefixes of what was put in."""
@@ -382,6 +384,8 @@ def remove(model: nn.Module) -> nn.Module:
     for name in record.added:
         delattr(model, name)
     model.__dict__.pop(_RECORD, None)  # without activations the prior took it along
+    if record.removed is not None:
+        record.removed(model)
     return whole
 
 

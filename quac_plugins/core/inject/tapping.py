@@ -25,15 +25,15 @@ def tap_for(
     """
     if quality is None or seen.tap is None:
         return None, _nothing
-    given = config.tap == "given"
-    mean, std = _normalization(model, config, seen.in_chans) if not given else (None, None)
+    given = getattr(config, "expand_q", "error") if config.tap == "given" else None
+    mean, std = _normalization(model, config, seen.in_chans) if given is None else (None, None)
     at = seen.tap
     layer = model.get_submodule(at)
     for name in TAP_HOOKS:
         there = layer._modules.get(name)
         if isinstance(there, QualityTap) and (
             there.quality,
-            there.given_only,
+            there.given,
             there.mean,
             there.std,
             there.channel_order,

@@ -15,6 +15,7 @@ from quac_plugins.core.hooks import TAP_HOOKS, TAP_NAME, remove_hooks
 from quac_plugins.core.precision import full_precision
 from quac_plugins.core.quality.context import QualityContext, QualityError
 from quac_plugins.core.quality.padding import quality_of_each, sizes_of
+from quac_plugins.core.quality.rows import can_expand, expand_rows
 from quac_plugins.core.quality.table import QualityFunction
 
 
@@ -30,7 +31,8 @@ class QualityTap(nn.Module):
         mean, std: the normalization the host's images come with, per channel; undone before the quality function.
             None: the images are in [0, 1].
         channel_order: ``"rgb"`` or ``"bgr"``, the order of the host's images.
-        given_only: what enters the layer is no image but a latent or a noisy sample: q must be given.
+        given: what enters the layer is no image but a latent or a noisy sample: q must be given. This is how its rows
+            are expanded, ``"error"``, ``"interleave"`` or ``"tile"``; None: q is computed.
     """
 
     _is_impure = True  # torch.fx: a call without users that must stay
@@ -44,7 +46,7 @@ class QualityTap(nn.Module):
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         channel_order: str = "rgb",
-        given_only: bool = False,
+        given: str | None = None,
     ):
         super().__init__()
         self.quality = quality
@@ -54,7 +56,7 @@ class QualityTap(nn.Module):
         self.mean = tuple(mean) if mean is not None else None
         self.std = tuple(std) if std is not None else None
         self.channel_order = channel_order
-        self.given_only = given_only
+        self.given = given
         self._range_checked = mean is not None
 
     def extra_repr(self) -> str:
@@ -88,7 +90,7 @@ class QualityTap(nn.Module):
         if self.context.resume(images, self.layer):
             return
         q = self.context.given_q()
-        if q is None and self.given_only:
+        if q is None and self.given is not None:
             raise QualityError(
                 f"layer {self.layer!r} sees no degraded images but what is made of them, so the quality features must "
                 "be given: call the network through its pipeline, or `with quac_plugins.quality_of(model, q): …` with "
@@ -97,11 +99,13 @@ class QualityTap(nn.Module):
         if q is None:
             with full_precision(images):
                 q = quality_of_each(self.quality, self.to_rgb(images), sizes_of(images))
-        elif q.shape[0] != images.shape[0]:
+        elif not can_expand(q.shape[0], images.shape[0], self.given or "error"):
             raise ValueError(
                 f"layer {self.layer!r}: the given q has batch {q.shape[0]}, the images have batch {images.shape[0]}; "
                 "where each image stands for several rows, give its q for each of them"
             )
+        else:
+            q = expand_rows(q, images.shape[0], self.given or "error")
         self.context.begin(q, images)
 
     def mark(self, output: Tensor) -> None:

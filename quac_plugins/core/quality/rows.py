@@ -1,0 +1,33 @@
+"""Which row of q belongs to which row of a batch that holds every image several times."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+EXPANSIONS = ("error", "interleave", "tile")
+
+
+def can_expand(images: int, rows: int, how: str) -> bool:
+    """Whether q of so many images stands, under a policy, for a batch of so many rows."""
+    return rows == images or (how != "error" and images > 0 and rows % images == 0)
+
+
+def expand_rows(q: Tensor, rows: int, how: str) -> Tensor:
+    """q (B, Q) with a row for each of ``rows``.
+
+    Args:
+        q: of B images.
+        rows: a multiple of B.
+        how: ``"interleave"`` (the rows of one image lie together, as windows of an image do) or ``"tile"`` (the batch
+            is repeated whole, as classifier-free guidance does).
+
+    Example:
+        >>> import torch
+        >>> q = torch.tensor([[1.0], [2.0]])
+        >>> expand_rows(q, 4, "interleave").flatten().tolist(), expand_rows(q, 4, "tile").flatten().tolist()
+        ([1.0, 1.0, 2.0, 2.0], [1.0, 2.0, 1.0, 2.0])
+    """
+    if rows == len(q):
+        return q
+    times = rows // len(q)
+    return q.repeat_interleave(times, dim=0) if how == "interleave" else q.repeat(times, 1)

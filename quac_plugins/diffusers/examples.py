@@ -1,0 +1,45 @@
+"""What networks of diffusers are called with, as far as their configs tell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+
+
+def example_of(model: Any) -> dict[str, Any] | None:
+    """The arguments of a UNet, small ones; None for a network whose arguments only its user knows.
+
+    Example:
+        >>> unet = UNet2DModel(in_channels=4, block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2,
+        ...                    up_block_types=("UpBlock2D",) * 2)
+        >>> {name: getattr(value, "shape", value) for name, value in example_of(unet).items()}
+        {'sample': torch.Size([1, 4, 16, 16]), 'timestep': 1}
+    """
+    config = model.config
+    if not isinstance(model, (UNet2DModel, UNet2DConditionModel)):
+        return None
+    side = 8 * 2 ** (len(config.block_out_channels) - 1)
+    found: dict[str, Any] = {"sample": torch.zeros(1, config.in_channels, side, side), "timestep": 1}
+    if (labels := _labels(config)) is not None:
+        found["class_labels"] = labels
+    if isinstance(model, UNet2DConditionModel):
+        width = config.encoder_hid_dim or _first(config.cross_attention_dim)
+        found["encoder_hidden_states"] = torch.zeros(1, 4, width)
+        if config.addition_embed_type == "text_time":
+            text = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            found["added_cond_kwargs"] = {"text_embeds": torch.zeros(1, text), "time_ids": torch.zeros(1, 6)}
+    return found
+
+
+def _labels(config: Any) -> torch.Tensor | None:
+    if config.class_embed_type in ("projection", "simple_projection"):
+        return torch.zeros(1, config.projection_class_embeddings_input_dim)
+    if config.class_embed_type == "timestep" or (config.class_embed_type is None and config.num_class_embeds):
+        return torch.zeros(1, dtype=torch.long)
+    return None
+
+
+def _first(value: Any) -> int:
+    return value[0] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,239 @@
+"""Networks of diffusers with QuAC inside: ``QuACUNet2DModel`` for ``UNet2DModel``, and so for every other of them.
+
+A class keeps its host's arguments, parameter names and methods. Its config has one more entry, ``quac``, the options of
+:class:`quac_plugins.QuACConfig`; its ``forward`` one more argument, ``quality``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any, ClassVar
+
+import diffusers
+from diffusers import ModelMixin
+from diffusers.configuration_utils import FrozenDict
+from torch import Tensor, nn
+
+from quac_plugins.core.inject import QuACConfig, inject, injection_of
+from quac_plugins.core.inject.example import Example
+from quac_plugins.core.options import named, one_of
+from quac_plugins.core.quality.context import quality_of
+from quac_plugins.diffusers.blocks import with_activations
+from quac_plugins.diffusers.examples import example_of
+from quac_plugins.hub.load import load_adapter
+
+PREFIX = "QuAC"
+_DEFAULTS = {"norm": "layer"}  # batches are small, and one image must train
+_LOADING = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+class QuACMixin:
+    """What the networks with QuAC inside share; ``host_class`` is the network's own class."""
+
+    host_class: ClassVar[Any]
+
+    @classmethod
+    def from_host(cls, host: Any, quac: QuACConfig | Mapping[str, Any] | None = None, example: Any = None) -> Any:
+        """Put QuAC into a network of diffusers, in place: it becomes one of this class.
+
+        Args:
+            host: of ``host_class``; a subclass of it has a class of its own, see :func:`add_to_model`.
+            quac: options; by default those of :class:`QuACConfig` with ``norm="layer"``.
+            example: arguments the network takes, where they cannot be told from its config; see
+                :func:`quac_plugins.inject`.
+
+        Raises:
+            TypeError: the host is of another class.
+            ValueError: an option is not known, or a site is not there.
+        """
+        if type(host) is not cls.host_class:
+            raise TypeError(f"{cls.__name__}.from_host needs a {cls.host_class.__name__}, got {type(host).__name__}")
+        config = options_of(quac)  # before anything is changed
+        with cls._of(host):
+            host._put_in(config, example)
+        return host
+
+    @classmethod
+    def from_adapter(cls, host: Any, source: Any, revision: str | None = None, example: Any = None) -> Any:
+        """Put into a network of diffusers, in place, what :func:`quac_plugins.save_adapter` saved of one.
+
+        Args:
+            host, example: as of :meth:`from_host`.
+            source, revision: see :func:`quac_plugins.load_adapter`.
+        """
+        with cls._of(host):
+            example = example if example is not None else example_of(host)
+            load_adapter(with_activations(host), source, revision=revision, example=example)
+            host._note()
+        return host
+
+    @classmethod
+    @contextmanager
+    def _of(cls, host: Any) -> Iterator[None]:
+        """Make a network one of this class; on an error it is what it was."""
+        was, host.__class__ = host.__class__, cls
+        try:
+            yield
+        except BaseException:
+            host.__class__ = was
+            raise
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, quac: Any = None, **kwargs: Any) -> Any:
+        """Load a network that :meth:`save_pretrained` wrote, or one of the host's class, which gets QuAC inside.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or ``"org/name"`` on the Hub.
+            quac: options for a network that was saved without QuAC.
+            **kwargs: of ``ModelMixin.from_pretrained``: ``subfolder``, ``variant``, ``torch_dtype``, ``revision``, …
+
+        Raises:
+            ValueError: ``quac`` for a network that holds QuAC already.
+        """
+        loading = {key: value for key, value in kwargs.items() if key in _LOADING}
+        config: Any = cls.load_config(pretrained_model_name_or_path, **loading)  # type: ignore[attr-defined]
+        if "quac" not in config:
+            host: Any = cls.host_class
+            return cls.from_host(host.from_pretrained(pretrained_model_name_or_path, **kwargs), quac)
+        if quac is not None:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} was saved with QuAC inside ({config['quac']}); load it without quac="
+            )
+        return _aligned(super().from_pretrained(pretrained_model_name_or_path, **kwargs))  # type: ignore[misc]
+
+    def _put_in(self: Any, quac: QuACConfig | Mapping[str, Any] | None, example: Example | None = None) -> None:
+        config = options_of(quac)
+        with_activations(self)
+        with named("quac.where"):
+            inject(self, config, example if example is not None else example_of(self))
+        self._note()
+
+    def _note(self: Any) -> None:
+        """Write into the config what is inside; and when it is taken out, be the host again."""
+        record = injection_of(self)
+        assert record is not None
+        assert record.config is not None
+        self.register_to_config(quac=record.config.to_dict())
+        record.removed = _be_host
+
+
+def _be_host(model: Any) -> None:
+    """Without QuAC inside a network is one of its host's class."""
+    model.__class__ = model.host_class
+    model._internal_dict = FrozenDict({key: value for key, value in model.config.items() if key != "quac"})
+
+
+def _aligned(loaded: Any) -> Any:
+    """Parameters where an allocator would have put them; ``loaded`` is a network, or a tuple that begins with it.
+
+    diffusers leaves them in the file's mapped memory, at any multiple of 4 bytes, and the kernels of small layers round
+    otherwise there: a loaded network would not equal the saved one to the last bit.
+    """
+    model: nn.Module = loaded[0] if isinstance(loaded, tuple) else loaded
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
+    return loaded
+
+
+def options_of(quac: QuACConfig | Mapping[str, Any] | None) -> QuACConfig:
+    """Options as a config; q is always given to a network of diffusers, which sees latents or noisy samples.
+
+    Raises:
+        ValueError: an option is not known, or its value cannot be; the message begins with ``quac``.
+    """
+    if isinstance(quac, QuACConfig):
+        quac = {field.name: getattr(quac, field.name) for field in fields(quac)}
+    if quac is not None and not isinstance(quac, Mapping):
+        raise ValueError(f"quac: must be a dict of options of QuACConfig, got {quac!r}")
+    known = [field.name for field in fields(QuACConfig)]
+    for key in quac or ():
+        with named(f"quac.{key}"):
+            one_of("option", key, known)
+    with named("quac"):
+        return QuACConfig(**{**_DEFAULTS, **(quac or {}), "tap": "given"})
+
+
+@functools.cache
+def quac_class(host: Any) -> Any:
+    """The class of networks like those of ``host``, with QuAC inside.
+
+    Raises:
+        TypeError: it is no model of diffusers.
+
+    Example:
+        >>> from diffusers import UNet2DModel
+        >>> quac_class(UNet2DModel).__name__
+        'QuACUNet2DModel'
+    """
+    if not _is_network(host):
+        raise TypeError(f"{getattr(host, '__name__', host)} is no model of diffusers")
+
+    def __init__(self: Any, *args: Any, quac: Any = None, **kwargs: Any) -> None:
+        host.__init__(self, *args, **kwargs)
+        self._put_in(quac)
+
+    def forward(self: Any, *args: Any, quality: Tensor | None = None, **kwargs: Any) -> Any:
+        if quality is None:
+            return host.forward(self, *args, **kwargs)
+        with quality_of(self, quality):
+            return host.forward(self, *args, **kwargs)
+
+    forward.__doc__ = f"""{host.__name__}.forward with the quality features.
+
+    Args:
+        quality: (B, Q) of the degraded images, a row for each row of the sample. Without them
+            ``with quac_plugins.quality_of(model, q)`` must be in force.
+    """
+    added = inspect.Parameter("quac", inspect.Parameter.KEYWORD_ONLY, default=None)
+    __init__.__signature__ = with_argument(host.__init__, added)  # type: ignore[attr-defined]
+    added = inspect.Parameter("quality", inspect.Parameter.KEYWORD_ONLY, default=None)
+    forward.__signature__ = with_argument(host.forward, added)  # type: ignore[attr-defined]
+    name = PREFIX + host.__name__
+    doc = f"{host.__name__} with QuAC inside; ``quac`` are options of :class:`quac_plugins.QuACConfig`."
+    body = {"__init__": __init__, "forward": forward, "host_class": host, "__module__": __name__, "__doc__": doc}
+    return type(name, (QuACMixin, host), body)
+
+
+def _is_network(host: Any) -> bool:
+    return isinstance(host, type) and issubclass(host, ModelMixin)
+
+
+def with_argument(function: Any, parameter: inspect.Parameter) -> inspect.Signature:
+    """The signature of a function with one more argument by name."""
+    signature = inspect.signature(function)
+    parameters = list(signature.parameters.values())
+    at = next((i for i, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_KEYWORD), len(parameters))
+    return signature.replace(parameters=[*parameters[:at], parameter, *parameters[at:]])
+
+
+def add_to_model(model: Any, quac: Any = None, example: Any = None) -> Any:
+    """Put QuAC into a network of diffusers, in place, whatever its class; see :meth:`QuACMixin.from_host`.
+
+    Example:
+        >>> from diffusers import UNet2DModel
+        >>> unet = UNet2DModel(block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2,
+        ...                    up_block_types=("UpBlock2D",) * 2)
+        >>> type(add_to_model(unet, {"where": "all"})).__name__
+        'QuACUNet2DModel'
+    """
+    if injection_of(model) is not None:
+        raise ValueError(f"{type(model).__name__} already holds QuAC; call quac_plugins.remove(model) first")
+    host: Any = type(model)
+    return quac_class(host).from_host(model, quac, example)
+
+
+def __getattr__(name: str) -> Any:
+    """``QuACNAME`` of every network NAME of diffusers."""
+    host = getattr(diffusers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    if not _is_network(host):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return quac_class(host)
+
+
+QuACUNet2DModel = quac_class(diffusers.UNet2DModel)
+QuACUNet2DConditionModel = quac_class(diffusers.UNet2DConditionModel)

@@ -1,0 +1,172 @@
+"""The restoration pipeline: degraded images → clean ones, in one step or a few, deterministic.
+
+The path is the straight line from the clean image x₀ to the degraded one y: x_t = (1 − t) x₀ + t y, so that its
+velocity is the degradation itself, v = y − x₀. The network sees x_t, t and the quality q of y, and predicts v. This is
+what diffusers' ``FlowMatchEulerDiscreteScheduler`` integrates, with y in the place of the noise, from t = 1 to 0: one
+step is x₀ = y − v. It is the bridge of InDI (Delbracio & Milanfar, 2023), and starts at the degraded image as DiffUIR,
+ResShift and SinSR do, which is why few steps suffice. The network is not shown y itself beside x_t: from both it could
+read v off without looking at the image, and more steps would do what one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from quac_plugins.core.inject import injection_of
+from quac_plugins.core.options import one_of, whole_number
+from quac_plugins.diffusers.images import OUTPUTS, Picture, give_back, pictures_of
+from quac_plugins.diffusers.tiles import tiled
+
+__all__ = ["QuACRestorationPipeline"]
+
+
+class QuACRestorationPipeline(DiffusionPipeline):
+    """Restores degraded images with a :class:`QuACUNet2DModel`.
+
+    Args:
+        unet: from (B, 3, H, W) in [−1, 1] to as many channels: the velocity. Also a plain ``UNet2DModel``, which is not
+            told the quality.
+        scheduler: ``FlowMatchEulerDiscreteScheduler``.
+        start_noise: standard deviation, in the scale [−1, 1], of the noise that is added to the degraded image at the
+            start, as in training; 0: the result is a function of the image alone.
+
+    Example:
+        >>> import numpy as np
+        >>> from quac_plugins.diffusers import QuACUNet2DModel
+        >>> unet = QuACUNet2DModel(block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2,
+        ...                        up_block_types=("UpBlock2D",) * 2, layers_per_block=1)
+        >>> pipe = QuACRestorationPipeline(unet, FlowMatchEulerDiscreteScheduler())
+        >>> pipe.set_progress_bar_config(disable=True)
+        >>> pipe(np.zeros((30, 50, 3)), num_inference_steps=2).images[0].size
+        (50, 30)
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ("sample", "quality")
+
+    def __init__(self, unet: Any, scheduler: FlowMatchEulerDiscreteScheduler, start_noise: float = 0.0):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(start_noise=start_noise)
+
+    def quality_of(self, images: Tensor) -> Tensor | None:
+        """The quality features of images (B, 3, H, W), RGB in [0, 1]: (B, Q), or None if the network reads none."""
+        record = injection_of(self.unet)
+        if record is None or record.quality is None:
+            return None
+        with torch.no_grad():
+            return record.quality(images)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Any,
+        num_inference_steps: int = 1,
+        quality: Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        tile_size: int = 512,
+        tile_overlap: int = 64,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any]] | None = None,
+        callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("sample",),
+    ) -> Any:
+        """Restore images.
+
+        Args:
+            image: degraded images: a PIL image, an array (B, H, W, C), a tensor (B, C, H, W), or a list, of any sizes;
+                floats in [0, 1].
+            num_inference_steps: one is the best for PSNR; more give more detail.
+            quality: (B, Q), the quality features, in the place of those of the images. They are computed once, from the
+                whole degraded image, before padding and tiles.
+            generator: for the noise at the start, where the pipeline's ``start_noise`` is not 0; one, or one an image.
+            tile_size: larger images go through the network in tiles of this side at most.
+            tile_overlap: of neighbouring tiles, which pass smoothly into each other there.
+            output_type: ``"pil"``, ``"np"`` (B, H, W, 3) or ``"pt"`` (B, 3, H, W).
+            return_dict: an ``ImagePipelineOutput``, or a tuple with the images.
+            callback_on_step_end: called after each step as ``f(pipe, step, timestep, tensors)``; returns the tensors
+                that it changed. Images of each size are restored together, one size after another.
+            callback_on_step_end_tensor_inputs: which of ``"sample"`` (B, 3, H, W) in [−1, 1] and ``"quality"`` it gets.
+
+        Returns:
+            The restored images in the order they were given, of their sizes; with the transparency of PIL images.
+
+        Raises:
+            TypeError, ValueError: an argument cannot be; see :func:`pictures_of` for images.
+        """
+        whole_number("num_inference_steps", num_inference_steps)
+        one_of("output_type", output_type, list(OUTPUTS))
+        multiple = 2 ** (len(self.unet.config.block_out_channels) - 1)
+        whole_number("tile_size", tile_size, multiple)
+        whole_number("tile_overlap", tile_overlap, 0, tile_size // 2)
+        for name in callback_on_step_end_tensor_inputs:
+            one_of("callback_on_step_end_tensor_inputs", name, list(self._callback_tensor_inputs))
+        pictures = pictures_of(image)
+        quality = self._checked(quality, len(pictures))
+        if isinstance(generator, list) and len(generator) != len(pictures):
+            raise ValueError(f"{len(generator)} generators were given for {len(pictures)} images")
+
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for index, picture in enumerate(pictures):
+            groups.setdefault(tuple(picture.pixels.shape), []).append(index)
+        restored: dict[int, Tensor] = {}
+        with self.progress_bar(total=num_inference_steps * len(groups)) as bar:
+            for indices in groups.values():
+                images = torch.stack([pictures[i].pixels for i in indices]).to(self._execution_device)
+                q = quality[indices].to(images.device) if quality is not None else self.quality_of(images)
+                noise = [generator[i] for i in indices] if isinstance(generator, list) else generator
+
+                def run(x: Tensor, t: Tensor, q: Tensor | None) -> Tensor:
+                    return self._velocity(x, t, q, tile_size // multiple * multiple, tile_overlap, multiple)
+
+                x = self._start(images, noise)
+                self.scheduler.set_timesteps(
+                    sigmas=[1 - i / num_inference_steps for i in range(num_inference_steps)], device=images.device
+                )
+                for step, t in enumerate(self.scheduler.timesteps):
+                    x = self.scheduler.step(run(x, t, q), t, x, return_dict=False)[0]
+                    if callback_on_step_end is not None:
+                        known = {"sample": x, "quality": q}
+                        given = {name: known[name] for name in callback_on_step_end_tensor_inputs}
+                        changed = callback_on_step_end(self, step, t, given) or {}
+                        x, q = changed.get("sample", x), changed.get("quality", q)
+                    bar.update()
+                restored.update(zip(indices, (x / 2 + 0.5).clamp(0, 1).cpu(), strict=True))
+        self.maybe_free_model_hooks()
+        results = [Picture(restored[i], picture.alpha) for i, picture in enumerate(pictures)]
+        images = give_back(results, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _checked(self, quality: Tensor | None, count: int) -> Tensor | None:
+        if quality is None:
+            return None
+        record = injection_of(self.unet)
+        if record is None or record.quality is None:
+            raise ValueError(f"{type(self.unet).__name__} reads no quality features; leave quality= out")
+        wanted = (count, record.quality.channels)
+        if not isinstance(quality, Tensor) or not quality.is_floating_point() or tuple(quality.shape) != wanted:
+            got = tuple(quality.shape) if isinstance(quality, Tensor) else type(quality).__name__
+            raise ValueError(f"quality must be a floating point tensor {wanted}, a row for each image, got {got}")
+        return quality
+
+    def _start(self, images: Tensor, generator: Any) -> Tensor:
+        x = 2 * images - 1
+        if self.config.start_noise:
+            noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            x = x + self.config.start_noise * noise
+        return x
+
+    def _velocity(self, x: Tensor, t: Tensor, q: Tensor | None, tile: int, overlap: int, multiple: int) -> Tensor:
+        """The network on x (B, 3, H, W), at least float32."""
+        extra = {"quality": q} if q is not None else {}
+
+        def function(part: Tensor) -> Tensor:
+            return self.unet(part.to(self.unet.dtype), t, return_dict=False, **extra)[0].float()
+
+        return tiled(function, x, tile, min(overlap, tile // 2), multiple)
