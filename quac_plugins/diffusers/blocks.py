@@ -27,22 +27,28 @@ class ActGroupNorm(nn.GroupNorm):
 
 
 class EmbeddingActivation(nn.Module):
-    """The activation of the timestep's embedding (B, C); feature maps pass, since their norms have activated them."""
+    """A block's ``nonlinearity`` in two: ``embedding`` for the timestep's (B, C), ``maps`` for feature maps.
 
-    def __init__(self, act: nn.Module):
+    Args:
+        act: the host's.
+        maps: the same, or the identity where the norms have activated them.
+    """
+
+    def __init__(self, act: nn.Module, maps: nn.Module):
         super().__init__()
-        self.act = act
+        self.embedding = act
+        self.maps = maps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C) activated, (B, C, H, W) as it is."""
-        return self.act(x) if x.ndim == 2 else x
+        """(B, C) or (B, C, H, W), as it came."""
+        return self.embedding(x) if x.ndim == 2 else self.maps(x)
 
 
 def with_activations(model: M) -> M:
     """Give the residual blocks inside a model a module for each of their activations, in place.
 
-    Blocks whose timestep scales between norm and activation (``time_embedding_norm="scale_shift"``) stay as they are:
-    their one module serves all of its places.
+    Where the timestep scales between norm and activation (``time_embedding_norm="scale_shift"``) the norms cannot hold
+    them: there one module, ``nonlinearity.maps``, serves both places of a block, with parameters for each width.
 
     Args:
         model: any model of diffusers.
@@ -58,13 +64,14 @@ def with_activations(model: M) -> M:
         SiLU()
     """
     for block in model.modules():
-        if not isinstance(block, ResnetBlock2D) or block.time_embedding_norm != "default":
+        if not isinstance(block, ResnetBlock2D) or isinstance(block.nonlinearity, EmbeddingActivation):
             continue
-        norms = (block.norm1, block.norm2)
-        if isinstance(block.nonlinearity, EmbeddingActivation) or any(type(norm) is not nn.GroupNorm for norm in norms):
+        norms, act = (block.norm1, block.norm2), block.nonlinearity
+        if block.time_embedding_norm != "default" or any(type(norm) is not nn.GroupNorm for norm in norms):
+            block.nonlinearity = EmbeddingActivation(act, copy.deepcopy(act))
             continue
         for norm in norms:
             norm.__class__ = ActGroupNorm
-            norm.act = copy.deepcopy(block.nonlinearity)
-        block.nonlinearity = EmbeddingActivation(block.nonlinearity)
+            norm.act = copy.deepcopy(act)
+        block.nonlinearity = EmbeddingActivation(act, nn.Identity())
     return model

@@ -47,14 +47,7 @@ def pictures_of(image: Any) -> list[Picture]:
         >>> [tuple(picture.pixels.shape) for picture in pictures_of(np.zeros((2, 8, 6, 3), np.uint8))]
         [(3, 8, 6), (3, 8, 6)]
     """
-    if not isinstance(image, (PIL.Image.Image, np.ndarray, Tensor, list, tuple)):
-        raise TypeError(f"image must be a PIL image, an array, a tensor or a list of these, got {type(image).__name__}")
-    if isinstance(image, (list, tuple)):
-        found = [picture for one in image for picture in (pictures_of(one) if not _is_list(one) else _no_lists())]
-    elif isinstance(image, PIL.Image.Image):
-        found = [_of_pil(image)]
-    else:
-        found = [Picture(pixels) for pixels in _of_numbers(image)]
+    found = [picture for one in (image if isinstance(image, (list, tuple)) else [image]) for picture in _read(one)]
     if not found:
         raise ValueError("there is no image")
     for index, picture in enumerate(found):
@@ -71,12 +64,12 @@ def pictures_of(image: Any) -> list[Picture]:
     return found
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
-
-
-def _no_lists() -> list[Picture]:
-    raise TypeError("image must be a list of images, not of lists")
+def _read(image: Any) -> list[Picture]:
+    if isinstance(image, PIL.Image.Image):
+        return [_of_pil(image)]
+    if isinstance(image, (np.ndarray, Tensor)):
+        return [Picture(pixels) for pixels in _of_numbers(image)]
+    raise TypeError(f"image must be a PIL image, an array, a tensor or a list of these, got {type(image).__name__}")
 
 
 def _of_pil(image: PIL.Image.Image) -> Picture:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import diffusers
 from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from torch import Tensor, nn
 
 from quac_plugins.core.inject import QuACConfig, inject, injection_of
@@ -234,6 +235,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return quac_class(host)
 
+
+# the libraries whose classes a pipeline on the Hub may name
+LOADABLE_CLASSES[__name__] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
 
 QuACUNet2DModel = quac_class(diffusers.UNet2DModel)
 QuACUNet2DConditionModel = quac_class(diffusers.UNet2DConditionModel)

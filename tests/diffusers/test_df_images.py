@@ -1,0 +1,103 @@
+"""What users give a pipeline as images, and what they must not."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage import data
+
+from quac_plugins.diffusers.images import give_back, pictures_of
+
+PHOTO = Image.fromarray(data.chelsea()).resize((30, 20))
+PIXELS = np.asarray(PHOTO)
+TENSOR = torch.from_numpy(PIXELS.copy()).permute(2, 0, 1)
+
+
+def expected(pixels=PIXELS):
+    return torch.from_numpy(pixels.astype(np.float32) / 255).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [PHOTO, PIXELS, PIXELS[None], PIXELS / 255.0, TENSOR, TENSOR / 255, TENSOR[None] / 255, (TENSOR / 255).double()],
+    ids=["pil", "array", "batch", "floats", "tensor uint8", "tensor", "tensors", "double"],
+)
+def test_every_form_is_the_same_picture(image):
+    for given in (image, [image], (image,)):
+        (picture,) = pictures_of(given)
+        torch.testing.assert_close(picture.pixels, expected(), rtol=0, atol=1e-6)
+        assert picture.alpha is None
+
+
+def test_half_precision_tensors():
+    for dtype in (torch.float16, torch.bfloat16):
+        (picture,) = pictures_of((TENSOR / 255).to(dtype))
+        torch.testing.assert_close(picture.pixels, expected(), rtol=0, atol=5e-3)
+
+
+def test_grey_is_repeated():
+    grey = np.asarray(PHOTO.convert("L")).copy()
+    for image in (PHOTO.convert("L"), grey, grey[..., None], grey[None, ..., None], torch.from_numpy(grey)[None] / 255):
+        (picture,) = pictures_of(image)
+        torch.testing.assert_close(picture.pixels, expected(np.stack([grey] * 3, -1)), rtol=0, atol=1e-6)
+
+
+def test_sixteen_bits_keep_their_range():
+    deep = np.asarray(PHOTO.convert("L")).astype(np.uint16) * 257
+    for image in (Image.fromarray(deep), deep, Image.fromarray(deep.astype(np.int32))):
+        (picture,) = pictures_of(image)
+        torch.testing.assert_close(picture.pixels[0], torch.from_numpy(deep.astype(np.float32) / 65535))
+
+
+def test_transparency_comes_back():
+    clear = PHOTO.copy()
+    clear.putalpha(PHOTO.convert("L"))
+    (picture,) = pictures_of(clear)
+    (back,) = give_back([picture], "pil")
+    assert back.mode == "RGBA"
+    assert np.array_equal(np.asarray(back), np.asarray(clear))
+    palette = clear.convert("P")
+    assert pictures_of(palette.convert("RGBA"))[0].alpha is not None
+
+
+def test_several_sizes():
+    small = PHOTO.resize((7, 9))
+    pictures = pictures_of([PHOTO, small])
+    assert [tuple(p.pixels.shape) for p in pictures] == [(3, 20, 30), (3, 9, 7)]
+    assert [image.size for image in give_back(pictures, "pil")] == [(30, 20), (7, 9)]
+    assert [array.shape for array in give_back(pictures, "np")] == [(20, 30, 3), (9, 7, 3)]
+    assert [tuple(t.shape) for t in give_back(pictures, "pt")] == [(3, 20, 30), (3, 9, 7)]
+    assert give_back(pictures[:1] * 2, "np").shape == (2, 20, 30, 3)
+    assert give_back(pictures[:1] * 2, "pt").shape == (2, 3, 20, 30)
+
+
+def with_nan():
+    pixels = (PIXELS / 255.0).copy()
+    pixels[3, 4] = np.nan
+    return pixels
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (with_nan(), ValueError, "the image holds NaN or infinity"),
+        ([PHOTO, with_nan()], ValueError, "image 1 holds NaN"),
+        (PIXELS * 1.0, ValueError, r"lies in \[.*\]; floats must be in \[0, 1\]$"),
+        (TENSOR / 127.5 - 1, ValueError, r"floats must be in \[0, 1\]; images in \[-1, 1\] become so by"),
+        (PIXELS[..., :2], ValueError, r"\(H, W, C\).* with C of 1 or 3, got \(20, 30, 2\)"),
+        (torch.rand(4, 8, 8), ValueError, r"\(C, H, W\).* with C of 1 or 3, got \(4, 8, 8\)"),
+        (torch.rand(1, 2, 3, 8, 8), ValueError, "tensor of images must be"),
+        (PIXELS.astype(np.int64), TypeError, "uint8 or uint16, got int64"),
+        (TENSOR.long(), TypeError, r"uint8 or uint16, got torch\.int64"),
+        (np.zeros((0, 4, 3), np.uint8), ValueError, "the image is empty"),
+        ([], ValueError, "there is no image"),
+        (np.zeros((0, 4, 4, 3)), ValueError, "there is no image"),
+        ("photo.jpg", TypeError, "must be a PIL image, an array, a tensor or a list of these, got str"),
+        ([[PHOTO]], TypeError, "or a list of these, got list"),
+        (None, TypeError, "got NoneType"),
+        (PHOTO.convert("F"), ValueError, "PIL mode F"),
+    ],
+)
+def test_what_is_no_image_is_named(image, error, message):
+    with pytest.raises(error, match=message):
+        pictures_of(image)

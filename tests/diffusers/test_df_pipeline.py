@@ -1,0 +1,202 @@
+"""The restoration pipeline, on real photographs: any size, a few steps, saved and loaded as every pipeline."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+
+import quac_plugins as quac
+from quac_plugins.core.quality.brisque import brisque
+from quac_plugins.diffusers import QuACRestorationPipeline
+
+
+def restored(pipe, image, **options):
+    return pipe(image, output_type="pt", **options).images
+
+
+def test_a_network_that_predicts_the_degradation_restores_in_any_number_of_steps(pipeline, photographs):
+    """With the true velocity y − x₀ the path is straight: one step and ten give the clean image."""
+    clean = photographs(2, 64)
+    degraded = (0.6 * clean + 0.2).clamp(0, 1)
+    pipe = pipeline()
+    truth = 2 * (degraded - clean)
+
+    def velocity(sample, timestep, return_dict=True, quality=None):
+        return (truth,)
+
+    pipe.unet.forward = velocity
+    for steps in (1, 3, 10):
+        found = restored(pipe, degraded, num_inference_steps=steps)
+        torch.testing.assert_close(found, clean, rtol=0, atol=1e-5)
+
+
+def test_times_go_from_the_degraded_image_to_the_clean_one(pipeline, photograph):
+    pipe, seen = pipeline(), []
+    forward = pipe.unet.forward
+
+    def note(sample, timestep, **kwargs):
+        seen.append((float(timestep), sample.clone(), kwargs["quality"]))
+        return forward(sample, timestep, **kwargs)
+
+    pipe.unet.forward = note
+    image = photograph()
+    restored(pipe, image, num_inference_steps=4)
+    assert [t for t, _, _ in seen] == [1000, 750, 500, 250]
+    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 255
+    torch.testing.assert_close(seen[0][1], 2 * pixels - 1)
+    for _, _, q in seen:  # once, from the degraded image, and never from what the network makes of it
+        torch.testing.assert_close(q, brisque(pixels))
+
+
+def test_each_image_is_restored_as_if_alone(pipeline, photograph):
+    pipe = pipeline()
+    images = [photograph("astronaut", (48, 32)), photograph("coffee", (33, 21)), photograph("chelsea", (48, 32))]
+    together = restored(pipe, images, num_inference_steps=2)
+    for image, found in zip(images, together, strict=True):
+        assert found.shape == (3, image.height, image.width)
+        torch.testing.assert_close(found, restored(pipe, image, num_inference_steps=2)[0])
+    assert [image.size for image in pipe(images).images] == [(48, 32), (33, 21), (48, 32)]
+
+
+def test_quality_in_the_place_of_that_of_the_images(pipeline, photograph):
+    pipe, image = pipeline(), photograph()
+    q = pipe.quality_of(restored(pipeline(), image) * 0 + torch.rand(1, 3, 32, 48))
+    usual = restored(pipe, image)
+    assert not torch.allclose(restored(pipe, image, quality=q), usual, atol=1e-4)
+    own = pipe.quality_of(torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 255)
+    torch.testing.assert_close(restored(pipe, image, quality=own), usual)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (2, 3), (97, 35)])
+def test_any_size(size, pipeline, photograph):
+    found = pipeline()(photograph(size=size), num_inference_steps=2).images[0]
+    assert found.size == size
+
+
+def test_tiles_leave_no_seam(pipeline, photograph):
+    """Steps across the borders of tiles are no larger than elsewhere, on a gradient and on a photograph."""
+    pipe = pipeline()
+    gradient = np.broadcast_to(np.linspace(0.2, 0.8, 160)[None, :, None], (96, 160, 3))
+    for image in (gradient, photograph(size=(160, 96))):
+        whole = restored(pipe, image)
+        tiles = restored(pipe, image, tile_size=64, tile_overlap=32)
+        steps = [(x[..., 1:] - x[..., :-1]).mean(dim=(0, 1, 2)).abs() for x in (whole, tiles)]  # of columns
+        edges = slice(8, -8)  # where the network itself sees its padding
+        assert float(steps[1][edges].max()) < 1.5 * float(steps[0][edges].max()) + 1 / 255
+
+
+def test_the_noise_at_the_start_is_seeded(pipeline, unet, photograph):
+    pipe, image = pipeline(start_noise=0.1), photograph()
+    seeded = [restored(pipe, image, generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    assert torch.equal(seeded[0], seeded[1])
+    assert not torch.equal(seeded[0], seeded[2])
+    each = restored(pipe, [image, image], generator=[torch.Generator().manual_seed(seed) for seed in (1, 0)])
+    torch.testing.assert_close(each, torch.cat([seeded[2], seeded[0]]))
+    quiet = pipeline()
+    assert torch.equal(restored(quiet, image), restored(quiet, image, generator=torch.Generator().manual_seed(3)))
+
+
+def test_a_callback_sees_and_changes_each_step(pipeline, photograph):
+    pipe, seen = pipeline(), []
+
+    def note(pipe, step, timestep, tensors):
+        seen.append((step, float(timestep), sorted(tensors)))
+        return {"sample": torch.zeros_like(tensors["sample"])}
+
+    found = restored(
+        pipe,
+        photograph(),
+        num_inference_steps=3,
+        callback_on_step_end=note,
+        callback_on_step_end_tensor_inputs=["sample", "quality"],
+    )
+    assert [(step, names) for step, _, names in seen] == [(i, ["quality", "sample"]) for i in range(3)]
+    assert torch.equal(found, torch.full_like(found, 0.5))
+
+
+def test_progress_is_shown(pipeline, photograph, capsys):
+    pipe = pipeline()
+    pipe.set_progress_bar_config(disable=False)
+    pipe([photograph(), photograph(size=(20, 20))], num_inference_steps=3)
+    assert "6/6" in capsys.readouterr().err
+
+
+def test_transparency_stays(pipeline, photograph):
+    image = photograph()
+    image.putalpha(128)
+    found = pipeline()(image).images[0]
+    assert found.mode == "RGBA"
+    assert set(np.asarray(found)[..., 3].flatten()) == {128}
+
+
+def test_a_network_without_quality(pipeline, plain, unet, photograph):
+    assert pipeline(plain())(photograph()).images[0].size == (48, 32)
+    pipe = pipeline(unet({"activation": "meta_acon"}))
+    assert pipe(photograph()).images[0].size == (48, 32)
+    assert pipe.quality_of(torch.rand(1, 3, 32, 32)) is None
+    with pytest.raises(ValueError, match="reads no quality features; leave quality= out"):
+        pipe(photograph(), quality=torch.rand(1, 36))
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_saved_and_loaded_it_restores_the_same_bits(variant, pipeline, photograph, tmp_path):
+    pipe = pipeline(start_noise=0.05)
+    options = {} if variant is None else {"variant": variant, "torch_dtype": torch.float16}
+    if variant is not None:
+        pipe.to(torch.float16)
+    pipe.save_pretrained(tmp_path, variant=variant)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == "QuACRestorationPipeline"
+    assert index["unet"] == ["quac_plugins.diffusers.models", "QuACUNet2DModel"]
+    again = QuACRestorationPipeline.from_pretrained(tmp_path, **options)
+    again.set_progress_bar_config(disable=True)
+    assert again.config.start_noise == 0.05
+    found = [restored(p, photograph(), generator=torch.Generator().manual_seed(0)) for p in (pipe, again)]
+    assert torch.equal(*found)
+
+
+def test_over_the_hub(pipeline, photograph, hub):
+    pipe = pipeline()
+    pipe.push_to_hub("me/restoration")
+    again = QuACRestorationPipeline.from_pretrained("me/restoration")
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(restored(again, photograph()), restored(pipe, photograph()))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps must be a whole number ≥ 1, got 0"),
+        ({"num_inference_steps": 1.5}, "num_inference_steps must be a whole number"),
+        ({"output_type": "latent"}, "unknown output_type 'latent'.*pil, np, pt"),
+        ({"tile_size": 1}, "tile_size must be a whole number ≥ 2"),
+        ({"tile_size": 64, "tile_overlap": 40}, "tile_overlap must be a whole number from 0 to 32, got 40"),
+        ({"quality": torch.rand(2, 36)}, r"quality must be a floating point tensor \(1, 36\), .* got \(2, 36\)"),
+        ({"generator": [torch.Generator()] * 2}, "2 generators were given for 1 images"),
+        ({"callback_on_step_end_tensor_inputs": ["latents"]}, "unknown callback_on_step_end_tensor_inputs 'latents'"),
+    ],
+)
+def test_an_argument_that_cannot_be(options, message, pipeline, photograph):
+    with pytest.raises(ValueError, match=message):
+        pipeline()(photograph(), **options)
+
+
+def test_in_front_of_a_classifier(pipeline, photographs):
+    """The pipeline is a restorer that restore_then takes, with the quality of the degraded image."""
+    import timm
+
+    model = timm.create_model("test_resnet_qacon", num_classes=5).eval()
+    pipe = pipeline()
+    both = quac.restore_then(model, lambda images: pipe(images, output_type="pt").images, quality="degraded")
+    with torch.no_grad():
+        assert both(photographs(2, 64)).shape == (2, 5)
+
+
+def test_a_scheduler_of_several_kinds(unet, photograph):
+    """Shifted times are the scheduler's own affair."""
+    pipe = QuACRestorationPipeline(unet(), FlowMatchEulerDiscreteScheduler(shift=3.0))
+    pipe.set_progress_bar_config(disable=True)
+    assert isinstance(pipe(photograph(), num_inference_steps=3).images[0], Image.Image)
