@@ -14,11 +14,11 @@ $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(f"quac-plugins needs Python 3.10 or newer, $(PYTHON) is {sys.version.split()[0]}; try: make PYTHON=python3.11" if sys.version_info < (3, 10) else 0)'
 	@if command -v uv >/dev/null 2>&1; then \
 	  set -e; uv venv --quiet --allow-existing --seed --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')" $(VENV); \
-	  uv pip install --quiet --python $(BIN)/python -e ".[test]"; \
+	  uv pip install --quiet --python $(BIN)/python -e ".[dev]"; \
 	  uv pip install --quiet --python $(BIN)/python --reinstall --no-deps opencv-contrib-python-headless; \
 	else \
 	  set -e; $(PYTHON) -m venv $(VENV); \
-	  $(BIN)/python -m pip install --quiet -e ".[test]"; \
+	  $(BIN)/python -m pip install --quiet -e ".[dev]"; \
 	  $(BIN)/python -m pip install --quiet --force-reinstall --no-deps opencv-contrib-python-headless; \
 	fi
 # The corruptions' library depends on opencv-python; the build that has cv2.quality and needs no display comes last,

@@ -26,6 +26,7 @@ from skimage.transform import resize
 from torch import nn
 
 import quac_plugins as quac
+from quac_plugins.core.activations.curves import activation_curves
 from quac_plugins.degradations import corrupt
 
 matplotlib.use("Agg")
@@ -86,18 +87,9 @@ def learn(model: nn.Module, steps: int, seed: int = 0) -> float:
     return right
 
 
-def activation_curves(model: nn.Module, images: torch.Tensor, layer: str, x: torch.Tensor) -> torch.Tensor:
+def curves_of(model: nn.Module, images: torch.Tensor, layer: str, x: torch.Tensor) -> torch.Tensor:
     """y(x) of every channel of a layer for every image: (B, C, len(x))."""
-    site = model.get_submodule(layer)
-    seen: list[torch.Tensor] = []
-    handle = site.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
-    with torch.no_grad():
-        model(images)
-        handle.remove()
-        p1, p2, beta = (p.flatten(1) for p in site.values(seen[0], None))
-        y = site.equation(x, p1[..., None], p2[..., None], beta[..., None])
-        start = [torch.tensor([value]) for value in site.neutral]
-        return site.host(x) + y - site.equation(x, *start) if site.host is not None else y
+    return activation_curves(model, [layer], lambda: model(images), x)[layer]
 
 
 def draw(path: Path, pictures: list[np.ndarray], q: torch.Tensor, curves: torch.Tensor, x: torch.Tensor, layer: str):
@@ -153,9 +145,9 @@ def main() -> None:
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
     x = torch.linspace(-4, 4, 161)
     normalized = (images - mean) / std
-    before = activation_curves(model.eval(), normalized, layer, x)
+    before = curves_of(model.eval(), normalized, layer, x)
     accuracy = learn(model, args.steps)
-    curves = activation_curves(model, normalized, layer, x)
+    curves = curves_of(model, normalized, layer, x)
     moved = curves - curves[:1]
     console.print(f"{args.steps} steps: the network tells the four kinds apart in {accuracy:.0%} of its last crops.")
     console.print(f"Layer {layer}: largest distance of an activation's curve from the one for the clean picture")

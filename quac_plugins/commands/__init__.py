@@ -13,6 +13,7 @@ from quac_plugins.commands.fit import fit_prior_command, fit_qacon_command
 from quac_plugins.commands.hub import info_command, pull_command, push_command
 from quac_plugins.commands.names import list_command
 from quac_plugins.commands.registry import app as registry_app
+from quac_plugins.commands.restore import restore_command
 
 __all__ = ["app"]
 
@@ -29,4 +30,5 @@ app.command("list")(list_command)
 app.command("info")(info_command)
 app.command("push")(push_command)
 app.command("pull")(pull_command)
+app.command("restore")(restore_command)
 app.add_typer(registry_app, name="registry")

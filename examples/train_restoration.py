@@ -1,0 +1,288 @@
+"""Train a restoration pipeline on clean photographs that are degraded on the fly.
+
+    python examples/train_restoration.py --data DIR/train --val DIR/val --out restorer                 # Q-ACON
+    python examples/train_restoration.py --data DIR/train --val DIR/val --activation silu --out twin    # without
+    accelerate launch examples/train_restoration.py --config restoration_large --mixed-precision bf16 …
+
+DIR/train holds photographs of any sizes, in folders or not; by default QUAC_DATA/bsds. ``--out`` becomes a pipeline
+that ``QuACRestorationPipeline.from_pretrained`` and ``quac restore`` load. An interrupted run goes on from its last
+checkpoint in --work. The three activations share the network, the pictures, their order and the number of steps.
+
+The path from the degraded image y to the clean one x₀ is a straight line, x_t = x₀ + t (y − x₀), and the network learns
+its velocity y − x₀ from x_t, t and the quality of y. Half of the times are t = 1, where every restoration begins.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import piq
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+import quac_plugins as quac
+from quac_plugins.diffusers import QuACRestorationPipeline, QuACUNet2DModel
+from quac_plugins.impairments import IMPAIRMENTS, Impair, impair
+
+ACTIVATIONS = ("qacon", "meta_acon", "silu")
+SEVERITIES = (1, 3, 5)
+KINDS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+def photographs(folder: Path) -> list[np.ndarray]:
+    """uint8 (H, W, 3)."""
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in KINDS)
+    if not files:
+        raise SystemExit(f"{folder} holds no photographs ({', '.join(sorted(KINDS))})")
+    return [np.asarray(Image.open(file).convert("RGB")) for file in files]
+
+
+class Patches(Dataset[Any]):
+    """Random crops, mirrored and turned, with a degraded copy; the draw is a function of the seed and of the index.
+
+    q is that of the degraded patch, as at inference it is that of the degraded image.
+    """
+
+    def __init__(self, pictures: list[np.ndarray], side: int, count: int, seed: int):
+        self.pictures, self.side, self.count, self.seed = pictures, side, count, seed
+        if small := [p.shape[:2] for p in pictures if min(p.shape[:2]) < side]:
+            raise SystemExit(f"a photograph of {small[0]} pixels is smaller than --patch {side}")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        rng = np.random.default_rng([self.seed, index])
+        picture = self.pictures[rng.integers(len(self.pictures))]
+        top, left = (rng.integers(size - self.side + 1) for size in picture.shape[:2])
+        clean = np.rot90(picture[top : top + self.side, left : left + self.side], rng.integers(4))
+        clean = np.ascontiguousarray(clean[:, ::-1] if rng.random() < 0.5 else clean)
+        degraded = Impair(clean=0.1, mixed=0.3, seed=int(rng.integers(2**31)))(clean)
+        return as_tensor(clean), as_tensor(degraded)
+
+
+def as_tensor(image: np.ndarray) -> Tensor:
+    """(3, H, W) in [0, 1]."""
+    return torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255
+
+
+def build(args: argparse.Namespace) -> Any:
+    config = json.loads(Path(config_file(args.config)).read_text(encoding="utf-8"))
+    options = {key: value for key, value in config.items() if key not in ("_class_name", "quac")}
+    if args.activation == "silu":
+        return UNet2DModel(**options)
+    return QuACUNet2DModel(**options, quac={**config["quac"], "activation": args.activation})
+
+
+def config_file(name: str) -> str:
+    return name if name.endswith(".json") else quac.registry_file(f"diffusers/{name}.json")
+
+
+def loss_of(unet: Any, clean: Tensor, degraded: Tensor, quality: Any, times: Tensor) -> Tensor:
+    """Charbonnier's loss of the velocity in [−1, 1]: near the noise of the data it is quadratic, far off linear."""
+    velocity = 2 * (degraded - clean)
+    t = times[:, None, None, None]
+    sample = 2 * clean - 1 + t * velocity
+    q = quality(degraded)
+    found = unet(sample, 1000 * times, return_dict=False, **({} if q is None else {"quality": q}))[0]
+    return ((found.float() - velocity).square() + 1e-4).sqrt().mean()
+
+
+def draw_times(count: int, generator: torch.Generator) -> Tensor:
+    uniform, first = torch.rand(2, count, generator=generator)
+    return torch.where(first < 0.5, torch.ones(count), uniform.clamp(min=0.02))
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Any, EMAModel]:
+    set_seed(args.seed)
+    unet = build(args)
+    pipe = QuACRestorationPipeline(unet, FlowMatchEulerDiscreteScheduler())
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(
+        optimizer, 100 * accelerator.num_processes, args.steps * accelerator.num_processes
+    )
+    patches = Patches(photographs(args.data), args.patch, args.steps * args.batch_size, args.seed)
+    loader = DataLoader(patches, args.batch_size // accelerator.num_processes, num_workers=args.num_workers)
+    ema = EMAModel(unet.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
+    model, optimizer, loader, schedule = accelerator.prepare(unet, optimizer, loader, schedule)
+    ema.to(accelerator.device)
+    accelerator.register_for_checkpointing(ema)
+    first = resume(args, accelerator)
+    loader = accelerator.skip_first_batches(loader, first) if first else loader
+    started, total = time.perf_counter(), 0.0
+    for step, (clean, degraded) in enumerate(loader, first):
+        times = draw_times(
+            len(clean) * accelerator.num_processes, torch.Generator().manual_seed(step + 1000003 * args.seed)
+        )
+        times = times[accelerator.process_index :: accelerator.num_processes].to(clean)
+        with accelerator.autocast():
+            loss = loss_of(model, clean, degraded, pipe.quality_of, times)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        ema.step(unet.parameters())
+        total += float(loss.detach())
+        if not math.isfinite(total):
+            raise SystemExit("the loss is not finite: take a smaller --lr")
+        done = step + 1
+        if done % args.log_every == 0:
+            speed = (done - first) / (time.perf_counter() - started)
+            accelerator.print(f"step {done}: loss {total / args.log_every:.4f}, {speed:.2f} steps/s", file=sys.stderr)
+            total = 0.0
+        if done % args.checkpoint_every == 0 or done == args.steps:
+            save(args, accelerator, done)
+        if args.val is not None and done % args.validate_every == 0 and accelerator.is_main_process:
+            ema.store(unet.parameters())
+            ema.copy_to(unet.parameters())
+            validate(args, QuACRestorationPipeline(unet.eval(), FlowMatchEulerDiscreteScheduler()), done)
+            ema.restore(unet.parameters())
+            unet.train()
+    return unet, ema
+
+
+def save(args: argparse.Namespace, accelerator: Accelerator, done: int) -> None:
+    """Beside, then renamed: a folder that is there is whole."""
+    folder = args.work / f"step-{done}"
+    accelerator.save_state(str(folder.with_suffix(".part")))
+    if accelerator.is_main_process:
+        (folder.with_suffix(".part") / "args.json").write_text(json.dumps(fixed(args)), encoding="utf-8")
+        os.replace(folder.with_suffix(".part"), folder)
+        for old in args.work.glob("step-*"):
+            if old.suffix != ".part" and old.is_dir() and int(old.name.partition("-")[2]) < done:
+                for file in sorted(old.rglob("*"), reverse=True):
+                    file.unlink() if file.is_file() else file.rmdir()
+                old.rmdir()
+    accelerator.wait_for_everyone()
+
+
+def fixed(args: argparse.Namespace) -> dict[str, Any]:
+    """What a run that goes on must share with the one it goes on from."""
+    return {
+        k: getattr(args, k) for k in ("config", "activation", "steps", "batch_size", "patch", "lr", "seed", "ema_decay")
+    }
+
+
+def resume(args: argparse.Namespace, accelerator: Accelerator) -> int:
+    """The number of steps that were done."""
+    folders = [f for f in args.work.glob("step-*") if f.is_dir() and f.suffix != ".part"]
+    if not folders:
+        return 0
+    latest = max(folders, key=lambda folder: int(folder.name.partition("-")[2]))
+    was = json.loads((latest / "args.json").read_text(encoding="utf-8"))
+    if was != fixed(args):
+        differ = [
+            f"--{key.replace('_', '-')} was {was.get(key)!r}" for key in fixed(args) if was.get(key) != fixed(args)[key]
+        ]
+        raise SystemExit(f"{latest} is of another run: {', '.join(differ)}; give another --work")
+    accelerator.load_state(str(latest))
+    return int(latest.name.partition("-")[2])
+
+
+# -- judging
+
+
+@torch.no_grad()
+def scores(
+    pipe: Any, pictures: list[np.ndarray], steps: int, severities: tuple[int, ...] = SEVERITIES
+) -> dict[str, Any]:
+    """PSNR, SSIM and HaarPSI (Reisenhofer et al., 2018, a perceptual score) before and after, by degradation."""
+    conditions: list[tuple[str, int]] = [("clean", 0), *((name, s) for name in IMPAIRMENTS for s in severities)]
+    found = {}
+    for name, severity in conditions:
+        rows = []
+        for index, picture in enumerate(pictures):
+            degraded = picture if name == "clean" else impair(picture, name, severity, seed=index)
+            restored = pipe(degraded, num_inference_steps=steps, output_type="pt").images
+            clean = as_tensor(picture)[None]
+            rows.append([values(as_tensor(degraded)[None], clean), values(restored, clean)])
+        before, after = np.mean(rows, axis=0)
+        found[f"{name}-{severity}" if severity else name] = {
+            key: [round(float(b), 4), round(float(a), 4)]
+            for key, b, a in zip(("psnr", "ssim", "haarpsi"), before, after, strict=True)
+        }
+    return found
+
+
+def values(image: Tensor, clean: Tensor) -> list[float]:
+    image = (image * 255).round() / 255  # as it is saved
+    psnr = min(float(piq.psnr(image, clean, data_range=1.0)), 60.0)  # of the clean picture itself it is infinite
+    return [psnr, float(piq.ssim(image, clean, data_range=1.0)), float(piq.haarpsi(image, clean, data_range=1.0))]
+
+
+def validate(args: argparse.Namespace, pipe: Any, done: int) -> None:
+    """Scores at severity 3 and a picture of what is restored."""
+    pipe.set_progress_bar_config(disable=True)
+    pictures = photographs(args.val)[: args.val_limit]
+    found = scores(pipe, pictures, 1, (3,))
+    print(
+        f"step {done}: " + ", ".join(f"{n} {v['psnr'][0]:.1f}→{v['psnr'][1]:.1f}" for n, v in found.items()),
+        file=sys.stderr,
+    )
+    rows = []
+    for name in IMPAIRMENTS:
+        degraded = impair(pictures[0], name, 3, seed=0)
+        restored = np.asarray(pipe(degraded).images[0])
+        rows.append(np.concatenate([pictures[0], degraded, restored], axis=1))
+    args.work.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(rows)).save(args.work / f"step-{done}.png")
+
+
+def main() -> None:
+    data = Path(os.environ.get("QUAC_DATA", "data")) / "bsds"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=data / "train", help="folder of clean photographs")
+    parser.add_argument("--val", type=Path, default=data / "val" if (data / "val").is_dir() else None)
+    parser.add_argument("--config", default="restoration_small", help="of registry/diffusers, or a .json file")
+    parser.add_argument("--activation", choices=ACTIVATIONS, default="qacon")
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch-size", type=int, default=8, help="over all processes")
+    parser.add_argument("--patch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--ema-decay", type=float, default=0.995)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), default="no")
+    parser.add_argument("--num-workers", type=int, default=0)
+    parser.add_argument("--log-every", type=int, default=50)
+    parser.add_argument("--checkpoint-every", type=int, default=250)
+    parser.add_argument("--validate-every", type=int, default=500)
+    parser.add_argument("--val-limit", type=int, default=4, help="photographs that are restored while training")
+    parser.add_argument(
+        "--work", type=Path, default=Path("restoration-work"), help="checkpoints and validation pictures"
+    )
+    parser.add_argument("--out", type=Path, default=Path("restorer"), help="the pipeline")
+    parser.add_argument("--scores", type=Path, help="JSON of the scores on --val with one step and with ten")
+    args = parser.parse_args()
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    if args.batch_size % accelerator.num_processes:
+        parser.error(f"--batch-size must be a multiple of the {accelerator.num_processes} processes")
+    unet, ema = train(args, accelerator)
+    if accelerator.is_main_process:
+        ema.copy_to(unet.parameters())
+        pipe = QuACRestorationPipeline(unet.eval(), FlowMatchEulerDiscreteScheduler())
+        pipe.save_pretrained(args.out)
+        if args.scores is not None and args.val is not None:
+            pipe.set_progress_bar_config(disable=True)
+            pictures = photographs(args.val)
+            found = {"args": fixed(args), **{f"{steps} steps": scores(pipe, pictures, steps) for steps in (1, 10)}}
+            args.scores.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
