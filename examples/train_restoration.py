@@ -129,7 +129,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Any, EMAM
         times = draw_times(
             len(clean) * accelerator.num_processes, torch.Generator().manual_seed(step + 1000003 * args.seed)
         )
-        times = times[accelerator.process_index :: accelerator.num_processes].to(clean)
+        times = times.chunk(accelerator.num_processes)[accelerator.process_index].to(clean)  # as one process has them
         with accelerator.autocast():
             loss = loss_of(model, clean, degraded, pipe.quality_of, times)
         accelerator.backward(loss)
@@ -269,7 +269,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("restorer"), help="the pipeline")
     parser.add_argument("--scores", type=Path, help="JSON of the scores on --val with one step and with ten")
     args = parser.parse_args()
-    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    several = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()  # which accelerate must be told
+    accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=several)
     if args.batch_size % accelerator.num_processes:
         parser.error(f"--batch-size must be a multiple of the {accelerator.num_processes} processes")
     unet, ema = train(args, accelerator)
