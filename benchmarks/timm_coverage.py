@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import multiprocessing
 import os
@@ -34,8 +35,8 @@ SUFFIXES = ("_qacon", "_ddp", "_qacon_ddp")
 RESULTS = Path(__file__).parent / "results"
 
 
-def try_name(base: str) -> list[dict[str, Any]]:
-    rows = try_size(base, SMALL_SIDE, SUFFIXES)
+def try_name(base: str, suffixes: Iterable[str] = SUFFIXES) -> list[dict[str, Any]]:
+    rows = try_size(base, SMALL_SIDE, suffixes)
     again = [row["suffix"] for row in rows if not (row["ok"] or row.get("fixed"))]
     rows = [row for row in rows if row["suffix"] not in again] + (try_size(base, None, again) if again else [])
     return [{key: value for key, value in row.items() if key != "suffix"} for row in rows]
@@ -179,6 +180,7 @@ def main() -> None:
     parser.add_argument("pattern", nargs="?", default="*", help="which bases, as in timm.list_models")
     parser.add_argument("--keep", action="store_true", help="keep the rows of other names from the file of results")
     parser.add_argument("--families", action="store_true", help="two names of each of timm's modules alone")
+    parser.add_argument("--suffixes", default=",".join(SUFFIXES), help="comma-separated")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=RESULTS / "timm_coverage")
     args = parser.parse_args()
@@ -193,7 +195,7 @@ def main() -> None:
     rows, start, done = [], time.perf_counter(), 0
     # a worker does few names: memory of a large network goes back to the system with its process
     with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=40) as pool:
-        for found in pool.imap_unordered(try_name, names):
+        for found in pool.imap_unordered(functools.partial(try_name, suffixes=args.suffixes.split(",")), names):
             rows += found
             done += 1
             for row in found:

@@ -10,8 +10,8 @@ network, the pictures, their order and the number of steps:
     act        the network's own activation, on clean and degraded pictures alike
     meta_acon  the same with meta-ACON, which sees features alone
     qacon      the same with Q-ACON, which sees the image's quality
-    ddp        the network's own activation on clean pictures alone; then a degradation prior, routed by quality and
-               fitted on a few pictures without labels
+    ddp        the network's own activation on clean pictures alone, which is judged too; then a degradation prior,
+               routed by quality and fitted on a few pictures without labels
 
 Weights are rounded to half precision before they are judged, so that what is published is what was judged.
 """
@@ -55,6 +55,7 @@ OVERLAY = {
     "input_size": (3, SIDE, SIDE),
     "crop_pct": 1.0,
     "num_classes": 10,
+    "tag": "cifar10",
 }
 NAMES = {
     "act": f"{NETWORK}.cifar10",
@@ -62,6 +63,8 @@ NAMES = {
     "qacon": f"{NETWORK}_qacon.cifar10",
     "ddp": f"{NETWORK}_ddp.cifar10",
 }
+PRIOR: dict[str, Any] = {"experts": list(CORRUPTIONS), "fdm_width": 20}
+HOST = "ddp-{}-host.json"  # the report of ddp's network before its prior
 SEVERITIES = (1, 3, 5)
 COPIES = 2  # degraded copies of every training picture, beside the clean one
 
@@ -206,18 +209,34 @@ def run(args: argparse.Namespace, form: str, seed: int) -> EvaluationReport:
         return EvaluationReport.from_json(kept.with_suffix(".json"))
     model = rounded(train(args, form, seed))
     if form == "ddp":
-        images, _ = pictures(args.work / "train")
-        few = [images[i] for i in np.random.default_rng(seed).permutation(len(images))[: args.few]]
-        quac.inject(model, quac.PriorConfig(experts=list(CORRUPTIONS)))
-        report = quac.fit_prior(
-            model, few, corruptions="all", severity=SEVERITIES, steps=args.fit_steps, seed=seed, progress=False
-        )
-        report.to_json(args.work / f"{form}-{seed}-fit.json")
-        rounded(model)
-    model.eval()
-    found = evaluate(model, args.work / "val", corruptions="all", severities=SEVERITIES, progress=False, batch_size=250)
+        judge(args, model, HOST.format(seed))
+        model = rounded(repaired(args, model, seed))
+    found = judge(args, model, kept.with_suffix(".json").name)
     quac.push(halved(model.cpu()), NAMES[form], whole=True, dry_run=kept)
-    found.to_json(kept.with_suffix(".json"))
+    return found
+
+
+def repaired(args: argparse.Namespace, clean: nn.Module, seed: int) -> nn.Module:
+    """A network that was trained on clean pictures, with a prior fitted on a few of them without their labels."""
+    model = timm.create_model(f"{NETWORK}_ddp", num_classes=10, pretrained_cfg_overlay=OVERLAY, **PRIOR)
+    model.load_state_dict(clean.state_dict(), strict=False)
+    images, _ = pictures(args.work / "train")
+    few = [images[i] for i in np.random.default_rng(seed).permutation(len(images))[: args.few]]
+    report = quac.fit_prior(
+        model, few, corruptions="all", severity=SEVERITIES, steps=args.fit_steps, seed=seed, progress=False
+    )
+    report.to_json(args.work / f"ddp-{seed}-fit.json")
+    return model
+
+
+def judge(args: argparse.Namespace, model: nn.Module, name: str) -> EvaluationReport:
+    """Clean and under every corruption, kept in --work."""
+    if (args.work / name).exists():
+        return EvaluationReport.from_json(args.work / name)
+    options: dict[str, Any] = {"corruptions": "all", "severities": SEVERITIES, "progress": False, "batch_size": 250}
+    found = evaluate(model.eval(), args.work / "val", **options)
+    found.data = "CIFAR-10 val"
+    found.to_json(args.work / name)
     return found
 
 
@@ -229,6 +248,9 @@ def spread(values: list[float]) -> str:
 
 
 def markdown(args: argparse.Namespace, found: dict[str, list[EvaluationReport]]) -> str:
+    if "ddp" in found:
+        before = [EvaluationReport.from_json(args.work / HOST.format(seed)) for seed in args.seeds]
+        found = {**{k: v for k, v in found.items() if k != "ddp"}, "clean pictures alone": before, "ddp": found["ddp"]}
     lines = [
         "# CIFAR-10, clean and degraded",
         "",
@@ -239,7 +261,7 @@ def markdown(args: argparse.Namespace, found: dict[str, list[EvaluationReport]])
         "",
         "| | " + " | ".join(found) + " |",
         "|---|" + "---|" * len(found),
-        "| published as | " + " | ".join(f"`{NAMES[form]}`" for form in found) + " |",
+        "| published as | " + " | ".join(f"`{NAMES[form]}`" if form in NAMES else "" for form in found) + " |",
         "| clean | "
         + " | ".join(spread([r.clean["top1"] for r in reports if r.clean]) for reports in found.values())
         + " |",
