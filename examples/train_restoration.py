@@ -161,6 +161,7 @@ def save(args: argparse.Namespace, accelerator: Accelerator, done: int) -> None:
     """Beside, then renamed: a folder that is there is whole."""
     folder = args.work / f"step-{done}"
     accelerator.save_state(str(folder.with_suffix(".part")))
+    accelerator.wait_for_everyone()  # each process writes its random state there
     if accelerator.is_main_process:
         (folder.with_suffix(".part") / "args.json").write_text(json.dumps(fixed(args)), encoding="utf-8")
         os.replace(folder.with_suffix(".part"), folder)
@@ -174,9 +175,9 @@ def save(args: argparse.Namespace, accelerator: Accelerator, done: int) -> None:
 
 def fixed(args: argparse.Namespace) -> dict[str, Any]:
     """What a run that goes on must share with the one it goes on from."""
-    return {
-        k: getattr(args, k) for k in ("config", "activation", "steps", "batch_size", "patch", "lr", "seed", "ema_decay")
-    }
+    config = json.loads(Path(config_file(args.config)).read_text(encoding="utf-8"))
+    names = ("activation", "steps", "batch_size", "patch", "lr", "seed", "ema_decay")
+    return {"data": args.data.name, "config": config, **{name: getattr(args, name) for name in names}}
 
 
 def resume(args: argparse.Namespace, accelerator: Accelerator) -> int:
@@ -263,12 +264,13 @@ def main() -> None:
     parser.add_argument("--checkpoint-every", type=int, default=250)
     parser.add_argument("--validate-every", type=int, default=500)
     parser.add_argument("--val-limit", type=int, default=4, help="photographs that are restored while training")
-    parser.add_argument(
-        "--work", type=Path, default=Path("restoration-work"), help="checkpoints and validation pictures"
-    )
+    parser.add_argument("--work", type=Path, help="checkpoints and validation pictures; default: OUT-work")
     parser.add_argument("--out", type=Path, default=Path("restorer"), help="the pipeline")
     parser.add_argument("--scores", type=Path, help="JSON of the scores on --val with one step and with ten")
     args = parser.parse_args()
+    args.work = args.work or args.out.with_name(f"{args.out.name}-work")
+    if args.scores is not None and args.val is None:
+        parser.error("--scores needs --val")
     several = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()  # which accelerate must be told
     accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=several)
     if args.batch_size % accelerator.num_processes:

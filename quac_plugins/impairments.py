@@ -8,9 +8,11 @@ t = exp(−β d) (Koschmieder, 1924).
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -43,9 +45,16 @@ def _smooth(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return (field - field.min()) / max(float(np.ptp(field)), 1e-6)
 
 
+def _scipy(part: str) -> Any:
+    try:
+        return importlib.import_module(f"scipy.{part}")
+    except ImportError as error:
+        raise ImportError(f'degradations need scipy: pip install "quac-plugins[evaluate]" ({error})') from error
+
+
 @impairment
 def haze(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Air light that grows with a smooth depth; at most 12 % of the light of the farthest points is left."""
+    """Air light that grows with a smooth depth: of the light of the farthest points 67 % to 12 % are left."""
     height, width = image.shape[:2]
     upwards = np.linspace(1, 0, height)[:, None]
     depth = 0.3 + 0.7 * (0.5 * upwards + 0.5 * _smooth(rng, height, width))
@@ -56,7 +65,7 @@ def haze(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.nda
 @impairment
 def rain(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """Bright streaks of one direction, 9 to 25 pixels long."""
-    from scipy.signal import fftconvolve
+    fftconvolve = _scipy("signal").fftconvolve
 
     length = round(_between(9, 25, strength))
     angle = rng.uniform(-0.5, 0.5)
@@ -80,7 +89,7 @@ def low_light(image: np.ndarray, strength: float, rng: np.random.Generator) -> n
 @impairment
 def blur(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
     """A Gaussian of 0.6 to 3 pixels."""
-    from scipy.ndimage import gaussian_filter
+    gaussian_filter = _scipy("ndimage").gaussian_filter
 
     return gaussian_filter(image, (*(_between(0.6, 3.0, strength),) * 2, 0), mode="reflect")
 
@@ -118,7 +127,7 @@ def _bytes(image: np.ndarray) -> np.ndarray:
     return (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
 
 
-def impair(image: np.ndarray, names: str | Sequence[str], severity: float, seed: int = 0) -> np.ndarray:
+def impair(image: np.ndarray, names: str | Sequence[str], severity: Any, seed: int = 0) -> np.ndarray:
     """Degrade an image.
 
     Args:
@@ -147,13 +156,13 @@ def impair(image: np.ndarray, names: str | Sequence[str], severity: float, seed:
     wanted = [names] if isinstance(names, str) else list(names)
     for name in wanted:
         one_of("degradation", name, list(IMPAIRMENTS))
-    if isinstance(severity, bool) or not isinstance(severity, (int, float)) or not 1 <= severity <= 5:
+    if isinstance(severity, bool) or not isinstance(severity, Real) or not 1 <= float(severity) <= 5:
         raise ValueError(f"severity must be a number from 1 to 5, got {severity!r}")
     rng = np.random.default_rng(seed)
     found = image / 255
     for name, function in IMPAIRMENTS.items():
         if name in wanted:
-            found = np.clip(function(found, (severity - 1) / 4, rng), 0, 1)
+            found = np.clip(function(found, (float(severity) - 1) / 4, rng), 0, 1)
     return _bytes(found)
 
 
@@ -164,7 +173,11 @@ class Impair:
         names: of ``IMPAIRMENTS``; None: all.
         clean: share of the images that stay as they are.
         mixed: share of those that are degraded that get two.
-        seed: of the draws.
+        seed: of the draws. Workers of a loader each have a copy of this: to draw otherwise in each of them, and in
+            each epoch, make one for every image, with a seed of its own.
+
+    Raises:
+        ValueError: a name or a share cannot be.
 
     Example:
         >>> Impair(seed=1)(np.zeros((16, 16, 3), np.uint8)).shape
@@ -176,11 +189,13 @@ class Impair:
         for name in self.names:
             one_of("degradation", name, list(IMPAIRMENTS))
         whole_number("seed", seed, 0)
+        if not self.names or not (0 <= clean <= 1 and 0 <= mixed <= 1):
+            raise ValueError(f"Impair needs a name, and shares from 0 to 1, got {self.names}, {clean}, {mixed}")
         self.clean, self.mixed = clean, mixed
         self.rng = np.random.default_rng(seed)
 
-    def __call__(self, image: np.ndarray) -> Any:
-        """Degrade an image, uint8 (H, W, 3)."""
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Degrade an image, uint8 (H, W, 3); see :func:`impair` for what is raised."""
         if self.rng.random() < self.clean:
             return image
         count = 2 if self.rng.random() < self.mixed and len(self.names) > 1 else 1

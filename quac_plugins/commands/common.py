@@ -66,7 +66,7 @@ def images_of(mean: str | None, std: str | None, input_size: str | None) -> dict
     return {"mean": means, "std": stds, "input_size": size[0] if size and len(size) == 1 else size}
 
 
-def check_outputs(json: Path | None, plot: Path | None) -> None:
+def check_outputs(json: Path | None, plot: Path | None, option: str = "--plot") -> None:
     """Refuse before the work what could not be written after it."""
     for path in (json, plot):
         if path is not None:
@@ -75,7 +75,7 @@ def check_outputs(json: Path | None, plot: Path | None) -> None:
             check_folder(path.parent)
     if plot is not None:
         if plot.suffix.lower() not in _PICTURES:
-            raise ValueError(f"--plot: {plot.name} must end in one of {', '.join(_PICTURES)}")
+            raise ValueError(f"{option}: {plot.name} must end in one of {', '.join(_PICTURES)}")
         from quac_plugins.evaluate.plot import require_matplotlib
 
         require_matplotlib()

@@ -15,7 +15,7 @@ _WRITTEN = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 
 def restore_command(
     image: Annotated[Path, typer.Argument(help="The degraded picture.")],
-    out: Annotated[Path, typer.Argument(help="Where the restored one goes: .png, .jpg, .webp, .tif, .bmp.")],
+    out: Annotated[Path, typer.Argument(help="Where it goes, 8 bits a colour: .png, .jpg, .webp, .tif, .bmp.")],
     model: Annotated[str, typer.Option(help="A restoration pipeline: a directory, or org/name on the Hub.")],
     steps: Annotated[int, typer.Option(min=1, help="One is the most faithful; more give more detail.")] = 1,
     compare: Annotated[
@@ -28,7 +28,7 @@ def restore_command(
 ) -> None:
     """Restore a blurred, noisy, hazy, dark or compressed picture."""
     with common.plain_errors(debug):
-        common.check_outputs(None, compare)
+        common.check_outputs(None, compare, "--compare")
         if out.suffix.lower() not in _WRITTEN:
             raise ValueError(f"{out.name} must end in one of {', '.join(_WRITTEN)}")
         if out.is_dir():
@@ -42,12 +42,11 @@ def restore_command(
 
         pipe = QuACRestorationPipeline.from_pretrained(model).to(device or common.default_device())
         generator = torch.Generator().manual_seed(seed)
-        options: dict[str, Any] = {"tile_size": tile_size, "tile_overlap": min(64, tile_size // 4)}
-        restored = pipe(picture, num_inference_steps=steps, generator=generator, **options).images[0]
-        _save(restored, out)
+        restored = pipe(picture, num_inference_steps=steps, generator=generator, tile_size=tile_size).images[0]
+        _save(restored, out, picture.info.get("icc_profile"))
         typer.echo(f"wrote {out} ({restored.width}×{restored.height})", err=True)
         if compare is not None:
-            from quac_plugins.diffusers.figure import draw_comparison
+            from quac_plugins.evaluate.comparison_plot import draw_comparison
 
             pipe.set_progress_bar_config(disable=True)
             before, after = (pictures_of(one)[0].pixels for one in (picture, restored))
@@ -69,7 +68,8 @@ def _open(path: Path) -> Any:
         raise OSError(f"cannot read {path}: {type(error).__name__}: {error}") from error
 
 
-def _save(image: Any, path: Path) -> None:
+def _save(image: Any, path: Path, profile: bytes | None) -> None:
+    """With the colour profile of what was restored, without which its colours are others."""
     from PIL import Image
 
     from quac_plugins.evaluate.report import write_beside
@@ -80,5 +80,5 @@ def _save(image: Any, path: Path) -> None:
         image = ground
     buffer = io.BytesIO()
     kind = Image.registered_extensions()[path.suffix.lower()]
-    image.save(buffer, format=kind, **({"quality": 95} if kind in ("JPEG", "WEBP") else {}))
+    image.save(buffer, format=kind, icc_profile=profile, **({"quality": 95} if kind in ("JPEG", "WEBP") else {}))
     write_beside(path, buffer.getvalue())

@@ -4,13 +4,13 @@
 """
 
 try:
-    import diffusers  # noqa: F401
+    import diffusers
 except ImportError as error:
     raise ImportError(
         "quac_plugins.diffusers needs diffusers: python -m pip install 'quac-plugins[diffusers]'"
     ) from error
 
-from quac_plugins.diffusers.blocks import with_activations
+from quac_plugins.diffusers.blocks import with_activations, without_activations
 from quac_plugins.diffusers.existing import add_quac
 from quac_plugins.diffusers.models import (
     QuACUNet2DConditionModel,
@@ -28,4 +28,7 @@ __all__ = [
     "add_to_model",
     "quac_class",
     "with_activations",
+    "without_activations",
 ]
+
+diffusers.QuACRestorationPipeline = QuACRestorationPipeline  # where DiffusionPipeline.from_pretrained looks for it

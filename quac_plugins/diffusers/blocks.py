@@ -8,7 +8,7 @@ and ``norm2.act``, so that all parameters keep their names and diffusers' own ``
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
@@ -74,4 +74,29 @@ def with_activations(model: M) -> M:
             norm.__class__ = ActGroupNorm
             norm.act = copy.deepcopy(act)
         block.nonlinearity = EmbeddingActivation(act, nn.Identity())
+    return model
+
+
+def without_activations(model: M) -> M:
+    """Undo :func:`with_activations`, in place; blocks whose activations were replaced stay as they are.
+
+    Example:
+        >>> from diffusers import UNet2DModel
+        >>> unet = UNet2DModel(block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2,
+        ...                    up_block_types=("UpBlock2D",) * 2)
+        >>> type(without_activations(with_activations(unet)).down_blocks[0].resnets[0].norm1).__name__
+        'GroupNorm'
+    """
+    for block in model.modules():
+        if isinstance(block, ResnetBlock2D) and isinstance(block.nonlinearity, EmbeddingActivation):
+            plain, norms = block.nonlinearity.embedding, (block.norm1, block.norm2)
+            acts = [norm.act for norm in norms if isinstance(norm, ActGroupNorm)] or [block.nonlinearity.maps]
+            if any(type(act) is not type(plain) for act in acts):
+                continue
+            for module in norms:
+                norm: Any = module
+                if isinstance(norm, ActGroupNorm):
+                    del norm.act
+                    norm.__class__ = nn.GroupNorm  # type: ignore[assignment]
+            block.nonlinearity = plain
     return model

@@ -7,43 +7,67 @@ import inspect
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor, nn
 
 from quac_plugins.core.inject import injection_of
 from quac_plugins.core.inject.surgery import unwrap
 from quac_plugins.core.quality.context import contexts_of, quality_of
+from quac_plugins.core.quality.tap import QualityTap
 from quac_plugins.diffusers.images import pictures_of
 from quac_plugins.diffusers.models import add_to_model, options_of, quac_class, with_argument
 
 _NETWORKS = ("unet", "transformer")
-# they put every image into the batch several times, the whole batch again and again
+# Guidance repeats the whole batch. These repeat it whole for several images of a prompt, too, so that q may be repeated
+# as often as the batch is; in others the rows of several images lie otherwise, and one image a call is always right.
 _ORDER = "tile"
+_IN_ORDER = frozenset(
+    {
+        "LDMSuperResolutionPipeline",
+        "LatentConsistencyModelImg2ImgPipeline",
+        "StableDiffusion3Img2ImgPipeline",
+        "StableDiffusion3InpaintPipeline",
+        "StableDiffusionDepth2ImgPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionInstructPix2PixPipeline",
+        "StableDiffusionLatentUpscalePipeline",
+        "StableDiffusionUpscalePipeline",
+        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionXLInpaintPipeline",
+        "StableDiffusionXLInstructPix2PixPipeline",
+    }
+)
 
 
-def add_quac(pipe: Any, quac: Any = None, adapter: Any = None, example: Any = None) -> Any:
+def add_quac(pipe: Any, quac: Any = None, adapter: Any = None, revision: str | None = None, example: Any = None) -> Any:
     """Put quality-adaptive activations into the network of a pipeline that takes an image, in place.
 
     For super-resolution, up-scaling, image-to-image, InstructPix2Pix, Marigold and the like. The pipeline is called and
     saved as before, and computes what it did until it is trained. ``add_quac(from_pretrained(…))`` of a pipeline that
-    was saved with QuAC inside takes it as it is.
+    was saved with QuAC inside takes it as it is; so does ``add_quac(Other.from_pipe(pipe, unet=pipe.unet))``.
 
     Args:
         pipe: with a ``unet`` or a ``transformer``, and a ``__call__`` with an ``image``.
-        quac: a :class:`quac_plugins.QuACConfig` or a dict of its options; by default Q-ACON after the activations that
-            follow a convolution, driven by BRISQUE.
+        quac: a dict of options of :class:`quac_plugins.QuACConfig`, or one of these; by default Q-ACON after the
+            activations that follow a convolution, driven by BRISQUE.
         adapter: what was saved with ``quac_plugins.save_adapter(pipe.unet, …)``, instead of ``quac``: a folder, or
             ``"org/name"`` on the Hub.
-        example: what the network takes, for a transformer; see :func:`quac_plugins.inject`.
+        revision: of the adapter on the Hub.
+        example: what the network takes, for a transformer on latents (B, C, H, W); see :func:`quac_plugins.inject`.
 
     Returns:
-        The pipeline. Its ``__call__`` takes one more argument, ``quality`` (B, Q), in the place of that of ``image``:
-        for latents, which cannot be measured.
+        The pipeline. Its ``__call__`` takes one more argument, ``quality`` (B, Q), a row for each image, in the place
+        of theirs: for latents, which cannot be measured. Several images in one call are for the pipelines whose batches
+        are known; of the others it is an error.
 
     Raises:
         TypeError: it is no pipeline that takes an image.
-        ValueError: an option is not known, or a site is not there.
+        ValueError: an option is not known, or a site is not there; ``quac`` and ``adapter`` are both given, or either
+            for a network that holds QuAC. The pipeline is as it was.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise TypeError(f"add_quac needs a pipeline of diffusers, got {type(pipe).__name__}")
@@ -52,39 +76,94 @@ def add_quac(pipe: Any, quac: Any = None, adapter: Any = None, example: Any = No
     if name is None or "image" not in inspect.signature(host.__call__).parameters:
         lacks = "a unet or a transformer" if name is None else "an argument 'image' whose quality could be measured"
         raise TypeError(f"{host.__name__} has not {lacks}")
+    if quac is not None and adapter is not None:
+        raise ValueError("give quac or adapter, not both: an adapter brings its options")
     network: Any = getattr(pipe, name)
     if injection_of(network) is None and adapter is not None:
         cls: Any = type(network)
-        quac_class(cls).from_adapter(network, adapter, example=example)
+        quac_class(cls).from_adapter(network, adapter, revision=revision, example=example)
     elif injection_of(network) is None:
-        options = options_of(quac)
-        if options.expand_q == "error":
-            options = replace(options, expand_q=_ORDER)
-        add_to_model(network, options, example)
+        add_to_model(network, options_of(quac), example)
     elif quac is not None or adapter is not None:
         raise ValueError(f"the {name} holds QuAC already; call add_quac(pipe) alone, or quac_plugins.remove first")
-    pipe.register_modules(**{name: network})  # model_index.json names its class
+    _expand(unwrap(network))
     pipe.__class__ = pipeline_class(host)
     return pipe
 
 
-def quality_of_image(network: Any, image: Any) -> Tensor | None:
-    """q (B, Q) of what a pipeline is given as ``image``; None if the network reads none."""
+def _expand(network: Any) -> None:
+    """Let q be repeated as guidance repeats the batch, where nobody has said how."""
     record = injection_of(network)
-    if record is None or record.quality is None:
-        return None
-    if isinstance(image, Tensor) and image.is_floating_point() and bool((image < 0).any()):
-        image = image / 2 + 0.5  # pipelines take tensors in [-1, 1] too
+    assert record is not None
+    if record.config is None or record.config.expand_q != "error":
+        return
+    for tap in (module for module in network.modules() if isinstance(module, QualityTap)):
+        if tap.given == "error":
+            tap.given = _ORDER
+    record.config = replace(record.config, expand_q=_ORDER)
+    network.register_to_config(quac=record.config.to_dict())
+
+
+def _network(pipe: Any) -> Any:
+    return next(getattr(pipe, name) for name in _NETWORKS if isinstance(getattr(pipe, name, None), nn.Module))
+
+
+def _quality_function(network: Any) -> Any:
+    record = injection_of(network)
+    prior = record.prior if record is not None else None
+    return record.quality or (prior.quality if prior is not None else None) if record is not None else None
+
+
+def quality_of_image(pipe: Any, image: Any) -> Tensor:
+    """q (B, Q) of what a pipeline is given as ``image``, on the device that the pipeline runs on.
+
+    Raises:
+        ValueError: it cannot be measured, as latents cannot.
+    """
+    function = _quality_function(_network(pipe))
     try:
-        pictures = pictures_of(image)
+        pictures = pictures_of(_in_unit_range(pipe, image))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{error}. Its quality cannot be measured: give quality=(B, Q)") from error
     with torch.no_grad():
-        return torch.cat([record.quality(picture.pixels[None]) for picture in pictures])
+        return torch.cat([function(picture.pixels[None].to(pipe._execution_device)) for picture in pictures])
+
+
+def _in_unit_range(pipe: Any, image: Any) -> Any:
+    """Tensors and arrays as the pipeline itself understands them, in [0, 1]."""
+    parts = image if isinstance(image, (list, tuple)) else [image]
+    processor = getattr(pipe, "image_processor", None)
+    if not all(isinstance(part, (Tensor, np.ndarray)) and part.dtype not in (torch.uint8, np.uint8) for part in parts):
+        return image
+    if isinstance(processor, VaeImageProcessor):  # takes what has a negative number to be in [−1, 1]
+        signed = any(part.size and bool((part < 0).any()) for part in map(np.asarray, map(_numbers, parts)))
+    else:  # without a processor of its own a pipeline takes tensors to be in [−1, 1]
+        signed = processor is None and all(isinstance(part, Tensor) for part in parts)
+    return [part / 2 + 0.5 for part in parts] if signed else image
+
+
+def _numbers(part: Any) -> Any:
+    return part.detach().float().cpu().numpy() if isinstance(part, Tensor) else part
+
+
+def _count(image: Any) -> int:
+    """How many images there are."""
+    if isinstance(image, (list, tuple)):
+        return sum(_count(one) for one in image)
+    return len(image) if isinstance(image, (Tensor, np.ndarray)) and image.ndim == 4 else 1
+
+
+def _checked(pipe: Any, quality: Any, count: int) -> Tensor:
+    """q as a user gave it; ValueError unless it has a row for each image."""
+    wanted = (count, _quality_function(_network(pipe)).channels)
+    if not isinstance(quality, Tensor) or not quality.is_floating_point() or tuple(quality.shape) != wanted:
+        got = tuple(quality.shape) if isinstance(quality, Tensor) else type(quality).__name__
+        raise ValueError(f"quality must be a floating point tensor {wanted}, a row for each image, got {got}")
+    return quality.to(pipe._execution_device)
 
 
 @functools.cache
-def pipeline_class(host: Any) -> Any:
+def pipeline_class(host: Any) -> type[Any]:
     """The class of pipelines like those of ``host`` whose networks are given the quality of the image.
 
     It bears the host's name, so that what it saves is loaded by the host's class.
@@ -93,24 +172,42 @@ def pipeline_class(host: Any) -> Any:
 
     @functools.wraps(host.__call__)
     def __call__(self: Any, *args: Any, quality: Tensor | None = None, **kwargs: Any) -> Any:
-        network = next(getattr(self, name) for name in _NETWORKS if isinstance(getattr(self, name, None), nn.Module))
+        network = _network(self)
         if not contexts_of(unwrap(network)):
             return host.__call__(self, *args, **kwargs)
-        if quality is None:
-            image = signature.bind_partial(self, *args, **kwargs).arguments.get("image")
-            if image is None:
-                raise ValueError("image is missing: the quality is that of the degraded image; or give quality=(B, Q)")
-            quality = quality_of_image(network, image)
-        assert quality is not None
-        if len(quality) > 1 and host.__name__.startswith("Marigold"):
+        image = signature.bind_partial(self, *args, **kwargs).arguments.get("image")
+        if image is None:
+            raise ValueError("image is missing: the quality is that of the degraded image")
+        count = _count(image)
+        if count > 1 and host.__name__ not in _IN_ORDER:
             raise ValueError(
-                f"{host.__name__} cuts its batch into pieces, whose images cannot be told; give one image at a time"
+                f"{host.__name__} lays out the rows of several images in an order of its own, so their quality "
+                "features cannot be told apart; give one image a call"
             )
-        device = next(network.parameters()).device
-        with quality_of(network, quality.to(device)):
+        q = quality_of_image(self, image) if quality is None else _checked(self, quality, count)
+        with quality_of(network, q):
             return host.__call__(self, *args, **kwargs)
 
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        note_classes(self)
+        return host.save_pretrained(self, *args, **kwargs)
+
+    def __reduce__(self: Any) -> Any:
+        return _rebuilt, (host,), self.__dict__
+
+    save_pretrained.__doc__ = host.save_pretrained.__doc__
     added = inspect.Parameter("quality", inspect.Parameter.KEYWORD_ONLY, default=None)
     __call__.__signature__ = with_argument(host.__call__, added)  # type: ignore[attr-defined]
-    body = {"__call__": __call__, "quac_host": host, "__module__": host.__module__, "__doc__": host.__doc__}
-    return type(host.__name__, (host,), body)
+    body = {"__call__": __call__, "save_pretrained": save_pretrained, "__reduce__": __reduce__, "quac_host": host}
+    return type(host.__name__, (host,), {**body, "__module__": host.__module__, "__doc__": host.__doc__})
+
+
+def _rebuilt(host: Any) -> Any:
+    """An empty pipeline, for pickle to fill."""
+    cls: Any = pipeline_class(host)
+    return cls.__new__(cls)
+
+
+def note_classes(pipe: Any) -> None:
+    """Let ``model_index.json`` name the classes that a pipeline's networks have now; QuAC may have come or gone."""
+    pipe.register_modules(**{name: getattr(pipe, name) for name in _NETWORKS if getattr(pipe, name, None) is not None})

@@ -99,6 +99,7 @@ def _of_numbers(image: np.ndarray | Tensor) -> list[Tensor]:
     array: Any = image
     if isinstance(image, Tensor):
         array = (image.float() if image.dtype == torch.bfloat16 else image).detach().cpu().numpy()
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if not (np.issubdtype(array.dtype, np.floating) or array.dtype in (np.uint8, np.uint16)):
         raise TypeError(f"an {kind} of images must be floating point in [0, 1], uint8 or uint16, got {image.dtype}")
     channels = {3: 2, 4: 3}.get(array.ndim) if kind == "array" else {3: 0, 4: 1}.get(array.ndim)

@@ -23,7 +23,7 @@ from quac_plugins.core.inject import QuACConfig, inject, injection_of
 from quac_plugins.core.inject.example import Example
 from quac_plugins.core.options import named, one_of
 from quac_plugins.core.quality.context import quality_of
-from quac_plugins.diffusers.blocks import with_activations
+from quac_plugins.diffusers.blocks import with_activations, without_activations
 from quac_plugins.diffusers.examples import example_of
 from quac_plugins.hub.load import load_adapter
 
@@ -43,7 +43,8 @@ class QuACMixin:
 
         Args:
             host: of ``host_class``; a subclass of it has a class of its own, see :func:`add_to_model`.
-            quac: options; by default those of :class:`QuACConfig` with ``norm="layer"``.
+            quac: a dict of options; those that are not given are QuACConfig's, with ``norm="layer"``, since one image
+                must train. A QuACConfig is taken as it is.
             example: arguments the network takes, where they cannot be told from its config; see
                 :func:`quac_plugins.inject`.
 
@@ -51,8 +52,6 @@ class QuACMixin:
             TypeError: the host is of another class.
             ValueError: an option is not known, or a site is not there.
         """
-        if type(host) is not cls.host_class:
-            raise TypeError(f"{cls.__name__}.from_host needs a {cls.host_class.__name__}, got {type(host).__name__}")
         config = options_of(quac)  # before anything is changed
         with cls._of(host):
             host._put_in(config, example)
@@ -65,6 +64,11 @@ class QuACMixin:
         Args:
             host, example: as of :meth:`from_host`.
             source, revision: see :func:`quac_plugins.load_adapter`.
+
+        Raises:
+            TypeError: the host is of another class.
+            FileNotFoundError, PermissionError, ConnectionError, ValueError: see :func:`quac_plugins.load_adapter`. The
+                host is as it was.
         """
         with cls._of(host):
             example = example if example is not None else example_of(host)
@@ -76,11 +80,14 @@ class QuACMixin:
     @contextmanager
     def _of(cls, host: Any) -> Iterator[None]:
         """Make a network one of this class; on an error it is what it was."""
-        was, host.__class__ = host.__class__, cls
+        if type(host) is not cls.host_class:
+            raise TypeError(f"{cls.__name__} is made of a {cls.host_class.__name__}, got {type(host).__name__}")
+        host.__class__ = cls
         try:
             yield
         except BaseException:
-            host.__class__ = was
+            without_activations(host)
+            host.__class__ = cls.host_class
             raise
 
     @classmethod
@@ -89,7 +96,8 @@ class QuACMixin:
 
         Args:
             pretrained_model_name_or_path: a folder, or ``"org/name"`` on the Hub.
-            quac: options for a network that was saved without QuAC.
+            quac: options for a network that was saved without QuAC; for one that was saved with a quality function of
+                the user's own, ``{"quality": the function}``.
             **kwargs: of ``ModelMixin.from_pretrained``: ``subfolder``, ``variant``, ``torch_dtype``, ``revision``, …
 
         Raises:
@@ -99,8 +107,13 @@ class QuACMixin:
         config: Any = cls.load_config(pretrained_model_name_or_path, **loading)  # type: ignore[attr-defined]
         if "quac" not in config:
             host: Any = cls.host_class
-            return cls.from_host(host.from_pretrained(pretrained_model_name_or_path, **kwargs), quac)
-        if quac is not None:
+            loaded = host.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            cls.from_host(loaded[0] if isinstance(loaded, tuple) else loaded, quac)
+            return loaded
+        own = str(config["quac"].get("quality")).startswith("callable:")
+        if own and isinstance(quac, Mapping) and list(quac) == ["quality"]:
+            kwargs["quac"] = {**config["quac"], **quac}
+        elif quac is not None:
             raise ValueError(
                 f"{pretrained_model_name_or_path} was saved with QuAC inside ({config['quac']}); load it without quac="
             )
@@ -109,7 +122,7 @@ class QuACMixin:
     def _put_in(self: Any, quac: QuACConfig | Mapping[str, Any] | None, example: Example | None = None) -> None:
         config = options_of(quac)
         with_activations(self)
-        with named("quac.where"):
+        with named("quac"):
             inject(self, config, example if example is not None else example_of(self))
         self._note()
 
@@ -125,6 +138,7 @@ class QuACMixin:
 def _be_host(model: Any) -> None:
     """Without QuAC inside a network is one of its host's class."""
     model.__class__ = model.host_class
+    without_activations(model)
     model._internal_dict = FrozenDict({key: value for key, value in model.config.items() if key != "quac"})
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from quac_plugins.core.inject import injection_of
 from quac_plugins.core.options import one_of, whole_number
+from quac_plugins.diffusers.existing import note_classes
 from quac_plugins.diffusers.images import OUTPUTS, Picture, give_back, pictures_of
 from quac_plugins.diffusers.tiles import tiled
 
@@ -55,6 +56,11 @@ class QuACRestorationPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(start_noise=start_noise)
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """See ``DiffusionPipeline.save_pretrained``."""
+        note_classes(self)
+        return super().save_pretrained(*args, **kwargs)
+
     def quality_of(self, images: Tensor) -> Tensor | None:
         """The quality features of images (B, 3, H, W), RGB in [0, 1]: (B, Q), or None if the network reads none."""
         record = injection_of(self.unet)
@@ -71,7 +77,7 @@ class QuACRestorationPipeline(DiffusionPipeline):
         quality: Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         tile_size: int = 512,
-        tile_overlap: int = 64,
+        tile_overlap: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any]] | None = None,
@@ -87,7 +93,8 @@ class QuACRestorationPipeline(DiffusionPipeline):
                 whole degraded image, before padding and tiles.
             generator: for the noise at the start, where the pipeline's ``start_noise`` is not 0; one, or one an image.
             tile_size: larger images go through the network in tiles of this side at most.
-            tile_overlap: of neighbouring tiles, which pass smoothly into each other there.
+            tile_overlap: of neighbouring tiles, which pass smoothly into each other there; None: 64, a quarter of a
+                tile at most. An image that needs tiles is restored alone.
             output_type: ``"pil"``, ``"np"`` (B, H, W, 3) or ``"pt"`` (B, 3, H, W).
             return_dict: an ``ImagePipelineOutput``, or a tuple with the images.
             callback_on_step_end: called after each step as ``f(pipe, step, timestep, tensors)``; returns the tensors
@@ -104,7 +111,8 @@ class QuACRestorationPipeline(DiffusionPipeline):
         one_of("output_type", output_type, list(OUTPUTS))
         multiple = 2 ** (len(self.unet.config.block_out_channels) - 1)
         whole_number("tile_size", tile_size, multiple)
-        whole_number("tile_overlap", tile_overlap, 0, tile_size // 2)
+        overlap = min(64, tile_size // 4) if tile_overlap is None else tile_overlap
+        whole_number("tile_overlap", overlap, 0, tile_size // 2)
         for name in callback_on_step_end_tensor_inputs:
             one_of("callback_on_step_end_tensor_inputs", name, list(self._callback_tensor_inputs))
         pictures = pictures_of(image)
@@ -112,9 +120,10 @@ class QuACRestorationPipeline(DiffusionPipeline):
         if isinstance(generator, list) and len(generator) != len(pictures):
             raise ValueError(f"{len(generator)} generators were given for {len(pictures)} images")
 
-        groups: dict[tuple[int, ...], list[int]] = {}
+        groups: dict[Any, list[int]] = {}
         for index, picture in enumerate(pictures):
-            groups.setdefault(tuple(picture.pixels.shape), []).append(index)
+            shape = tuple(picture.pixels.shape)
+            groups.setdefault((shape, index) if max(shape) > tile_size else shape, []).append(index)
         restored: dict[int, Tensor] = {}
         with self.progress_bar(total=num_inference_steps * len(groups)) as bar:
             for indices in groups.values():
@@ -123,7 +132,7 @@ class QuACRestorationPipeline(DiffusionPipeline):
                 noise = [generator[i] for i in indices] if isinstance(generator, list) else generator
 
                 def run(x: Tensor, t: Tensor, q: Tensor | None) -> Tensor:
-                    return self._velocity(x, t, q, tile_size // multiple * multiple, tile_overlap, multiple)
+                    return self._velocity(x, t, q, tile_size // multiple * multiple, overlap, multiple)
 
                 x = self._start(images, noise)
                 self.scheduler.set_timesteps(

@@ -62,7 +62,7 @@ def tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: i
         multiple: see above.
 
     Returns:
-        (B, D, H, W). Memory beside x and the result is that of one tile.
+        (B, D, H, W). Memory beside a few copies of x and of the result is that of one tile.
 
     Example:
         >>> x = torch.rand(1, 3, 50, 70)

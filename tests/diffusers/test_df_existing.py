@@ -1,6 +1,8 @@
 """QuAC inside pipelines of diffusers that exist: preserved, with the q of their image, saved and loaded."""
 
+import copy
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -229,7 +231,7 @@ def test_what_has_no_image_to_measure(build, moved_pipe, photograph):
         add_quac(unconditional.unet)
     with pytest.raises(ValueError, match="image is missing"):
         moved_pipe("img2img")(prompt_embeds=TEXT)
-    with pytest.raises(ValueError, match=r"cuts its batch into pieces.*one image at a time"):
+    with pytest.raises(ValueError, match=r"in an order of its own.*one image a call"):
         run("marigold", moved_pipe("marigold"), [photograph(size=(32, 32))] * 2)
 
 
@@ -238,9 +240,41 @@ def test_without_quality_features_nothing_is_asked_for(build, photograph):
     assert run("", pipe, photograph(size=(32, 32))).shape[0] == 1
 
 
+def test_a_network_that_was_made_with_quac_is_guided_too(build, photograph):
+    from quac_plugins.diffusers import add_to_model
+
+    pipe = build("upscale")
+    add_to_model(pipe.unet, {"where": "all"})
+    assert pipe.unet.config["quac"]["expand_q"] == "error"
+    add_quac(pipe)
+    assert pipe.unet.config["quac"]["expand_q"] == "tile"
+    assert run("upscale", pipe, photograph(size=(32, 32)), 2).shape[0] == 2
+
+
+def test_pickled_it_is_the_same(moved_pipe, photograph):
+    pipe, image = moved_pipe("super_resolution"), photograph(size=(32, 32))
+    for again in (pickle.loads(pickle.dumps(pipe)), copy.deepcopy(pipe)):
+        assert np.array_equal(run("", again, image), run("", pipe, image))
+
+
+def test_quality_by_hand_has_a_row_for_each_image(moved_pipe, photograph):
+    pipe, image = moved_pipe("img2img"), photograph(size=(32, 32))
+    for quality in (torch.rand(2, 36), torch.rand(1, 7), np.zeros((1, 36)), torch.ones(1, 36, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"quality must be a floating point tensor \(1, 36\), a row for each"):
+            run("img2img", pipe, image, quality=quality)
+
+
+def test_a_bright_tensor_is_read_as_its_pipeline_reads_it(moved_pipe, photographs):
+    """Latent super-resolution takes every tensor to be in [−1, 1], also one without a negative number."""
+    pipe, bright = moved_pipe("super_resolution"), 0.5 + 0.5 * photographs(1, 32)
+    signed = 2 * bright - 1
+    assert float(signed.min()) >= 0
+    np.testing.assert_allclose(run("", pipe, signed), run("", pipe, signed, quality=brisque(bright)), atol=1e-4)
+
+
 def test_an_error_leaves_the_pipeline_as_it_was(build):
     pipe = build("super_resolution")
-    with pytest.raises(ValueError, match=r"quac\.where"):
+    with pytest.raises(ValueError, match="quac: where="):
         add_quac(pipe, {"where": "nowhere"})
     assert type(pipe) is LDMSuperResolutionPipeline
     assert type(pipe.unet) is UNet2DModel

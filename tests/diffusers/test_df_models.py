@@ -202,6 +202,33 @@ def test_an_adapter_goes_into_another_copy_of_its_host(plain, unet, tmp_path):
     assert type(other) is UNet2DModel
 
 
+def test_loading_info_and_a_quality_function_of_ones_own(plain, tmp_path, photographs):
+    plain().save_pretrained(tmp_path / "plain")
+    model, info = QuACUNet2DModel.from_pretrained(tmp_path / "plain", quac={}, output_loading_info=True)
+    assert type(model) is QuACUNet2DModel
+    assert not info["missing_keys"]
+
+    def own(images):
+        return images.mean(dim=(2, 3))
+
+    torch.manual_seed(0)
+    model = add_to_model(plain(), {"quality": own, "init": "paper"})
+    model.save_pretrained(tmp_path / "own")
+    again = QuACUNet2DModel.from_pretrained(tmp_path / "own", quac={"quality": own})
+    q = own(photographs(2, 16))
+    assert torch.equal(out(again, q=q), out(model, q=q))
+
+
+def test_an_error_leaves_the_host_as_it_was(plain):
+    host = plain()
+    kinds = {name: type(module) for name, module in host.named_modules()}
+    with pytest.raises(ValueError, match="matches no activation"):
+        add_to_model(host, {"where": "nowhere"})
+    assert {name: type(module) for name, module in host.named_modules()} == kinds
+    quac.remove(add_to_model(host, {"where": "all"}))
+    assert {name: type(module) for name, module in host.named_modules()} == kinds
+
+
 def test_deepcopy_and_pickle(unet):
     model = unet()
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -259,7 +286,7 @@ def test_a_network_without_an_example_says_how_to_give_one():
     [
         ({"wher": "all"}, r"quac\.wher: unknown option 'wher'; did you mean 'where'"),
         ({"norm": "btach"}, "quac: unknown norm 'btach'"),
-        ({"where": "nowhere.*"}, r"quac\.where: .*matches no activation"),
+        ({"where": "nowhere.*"}, r"quac: where=.*matches no activation"),
         ("all", "quac: must be a dict of options"),
     ],
 )
@@ -275,7 +302,7 @@ def test_an_option_that_cannot_be(quac_options, message, plain):
 def test_twice_is_an_error(unet, plain):
     with pytest.raises(ValueError, match="already holds QuAC"):
         add_to_model(unet())
-    with pytest.raises(TypeError, match="from_host needs a UNet2DConditionModel, got UNet2DModel"):
+    with pytest.raises(TypeError, match="is made of a UNet2DConditionModel, got UNet2DModel"):
         QuACUNet2DConditionModel.from_host(plain())
 
 

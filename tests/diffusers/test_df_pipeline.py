@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 import quac_plugins as quac
@@ -74,6 +74,10 @@ def test_quality_in_the_place_of_that_of_the_images(pipeline, photograph):
 def test_any_size(size, pipeline, photograph):
     found = pipeline()(photograph(size=size), num_inference_steps=2).images[0]
     assert found.size == size
+
+
+def test_a_small_tile_needs_no_more_to_be_said(pipeline, photograph):
+    assert pipeline()([photograph()] * 2, tile_size=16).images[0].size == (48, 32)
 
 
 def test_tiles_leave_no_seam(pipeline, photograph):
@@ -156,6 +160,22 @@ def test_saved_and_loaded_it_restores_the_same_bits(variant, pipeline, photograp
     assert again.config.start_noise == 0.05
     found = [restored(p, photograph(), generator=torch.Generator().manual_seed(0)) for p in (pipe, again)]
     assert torch.equal(*found)
+
+
+def test_what_is_put_in_later_is_saved(pipeline, plain, photograph, tmp_path):
+    from quac_plugins.diffusers import QuACUNet2DModel, add_to_model
+
+    pipe = pipeline(plain())
+    add_to_model(pipe.unet, {"init": "paper", "where": "all"})
+    pipe.save_pretrained(tmp_path / "with")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "with")
+    again.set_progress_bar_config(disable=True)
+    assert type(again) is QuACRestorationPipeline
+    assert type(again.unet) is QuACUNet2DModel
+    assert torch.equal(restored(again, photograph()), restored(pipe, photograph()))
+    quac.remove(pipe.unet)
+    pipe.save_pretrained(tmp_path / "without")
+    assert "quac" not in (tmp_path / "without" / "model_index.json").read_text().replace("QuAC", "")
 
 
 def test_over_the_hub(pipeline, photograph, hub):

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 import quac_plugins
 
@@ -25,12 +25,14 @@ def test_a_photograph_and_its_comparison(saved, photograph, pipeline, tmp_path):
     turned = photograph(size=(48, 32))
     exif = turned.getexif()
     exif[274] = 6  # turned by a quarter
-    turned.save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    turned.save(tmp_path / "photo.jpg", exif=exif, quality=95, icc_profile=profile)
     out, compare = tmp_path / "made" / "restored.png", tmp_path / "compare.png"
     done = restore(tmp_path / "photo.jpg", out, "--model", saved, "--steps", 2, "--compare", compare)
     assert done.returncode == 0, done.stderr
     with Image.open(out) as restored, Image.open(compare) as picture:
         assert restored.size == (32, 48)
+        assert restored.info["icc_profile"] == profile
         assert min(picture.size) > 400
         with Image.open(tmp_path / "photo.jpg") as photo:
             expected = pipeline()(ImageOps.exif_transpose(photo), num_inference_steps=2).images[0]

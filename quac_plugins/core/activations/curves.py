@@ -41,9 +41,10 @@ def activation_curves(model: nn.Module, layers: list[str], run: Callable[[], Any
     def note(name: str) -> Callable[..., None]:
         def hook(site: Any, args: tuple, output: Any) -> None:
             values = [v.flatten(1) if v.ndim > 1 else v[None] for v in site.values(args[0], None)]
-            y = site.equation(x, *(value[..., None] for value in values))
+            at = x.to(args[0].device)
+            y = site.equation(at, *(value[..., None] for value in values))
             if site.host is not None:
-                y = site.host(x) + y - site.equation(x, *(x.new_tensor([value]) for value in site.neutral))
+                y = site.host(at) + y - site.equation(at, *(at.new_tensor([value]) for value in site.neutral))
             found[name] = y.expand(-1, site.channels, -1)
 
         return hook

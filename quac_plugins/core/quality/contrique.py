@@ -112,7 +112,9 @@ def load_contrique(path: str | os.PathLike[str]) -> nn.Sequential:
             f"{path!r} does not hold the encoder of CONTRIQUE, a ResNet-50 under encoder.0, …, encoder.7: "
             + "; ".join(problems)
         )
-    encoder.load_state_dict({name.removeprefix("encoder."): value for name, value in state.items()}, strict=False)
+    encoder.load_state_dict(
+        {name.removeprefix("encoder."): value for name, value in state.items()}, strict=False, assign=True
+    )
     return encoder.float().eval().requires_grad_(False)
 
 

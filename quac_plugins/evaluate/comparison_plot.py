@@ -26,7 +26,7 @@ def draw_comparison(path: str | os.PathLike[str], pipe: Any, degraded: Tensor, r
 
     Args:
         path: the picture: .png, .jpg, .pdf, .svg, by its suffix; written beside, then renamed.
-        pipe: the :class:`QuACRestorationPipeline`.
+        pipe: the restoration pipeline, with ``unet`` and ``quality_of``.
         degraded, restored: (3, H, W), RGB in [0, 1].
 
     Raises:
@@ -75,7 +75,7 @@ def _curves(pipe: Any, degraded: Tensor, restored: Tensor) -> dict[str, Tensor]:
         def run(q: Any = q) -> None:
             pipe(degraded[None], quality=q, output_type="pt")
 
-        by_quality.append(activation_curves(pipe.unet, list(dict.fromkeys(chosen)), run, _X.to(degraded.device)))
+        by_quality.append(activation_curves(pipe.unet, list(dict.fromkeys(chosen)), run, _X))
     found = {}
     for name, before in by_quality[0].items():
         after = by_quality[1][name]
