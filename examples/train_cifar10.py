@@ -248,9 +248,6 @@ def spread(values: list[float]) -> str:
 
 
 def markdown(args: argparse.Namespace, found: dict[str, list[EvaluationReport]]) -> str:
-    if "ddp" in found:
-        before = [EvaluationReport.from_json(args.work / HOST.format(seed)) for seed in args.seeds]
-        found = {**{k: v for k, v in found.items() if k != "ddp"}, "clean pictures alone": before, "ddp": found["ddp"]}
     lines = [
         "# CIFAR-10, clean and degraded",
         "",
@@ -345,10 +342,17 @@ def main() -> None:
         for form in forms:
             found[form].append(run(args, form, seed))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    results = {form: [report.to_dict() for report in reports] for form, reports in found.items()}
+    table = dict(found)
+    if "ddp" in forms:  # beside what its network was before
+        table.pop("ddp")
+        table["clean pictures alone"] = [
+            EvaluationReport.from_json(args.work / HOST.format(seed)) for seed in args.seeds
+        ]
+        table["ddp"] = found["ddp"]
+    results = {column: [report.to_dict() for report in reports] for column, reports in table.items()}
     args.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    args.out.with_suffix(".md").write_text(markdown(args, found), encoding="utf-8")
-    print(markdown(args, found))
+    args.out.with_suffix(".md").write_text(markdown(args, table), encoding="utf-8")
+    print(markdown(args, table))
     for form in forms if args.publish else ():
         publish(args, form, found[form])
 

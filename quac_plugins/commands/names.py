@@ -56,4 +56,5 @@ def _names(what: What, pretrained: bool) -> list[str]:
         return sorted(quac_plugins.FDMS)
     import timm
 
-    return [name for name in timm.list_models(pretrained=pretrained) if _OURS.search(name)]
+    ours = quac_plugins.registry.published()
+    return [name for name in timm.list_models(pretrained=pretrained) if _OURS.search(name) or name in ours]
