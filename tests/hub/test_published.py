@@ -278,3 +278,20 @@ def test_a_registry_that_is_no_toml_or_names_nothing(tmp_path):
 def test_the_packages_own_registry_is_true():
     assert all(not problems for _, problems in check_registry())
     assert all(entry.name == name for name, entry in published().items())
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in published().values() if entry.repo is None])
+def test_what_is_embedded_loads_with_no_network_and_predicts(name, monkeypatch, photographs):
+    """By the name alone, through timm's own factory; q of the pictures decides where the network reads it."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    model = timm.create_model(name, pretrained=True).eval()
+    entry = published()[name]
+    assert model.num_classes == entry.input["num_classes"]
+    assert sum(p.numel() for p in model.parameters()) * 2 <= entry.size <= 4_000_000
+    mean, std = (torch.tensor(entry.input[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    images = photographs(4, entry.input["input_size"][-1])
+    with torch.no_grad():
+        logits = model((images - mean) / std)
+        torch.testing.assert_close(model((images[:1] - mean) / std), logits[:1])
+    assert logits.shape == (4, model.num_classes)
+    assert len(set(logits.argmax(dim=1).tolist())) > 1
