@@ -27,7 +27,8 @@ def expand_rows(q: Tensor, rows: int, how: str) -> Tensor:
         >>> expand_rows(q, 4, "interleave").flatten().tolist(), expand_rows(q, 4, "tile").flatten().tolist()
         ([1.0, 1.0, 2.0, 2.0], [1.0, 2.0, 1.0, 2.0])
     """
-    if rows == len(q):
+    images = q.shape[0]  # len(q) would be a constant to torch.export
+    if rows == images:
         return q
-    times = rows // len(q)
+    times = rows // images
     return q.repeat_interleave(times, dim=0) if how == "interleave" else q.repeat(times, 1)
