@@ -17,7 +17,7 @@ def restore_command(
     image: Annotated[Path, typer.Argument(help="The degraded picture.")],
     out: Annotated[Path, typer.Argument(help="Where it goes, 8 bits a colour: .png, .jpg, .webp, .tif, .bmp.")],
     model: Annotated[str, typer.Option(help="A restoration pipeline: a directory, or org/name on the Hub.")],
-    steps: Annotated[int, typer.Option(min=1, help="One is the most faithful; more give more detail.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Of the way from the degraded image to the clean one.")] = 1,
     compare: Annotated[
         Path | None, typer.Option(help="Draw before and after, the difference, q and the activations here.")
     ] = None,

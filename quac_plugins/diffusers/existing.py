@@ -153,13 +153,13 @@ def _count(image: Any) -> int:
     return len(image) if isinstance(image, (Tensor, np.ndarray)) and image.ndim == 4 else 1
 
 
-def _checked(pipe: Any, quality: Any, count: int) -> Tensor:
+def checked_quality(quality: Any, count: int, channels: int) -> Tensor:
     """q as a user gave it; ValueError unless it has a row for each image."""
-    wanted = (count, _quality_function(_network(pipe)).channels)
+    wanted = (count, channels)
     if not isinstance(quality, Tensor) or not quality.is_floating_point() or tuple(quality.shape) != wanted:
         got = tuple(quality.shape) if isinstance(quality, Tensor) else type(quality).__name__
         raise ValueError(f"quality must be a floating point tensor {wanted}, a row for each image, got {got}")
-    return quality.to(pipe._execution_device)
+    return quality
 
 
 @functools.cache
@@ -184,7 +184,10 @@ def pipeline_class(host: Any) -> type[Any]:
                 f"{host.__name__} lays out the rows of several images in an order of its own, so their quality "
                 "features cannot be told apart; give one image a call"
             )
-        q = quality_of_image(self, image) if quality is None else _checked(self, quality, count)
+        if quality is None:
+            q = quality_of_image(self, image)
+        else:
+            q = checked_quality(quality, count, _quality_function(network).channels).to(self._execution_device)
         with quality_of(network, q):
             return host.__call__(self, *args, **kwargs)
 

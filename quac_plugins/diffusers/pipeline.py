@@ -20,7 +20,7 @@ from torch import Tensor
 
 from quac_plugins.core.inject import injection_of
 from quac_plugins.core.options import one_of, whole_number
-from quac_plugins.diffusers.existing import note_classes
+from quac_plugins.diffusers.existing import checked_quality, note_classes
 from quac_plugins.diffusers.images import OUTPUTS, Picture, give_back, pictures_of
 from quac_plugins.diffusers.tiles import tiled
 
@@ -88,7 +88,7 @@ class QuACRestorationPipeline(DiffusionPipeline):
         Args:
             image: degraded images: a PIL image, an array (B, H, W, C), a tensor (B, C, H, W), or a list, of any sizes;
                 floats in [0, 1].
-            num_inference_steps: one is the best for PSNR; more give more detail.
+            num_inference_steps: 1 or more.
             quality: (B, Q), the quality features, in the place of those of the images. They are computed once, from the
                 whole degraded image, before padding and tiles.
             generator: for the noise at the start, where the pipeline's ``start_noise`` is not 0; one, or one an image.
@@ -130,16 +130,13 @@ class QuACRestorationPipeline(DiffusionPipeline):
                 images = torch.stack([pictures[i].pixels for i in indices]).to(self._execution_device)
                 q = quality[indices].to(images.device) if quality is not None else self.quality_of(images)
                 noise = [generator[i] for i in indices] if isinstance(generator, list) else generator
-
-                def run(x: Tensor, t: Tensor, q: Tensor | None) -> Tensor:
-                    return self._velocity(x, t, q, tile_size // multiple * multiple, overlap, multiple)
-
                 x = self._start(images, noise)
                 self.scheduler.set_timesteps(
                     sigmas=[1 - i / num_inference_steps for i in range(num_inference_steps)], device=images.device
                 )
                 for step, t in enumerate(self.scheduler.timesteps):
-                    x = self.scheduler.step(run(x, t, q), t, x, return_dict=False)[0]
+                    v = self._velocity(x, t, q, tile_size // multiple * multiple, overlap, multiple)
+                    x = self.scheduler.step(v, t, x, return_dict=False)[0]
                     if callback_on_step_end is not None:
                         known = {"sample": x, "quality": q}
                         given = {name: known[name] for name in callback_on_step_end_tensor_inputs}
@@ -158,11 +155,7 @@ class QuACRestorationPipeline(DiffusionPipeline):
         record = injection_of(self.unet)
         if record is None or record.quality is None:
             raise ValueError(f"{type(self.unet).__name__} reads no quality features; leave quality= out")
-        wanted = (count, record.quality.channels)
-        if not isinstance(quality, Tensor) or not quality.is_floating_point() or tuple(quality.shape) != wanted:
-            got = tuple(quality.shape) if isinstance(quality, Tensor) else type(quality).__name__
-            raise ValueError(f"quality must be a floating point tensor {wanted}, a row for each image, got {got}")
-        return quality
+        return checked_quality(quality, count, record.quality.channels)
 
     def _start(self, images: Tensor, generator: Any) -> Tensor:
         x = 2 * images - 1
