@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -14,6 +15,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from quac_plugins.core.inject import PriorConfig, QuACConfig, inject
+from quac_plugins.core.inject.rehearsal import rehearse, rehearsing
 from quac_plugins.core.options import named
 from quac_plugins.detectron2.blocks import with_activations
 from quac_plugins.detectron2.config import KEY, PRIOR_KEY, TIMM_KEY, configs_of, in_unit_range
@@ -28,20 +30,20 @@ def build_quac_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone
     Raises:
         KeyError, ValueError: see :func:`quac_plugins.detectron2.config.configs_of`.
     """
-    return _build(cfg, input_shape, lambda: _resnet(cfg, input_shape))
+    return _build(cfg, input_shape, lambda _: _resnet(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()
 def build_quac_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """``build_resnet_fpn_backbone`` likewise."""
-    return _build(cfg, input_shape, lambda: _fpn(cfg, _resnet(cfg, input_shape), LastLevelMaxPool()))
+    return _build(cfg, input_shape, lambda _: _fpn(cfg, _resnet(cfg, input_shape), LastLevelMaxPool()))
 
 
 @BACKBONE_REGISTRY.register()
 def build_quac_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """``build_retinanet_resnet_fpn_backbone`` likewise."""
 
-    def make() -> Backbone:
+    def make(_: bool) -> Backbone:
         bottom_up = _resnet(cfg, input_shape)
         top = LastLevelP6P7(bottom_up.output_shape()["res5"].channels, cfg.MODEL.FPN.OUT_CHANNELS)
         return _fpn(cfg, bottom_up, top)
@@ -58,12 +60,11 @@ def build_quac_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbo
     those that the network was trained with (RGB; timm's mean and std times 255).
     """
 
-    def make() -> Backbone:
+    def make(weights: bool) -> Backbone:
         names = list(cfg.MODEL.FPN.IN_FEATURES)
         with named(TIMM_KEY):
-            bottom_up = TimmBackbone(
-                cfg.MODEL.QUAC.TIMM.NAME, names, input_shape.channels, pretrained=cfg.MODEL.QUAC.TIMM.PRETRAINED
-            )
+            pretrained = weights and cfg.MODEL.QUAC.TIMM.PRETRAINED
+            bottom_up = TimmBackbone(cfg.MODEL.QUAC.TIMM.NAME, names, input_shape.channels, pretrained=pretrained)
         return _fpn(cfg, bottom_up, LastLevelMaxPool())
 
     return _build(cfg, input_shape, make)
@@ -191,10 +192,17 @@ def put_into(
     return backbone
 
 
-def _build(cfg: CfgNode, input_shape: ShapeSpec, make: Any) -> Backbone:
+def _build(cfg: CfgNode, input_shape: ShapeSpec, make: Callable[[bool], Backbone]) -> Backbone:
+    """What ``make`` builds, with weights or without, with what the config says inside."""
     configs = configs_of(cfg)  # before anything is built
     keys = {"quac": f"{KEY}.WHERE", "prior": f"{PRIOR_KEY}.SITE"}
-    return put_into(make(), configs, input_shape.channels, keys)
+
+    def put_in(backbone: Backbone) -> Backbone:
+        return put_into(backbone, configs, input_shape.channels, keys)
+
+    if not rehearsing():
+        rehearse(lambda: make(False), put_in)
+    return put_in(make(not rehearsing()))
 
 
 def _resnet(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:

@@ -13,7 +13,7 @@ except ImportError as error:
     ) from error
 
 from quac_plugins.mmengine.activations import PLANNED, PlannedActivation
-from quac_plugins.mmengine.backbones import build_prior_backbone, build_quac_backbone, build_quac_resnet
+from quac_plugins.mmengine.backbones import build_prior_backbone, build_quac_backbone, build_quac_resnet, check_sites
 from quac_plugins.mmengine.building import finish, look_over_models
 from quac_plugins.mmengine.degradations import CorruptedDataset, CorruptImage, CorruptionAccuracy
 from quac_plugins.mmengine.hooks import FitPriorHook
@@ -34,5 +34,5 @@ __all__ = [
     "finish",
 ]
 
-look_over_models()
+look_over_models(check_sites)
 keep_what_was_put_in()

@@ -1,13 +1,15 @@
 """What is done once to every model that MMEngine builds from a config, before an optimizer is built.
 
-Options of ours are checked before anything is built, and an error begins with their path in the config. Afterwards
-plans of activations get their channels, and taps the normalization of the model's data preprocessor.
+Options of ours, and whether the backbones have the sites that they ask for, are checked before anything is built, and
+an error begins with their path in the config. Afterwards plans of activations get their channels, and taps the
+normalization of the model's data preprocessor.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -38,8 +40,12 @@ class _Depth(threading.local):
 _depth = _Depth()
 
 
-def look_over_models() -> None:
-    """Let registries of models check and :func:`finish` what they build. MMEngine has no place to hook into there."""
+def look_over_models(check_sites: Callable[[Any], None]) -> None:
+    """Let registries of models check and :func:`finish` what they build. MMEngine has no place to hook into there.
+
+    Args:
+        check_sites: is given every config, and raises SiteError.
+    """
     if getattr(Registry.build, _MARK, False):
         return
     original = Registry.build
@@ -48,19 +54,22 @@ def look_over_models() -> None:
     def build(self: Registry, cfg: Any, *args: Any, **kwargs: Any) -> Any:
         if self.name != "model":
             return original(self, cfg, *args, **kwargs)
-        if _depth.value == 0:
+        outermost = _depth.value == 0
+        if outermost:
             check_config(cfg, "model")
         _depth.value += 1
         try:
+            if outermost:
+                check_sites(cfg)
             built = original(self, cfg, *args, **kwargs)
         except SiteError as error:
-            if _depth.value > 1:
+            if not outermost:
                 raise
             raise ValueError(f"{path_of(cfg, error.given, 'model') or 'model'}.{error.key}: {error}") from error
         finally:
             _depth.value -= 1
         note_config(built, cfg)
-        return finish(built) if _depth.value == 0 and isinstance(built, nn.Module) else built
+        return finish(built) if outermost and isinstance(built, nn.Module) else built
 
     setattr(build, _MARK, True)
     Registry.build = build

@@ -40,6 +40,18 @@ def path_of(cfg: Any, given: Any, path: str) -> str | None:
     return next((found for at, value in parts if (found := path_of(value, given, at)) is not None), None)
 
 
+def name_of(cfg: Mapping[str, Any]) -> str:
+    """The name in the registry of what a config builds, without its scope; "" if it names nothing."""
+    kind = cfg.get("type")
+    name = kind.rpartition(".")[2] if isinstance(kind, str) else getattr(kind, "__name__", "")
+    return dict(zip(_FUNCTIONS, HOLDERS, strict=True)).get(name, name)
+
+
+def options_in(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that a config gives to what it builds."""
+    return {key: value for key, value in cfg.items() if key not in ("type", "_scope_")}
+
+
 def check_config(cfg: Any, path: str) -> None:
     """Look through a config for what is ours.
 
@@ -47,9 +59,7 @@ def check_config(cfg: Any, path: str) -> None:
         ValueError: an option is not known, of another type, or cannot be; the message begins with its path.
     """
     if isinstance(cfg, Mapping):
-        kind = cfg.get("type")
-        name = kind.rpartition(".")[2] if isinstance(kind, str) else getattr(kind, "__name__", "")
-        name = dict(zip(_FUNCTIONS, HOLDERS, strict=True)).get(name, name)
+        name = name_of(cfg)
         if name in HOLDERS:
             _check_holder(name, cfg, path)
         elif name in PLANNED and "activation" not in cfg:
@@ -83,12 +93,12 @@ def options_of(cls: Any, given: Any, path: str) -> Any:
 
 def _check_holder(name: str, cfg: Mapping[str, Any], path: str) -> None:
     if name == "DegradationPrior":
-        options_of(PriorConfig, {k: v for k, v in cfg.items() if k not in ("type", "backbone", "_scope_")}, path)
+        options_of(PriorConfig, {k: v for k, v in options_in(cfg).items() if k != "backbone"}, path)
     else:
         for key, cls in (("quac", QuACConfig), ("prior", PriorConfig)):
             if cfg.get(key) is not None:
                 options_of(cls, cfg[key], f"{path}.{key}")
-        unknown = set(cfg) - {"type", "backbone", "quac", "prior", "_scope_"}
+        unknown = set(options_in(cfg)) - {"backbone", "quac", "prior"}
         if name == "QuACBackbone" and unknown:
             raise ValueError(f"{path}.{sorted(unknown)[0]}: QuACBackbone takes backbone, quac and prior")
     if name != "QuACResNet" and not isinstance(cfg.get("backbone"), (Mapping, nn.Module)):

@@ -1,7 +1,9 @@
 """Configs: every key is checked before anything is built, and an error begins with its key."""
 
 import pytest
+import torch
 from detectron2.config import get_cfg
+from detectron2.modeling import FPN as FPNBackbone
 from detectron2.modeling import build_backbone, build_model
 
 import quac_plugins as quac
@@ -41,11 +43,27 @@ def test_unknown_keys_and_other_types_are_detectron2s_own_errors():
         cfg.merge_from_list(["MODEL.QUAC.REDUCTION", "many"])
 
 
-@pytest.mark.parametrize("key", ["MODEL.QUAC.WHERE", "MODEL.QUAC.PRIOR.SITE"])
-def test_a_site_that_is_not_there_is_named_with_its_key(key, config):
-    cfg = config(FPN, {"MODEL.QUAC.PRIOR.ENABLED": True, key: "bottom_up.res9.*"})
-    with pytest.raises(ValueError, match=rf"^{key}: .*bottom_up\.res9\.\*"):
-        build_backbone(cfg)
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        (FPN, "MODEL.QUAC.WHERE"),
+        (FPN, "MODEL.QUAC.PRIOR.SITE"),
+        ("mask_rcnn_R_50_FPN_heads_qacon", "MODEL.QUAC.HEADS"),
+        ("faster_rcnn_timm_FPN_qacon", "MODEL.QUAC.WHERE"),
+    ],
+)
+def test_a_site_that_is_not_there_is_named_with_its_key_and_nothing_is_built(name, key, config, monkeypatch):
+    built, original = [], FPNBackbone.__init__
+
+    def note(self, *args, **kwargs):
+        built.append(torch.empty(0).device.type)
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(FPNBackbone, "__init__", note)
+    cfg = config(name, {"MODEL.QUAC.PRIOR.ENABLED": True, key: "box_head.res9.*"})
+    with pytest.raises(ValueError, match=rf"^{key}: .*box_head\.res9\.\*"):
+        build_model(cfg)
+    assert set(built) == {"meta"}
 
 
 def test_a_config_without_the_keys_says_what_to_call():

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from mmengine.model import BaseModule
 from mmengine.registry import DefaultScope
 from mmpretrain.registry import MODELS
 
@@ -92,9 +93,17 @@ def test_an_error_begins_with_its_path_and_nothing_is_built(backbone, message, c
         ({"type": "DegradationPrior", "backbone": {"type": "ResNet", "depth": 18}, "site": "layer9.*"}, "site"),
     ],
 )
-def test_a_site_that_is_not_there_is_named_with_its_path(backbone, path, classifier):
+def test_a_site_that_is_not_there_is_named_with_its_path_and_nothing_is_built(backbone, path, classifier, monkeypatch):
+    built, original = [], BaseModule.__init__
+
+    def note(self, *args, **kwargs):
+        built.append(torch.empty(0).device.type)
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(BaseModule, "__init__", note)
     with pytest.raises(ValueError, match=rf"^model\.backbone\.{re.escape(path)}: .*layer9"):
         MODELS.build(classifier(backbone=backbone))
+    assert set(built) == {"meta"}
 
 
 @pytest.mark.parametrize("name", ["BRISQUE", "BRISQUETone"])
