@@ -188,6 +188,7 @@ def load_adapter_folder(
         undo()
         raise
     load_adapter_state(model, state)
+    _tell_other_use(model, saved)
     changed = _record(model).changed
     if changed is not None:
         changed(unwrap(model))
@@ -213,6 +214,17 @@ def _check_host(model: nn.Module, saved: _Saved) -> None:
             f"{message}. Load those weights into the host first (load_adapter(…, check_host=False) tries all the same)"
         )
     warnings.warn(message, stacklevel=4)
+
+
+def _tell_other_use(model: nn.Module, saved: _Saved) -> None:
+    """What a host that held such a prior says of its use goes before the adapter, but not without a word."""
+    here = _record(model).prior
+    if saved.prior is not None and here is not None and saved.prior.top_k != here.config.top_k:
+        warnings.warn(
+            f"the adapter in {saved.folder} was saved with top_k={saved.prior.top_k}; the prior of this host keeps its "
+            f"own, {here.config.top_k}",
+            stacklevel=4,
+        )
 
 
 def _holds(model: nn.Module, config: QualityOptions) -> bool:
@@ -313,13 +325,22 @@ def _check(model: nn.Module, saved: _Saved, state: dict[str, Tensor]) -> None:
     )
     problems += _tensor_problems(expected, state)
     problems += [f"surplus tensor {name!r}" for name in state if name not in expected]
+    deviations = _deviations(model)
     for name, tensor in state.items():
         dtype = expected[name].dtype if name in expected else tensor.dtype
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.to(dtype)).all()):
             problems.append(f"tensor {name!r} holds NaN or infinity (as {dtype})")
+        elif name in deviations and not bool((tensor.to(dtype) > 0).all()):
+            problems.append(f"tensor {name!r} holds deviations that are not positive (as {dtype})")
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise _refused(saved, f"{'; '.join(problems[:5])}{more}")
+
+
+def _deviations(model: nn.Module) -> set[str]:
+    """Names of tensors that features, or q, are divided by."""
+    inside = unwrap(model).named_modules()
+    return {f"{name}.std" for name, module in inside if isinstance(module, (FDM, Gate))}
 
 
 def _refused(saved: _Saved, why: str) -> ValueError:

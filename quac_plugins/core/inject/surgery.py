@@ -184,6 +184,7 @@ def inject(
     if holds:
         what = "QuAC" if isinstance(config, QuACConfig) else "a prior"
         raise ValueError(f"{type(model).__name__} already holds {what}; call quac_plugins.remove(model) first")
+    _check_parts(model, config)
     quality = None
     if config.activation_class.needs_quality if isinstance(config, QuACConfig) else config.needs_quality:
         quality = resolve_quality(config.quality, config.quality_channels, config.quality_grad)
@@ -207,6 +208,21 @@ def inject(
             delattr(model, _RECORD)
         raise
     return whole
+
+
+def _check_parts(model: nn.Module, config: QuACConfig | PriorConfig) -> None:
+    """Refuse what a part of the model, or a model around it, holds already: one would undo the other."""
+    quac = isinstance(config, QuACConfig)
+    what, names = ("QuAC", (TAP_NAME,)) if quac else ("a prior", (PRIOR_NAME, PRIOR_TAP_NAME))
+    for name, module in model.named_modules():
+        record = module.__dict__.get(_RECORD)
+        if record is not None and name and (record.config if quac else record.prior) is not None:
+            raise ValueError(f"the part {name!r} of {type(model).__name__} already holds {what}: give that module")
+    if injection_of(model) is None and any(child in part._modules for part in model.modules() for child in names):
+        raise ValueError(
+            f"{type(model).__name__} is a part of a model that already holds {what}: give that model, or call "
+            "quac_plugins.remove of it first"
+        )
 
 
 def place(

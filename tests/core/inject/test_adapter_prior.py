@@ -277,7 +277,8 @@ def test_other_settings_of_use_are_the_hosts_own(tmp_path):
     """How many experts an image is sent to and whether the host is frozen do not change what the tensors mean."""
     save_adapter(fitted(host(), PriorConfig(experts=["fog", "snow"], top_k=1)), tmp_path)
     model = inject(host(), PriorConfig(experts=["fog", "snow"], top_k=2, freeze=False))
-    load_adapter(model, tmp_path)
+    with pytest.warns(UserWarning, match="saved with top_k=1; the prior of this host keeps its own, 2"):
+        load_adapter(model, tmp_path)
     assert model.act1.quac_prior.top_k == 2
     assert model.conv1[0].weight.requires_grad
 
@@ -499,3 +500,13 @@ def test_a_host_whose_injection_fails_is_left_as_it_was(undamaged, monkeypatch):
 
 def test_public_names(undamaged):
     assert quac.load_adapter(host(), undamaged) is not None
+
+
+def test_deviations_that_are_not_positive_are_refused(tmp_path):
+    save_adapter(fitted(host(), PriorConfig()), tmp_path)
+    state = load_file(tmp_path / WEIGHTS)
+    name = next(name for name in state if name.endswith(".quac_prior.std"))
+    state[name][3] = 0
+    save_file(state, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"quac_prior\.std' holds deviations that are not positive"):
+        load_adapter(host(), tmp_path)

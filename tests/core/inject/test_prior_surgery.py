@@ -491,3 +491,20 @@ def test_every_entry_passes_the_prior(name, cheap, normalized):
 def test_kinds_of_modules():
     assert all(isinstance(m, FDM) for m in priors(inject(build(), PriorConfig(site="stages"))).values())
     assert all(isinstance(m, RoutedFDM) for m in priors(inject(build(), PriorConfig(**ROUTED))).values())
+
+
+@pytest.mark.parametrize("config", [PriorConfig(), QuACConfig()])
+def test_what_a_part_or_the_whole_around_it_holds_is_not_put_in_twice(config, normalized):
+    """The second would take the place of the first, whose record would then be of nothing."""
+    inner = moved(inject(build(), config))
+    before, output = state_of(inner), inner(normalized(1, 65))
+    for whole in (nn.Sequential(inner), quac.restore_then(inner, lambda images: images)):
+        with pytest.raises(ValueError, match=r"the part '(0|model)' of \w+ already holds .*: give that module"):
+            inject(whole, config)
+        assert same(state_of(inner), before)
+    assert torch.equal(inner(normalized(1, 65)), output)
+    whole = inject(nn.Sequential(build()), config)
+    with pytest.raises(ValueError, match="is a part of a model that already holds"):
+        inject(whole[0], config)
+    remove(whole)
+    inject(whole[0], config)
