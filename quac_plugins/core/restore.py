@@ -303,6 +303,8 @@ class RestoreThen(nn.Module):
         if self.restorer_input == "pil":
             from PIL import Image
 
+            if not np.isfinite(images).all():
+                raise ValueError("the images hold NaN or infinite values, which no PIL image can hold")
             images = [Image.fromarray(picture) for picture in (images * 255).round().astype(np.uint8)]
         if self._keyword is not None:
             return self.restorer(**{self._keyword: images}, **self.restorer_kwargs)

@@ -49,6 +49,9 @@ def _stacked(pictures: Sequence[Any], restorer: str, batch: int) -> np.ndarray:
         )
     if len(arrays) != batch:
         raise ValueError(f"{restorer} returned {len(arrays)} images for a batch of {batch}")
+    dtypes = sorted({str(a.dtype) for a in arrays})
+    if len(dtypes) > 1:
+        raise TypeError(f"{restorer} returned images of {' and '.join(dtypes)} in one list; expected one dtype")
     shapes = sorted({a.shape for a in arrays})
     if len(shapes) != 1:
         raise ValueError(f"{restorer} returned images of different shapes, {shapes}; expected one size for a batch")

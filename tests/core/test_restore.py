@@ -425,6 +425,7 @@ class DnCNN(nn.Module):
         (lambda x: x / 0 * 0, ValueError, "NaN or infinite values; expected"),
         (lambda x: torch.where(x == x.max(), float("inf"), x), ValueError, "NaN or infinite"),
         (lambda x: None, TypeError, "returned NoneType; expected a tensor"),
+        (lambda x: [np.ones((8, 8, 3), np.uint8), np.ones((8, 8, 3))], TypeError, "float64 and uint8 in one list"),
         (lambda x: {"sample": x}, TypeError, "returned dict"),
         (lambda x: [x, x], TypeError, "list that holds Tensor"),
         (lambda x: (x, 3), TypeError, "tuple that holds Tensor, int"),
@@ -679,3 +680,11 @@ def test_repr_and_class():
     assert isinstance(both, RestoreThen)
     assert "restorer=identity, quality=degraded, mean=(0.485" in repr(both)
     assert sum(isinstance(m, QualityTap) for m in both.modules()) == 1
+
+
+def test_images_that_are_not_finite_become_no_pictures():
+    both = restore_then(host(), lambda pictures: pictures, restorer_input="pil")
+    images = torch.rand(2, 3, 64, 64)
+    images[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="hold NaN or infinite values, which no PIL image can hold"):
+        both(images)
