@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from enum import Enum
 from pathlib import Path
@@ -234,13 +235,12 @@ def _fit(
     """Fit, write the adapter and its report, and print it."""
     import quac_plugins
     from quac_plugins.evaluate.processes import is_main_process
-    from quac_plugins.fit.checkpoint import Checkpoints
 
     states, main = out / STATES, is_main_process()
     if not main:
         warnings.simplefilter("ignore")  # the first process says the same
     elif not resume and states.is_dir():
-        Checkpoints(states, {}).clear()
+        shutil.rmtree(states)
     try:
         report = getattr(quac_plugins, kind)(network, images, checkpoint=states, deep=deep, **_given(**options))
     except KeyboardInterrupt:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from quac_plugins.degradations import image_seed
@@ -116,10 +116,12 @@ class ImageDirectory:
         return {condition: [i for i in items if i.key in chosen] for condition, items in self.conditions.items()}
 
 
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
+def read_image(path: str | os.PathLike[str], upright: bool = False) -> Image.Image:
     """Read an image file as RGB: the first frame, transparency dropped, 16-bit grey scaled to 8 bits.
 
-    A rotation noted in EXIF is not applied, as in torchvision and timm.
+    Args:
+        path: of the file.
+        upright: turn it as EXIF says; torchvision and timm, and so evaluations, do not.
 
     Raises:
         OSError: if the file cannot be read or decoded, whatever the decoder raised.
@@ -127,6 +129,8 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
+            if upright:
+                ImageOps.exif_transpose(image, in_place=True)
             if image.mode == "I" or image.mode.startswith("I;16"):
                 return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
             if image.mode == "F":

@@ -25,8 +25,13 @@ class Checkpoints:
         self.folder = Path(folder) if folder is not None else None
         self.digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
         self.writes = writes
+        self._own: set[Path] = set()  # files of this very fit
+        self._made = self.folder is not None and not self.folder.exists()  # by this fit, be it in an earlier process
         if self.folder is not None and writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"checkpoint={str(folder)!r}: no folder can be made there: {error}") from error
 
     def _path(self, stage: str) -> Path | None:
         return None if self.folder is None else self.folder / f"fit-{stage}.pt"
@@ -46,7 +51,7 @@ class Checkpoints:
             return None
         try:
             found = torch.load(path, map_location="cpu", weights_only=True)
-            digest, state = found["digest"], found["state"]
+            digest, state, made = found["digest"], found["state"], bool(found["made"])
         except Exception as error:  # a damaged archive raises anything, from KeyError to UnpicklingError
             raise ValueError(
                 f"{path} is no state of a fit that can be read ({type(error).__name__}); delete it to start again"
@@ -56,7 +61,14 @@ class Checkpoints:
                 f"{path} belongs to another fit (other images, corruptions, options, or another host); delete it, or "
                 "give another folder"
             )
+        self._own.add(path)
+        self._made = self._made or made
         return state
+
+    def damaged(self, stage: str, error: Exception) -> ValueError:
+        """The error of a state that lacks something."""
+        what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        return ValueError(f"{self._path(stage)} is no whole state of this fit: it {what}; delete it to start again")
 
     def save(self, stage: str, state: dict[str, Any], of: str = "") -> None:
         """Write beside, then rename: an interruption never leaves half a file."""
@@ -64,13 +76,17 @@ class Checkpoints:
         if path is None or not self.writes:
             return
         beside = path.with_suffix(".tmp")
-        torch.save({"digest": self.digest + of, "state": state}, beside)
+        torch.save({"digest": self.digest + of, "state": state, "made": self._made}, beside)
         os.replace(beside, path)
+        self._own.add(path)
 
     def clear(self) -> None:
-        """Delete all states: the fit is done."""
-        if self.folder is not None and self.writes:
-            for path in self.folder.glob("fit-*.pt"):
-                path.unlink()
+        """Delete the states of this fit, and nothing else: it is done."""
+        if self.folder is None or not self.writes:
+            return
+        for path in self._own:
+            path.unlink(missing_ok=True)
+            path.with_suffix(".tmp").unlink(missing_ok=True)
+        if self._made:
             with contextlib.suppress(OSError):  # there is something else in it
                 self.folder.rmdir()

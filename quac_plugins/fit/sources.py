@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import IterableDataset
 
 from quac_plugins.degradations import image_seed
@@ -78,7 +78,8 @@ def few_images(
 ) -> FewImages:
     """Read a few images from what there is, in an order that does not depend on the file system.
 
-    Files are read as `quac_plugins.evaluate.data.read_image` does, and sorted by name. A file that cannot be read is
+    Files are read as `quac_plugins.evaluate.data.read_image` does, turned as their EXIF says (photographs of a phone
+    would lie on their side, also beside their partners in pairs), and sorted by name. A file that cannot be read is
     left out with a warning, unless nothing remains.
 
     Args:
@@ -204,7 +205,7 @@ def _from_pil(image: Image.Image, where: str) -> np.ndarray:
     if image.mode == "I" or image.mode.startswith("I;16"):  # as `read_image` scales them
         grey = (np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
-    return np.array(image.convert("RGB"))
+    return np.array(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def _in_order(entries: list[_Entry] | Iterator[_Entry], limit: int | None, seed: int) -> Iterable[_Entry]:
@@ -294,7 +295,7 @@ def _files(paths: list[Any]) -> list[_Listed]:
 
 
 def _file(path: Path, name: str) -> _Listed:
-    return _Listed(name, name, str(path), lambda: (read_image(path), None))
+    return _Listed(name, name, str(path), lambda: (read_image(path, upright=True), None))
 
 
 def _unread(dataset: Any, index: int, where: str) -> _Listed:

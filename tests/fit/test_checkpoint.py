@@ -79,6 +79,33 @@ def test_only_the_process_that_writes_writes(tmp_path):
     assert other.load("fog")["step"] == 3
 
 
+def test_clear_leaves_what_others_wrote_and_folders_that_were_there(tmp_path):
+    (tmp_path / "fit-mine.pt").write_text("precious")
+    keep = Checkpoints(tmp_path, KEY)
+    keep.save("fog", STATE)
+    keep.clear()
+    assert [path.name for path in tmp_path.iterdir()] == ["fit-mine.pt"]
+    (tmp_path / "empty").mkdir()
+    keep = Checkpoints(tmp_path / "empty", KEY)
+    keep.save("fog", STATE)
+    keep.clear()
+    assert (tmp_path / "empty").is_dir()
+
+
+def test_a_folder_that_a_fit_made_goes_with_it_also_in_another_process(tmp_path):
+    Checkpoints(tmp_path / "states", KEY).save("fog", STATE)
+    again = Checkpoints(tmp_path / "states", KEY)
+    again.load("fog")
+    again.clear()
+    assert not (tmp_path / "states").exists()
+
+
+def test_no_folder_can_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"checkpoint='.*file': no folder can be made there"):
+        Checkpoints(tmp_path / "file", KEY)
+
+
 def test_clear_takes_the_states_alone(tmp_path):
     keep = Checkpoints(tmp_path / "a", KEY)
     keep.save("fog", STATE)
