@@ -22,7 +22,7 @@ from quac_plugins.core.prior.training import Fit
 from quac_plugins.fit.gate import fit_gate
 from quac_plugins.fit.report import FitReport
 from quac_plugins.fit.session import Data, Session, parameters_of, progress_bar, recipe_with
-from quac_plugins.fit.start import put_in, unharmed
+from quac_plugins.fit.start import check_fit, put_in, unharmed
 
 _PICTURES = 160  # degraded pictures of each kind that a fit aims at
 
@@ -103,6 +103,7 @@ def fit_prior(
         ('prior', ['prior'])
     """
     started = time.perf_counter()
+    check_fit(model, config, PriorConfig)
     network = unwrap(model)
     record = injection_of(network)
     there = record.prior if record is not None else None

@@ -21,7 +21,7 @@ from quac_plugins.core.prior.training import Fit
 from quac_plugins.fit.prior import standardize
 from quac_plugins.fit.report import FitReport
 from quac_plugins.fit.session import Data, Session, parameters_of, progress_bar, recipe_with
-from quac_plugins.fit.start import put_in, unharmed
+from quac_plugins.fit.start import check_fit, put_in, unharmed
 
 _PRIOR = f".{PRIOR_NAME}."  # what the state-dict prefixes of a prior end with
 _PICTURES = 320  # degraded pictures that a fit aims at, over all corruptions
@@ -86,6 +86,7 @@ def fit_qacon(
         'qacon'
     """
     started = time.perf_counter()
+    check_fit(model, config, QuACConfig)
     network = unwrap(model)
     record = injection_of(network)
     there = record.config if record is not None else None

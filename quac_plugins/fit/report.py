@@ -25,8 +25,9 @@ class FitReport:
         what: ``"prior"`` or ``"qacon"``.
         sites: names of the places where the prior is, or of the activations.
         kinds: the degradations, in the order of the stages' names.
-        stages: stage → its curve (step, loss, held_out), best_step, stopped, first and best held-out loss, and the
-            strength that the fitted residual was scaled to at the end; a loss that was not finite is None.
+        stages: stage → its curve (step, loss, held_out), best_step, stopped, the held-out loss of the untouched host
+            (first) and of what was kept (best), and the strength that the fitted residual was scaled to at the end; a
+            loss that was not finite is None.
         gate: share of held-out pictures that the gate sends to the right expert (routed priors), else None.
         images: how many images were fitted on, and how many of them held out.
         parameters: how many parameters were fitted.

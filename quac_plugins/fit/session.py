@@ -36,6 +36,7 @@ from quac_plugins.fit.checkpoint import Checkpoints
 from quac_plugins.fit.draws import Draws, held_out, make_draws
 from quac_plugins.fit.report import FitReport
 from quac_plugins.fit.sources import few_images
+from quac_plugins.fit.start import colour_images
 
 T = TypeVar("T")
 _START = "start"  # the stage whose state is what a fit began with
@@ -84,9 +85,15 @@ class Session:
         planned: QualityOptions,
     ):
         self.model, self.data = model, data
-        for what, value in (("views", data.views), ("draws", data.draws)):
+        for what, value in (("views", data.views), ("draws", data.draws), ("limit", data.limit)):
             if value is not None:
                 whole_number(what, value)
+        for what, value in (("seed", data.seed), ("num_workers", data.num_workers)):
+            whole_number(what, value, 0)
+        if not _number_from(0, data.held_out) or not 0 < data.held_out < 1:
+            raise ValueError(f"held_out must be above 0 and below 1, got {data.held_out!r}")
+        if data.clean_share is not None and not (_number_from(0, data.clean_share) and data.clean_share < 1):
+            raise ValueError(f"clean_share must be at least 0 and below 1, got {data.clean_share!r}")
         self.by_corruption = data.degrade is None and data.pairs is None
         if data.corruptions is not None and not self.by_corruption:
             raise ValueError(f"give either corruptions or {'degrade' if data.pairs is None else 'pairs'}, not both")
@@ -96,6 +103,8 @@ class Session:
         levels = list(data.severity) if isinstance(data.severity, Iterable) else [data.severity]
         self.names, self.severities = names, [check_severity(level) for level in levels] if names else []
         mean, std = data.mean, data.std
+        if (mean is None) != (std is None):
+            raise ValueError("mean and std go together; give both or neither")
         if mean is None and std is None:  # what was put in knows the images of its host, also where timm does not
             own = next((config for config in [planned, *self._configs()] if config.mean is not None), planned)
             mean, std = own.mean, own.std
@@ -204,6 +213,7 @@ class Session:
             _cpu_group(world_size) as self.group,
             _same_generators(self.device),
         ):
+            narrow = _widened(self.model)
             try:
                 self.model.to(self.device).eval()
                 for parameter in self.model.parameters():
@@ -223,6 +233,8 @@ class Session:
             finally:
                 self.teacher = self.model
                 self.model.to(self.home)
+                for tensor, dtype in narrow:
+                    tensor.data = tensor.data.to(dtype)
                 for module, mode in modes.items():
                     module.training = mode
                 for name, parameter in self.model.named_parameters():
@@ -232,11 +244,8 @@ class Session:
 
     def _check_host(self) -> None:
         """Refuse what could only give wrong numbers: other images than the host's, other hosts in other processes."""
-        try:
+        with colour_images(self.size):
             self.seen = trace(self.teacher, torch.empty(1, 3, *self.size))
-        except RuntimeError as error:
-            shape = f"(B, 3, {self.size[0]}, {self.size[1]})"
-            raise ValueError(f"only hosts that take colour images, here {shape}, can be fitted: {error}") from error
         ours = tuple(self.config["mean"]), tuple(self.config["std"])
         for tap in (module for module in self.model.modules() if isinstance(module, QualityTap)):
             mean, std = (tap.mean or (0.0,), tap.std or (1.0,))
@@ -291,7 +300,10 @@ class Session:
         try:
             state = self._of_main(lambda: keep.load(stage, of))
             if state is not None:
-                fit.load_state_dict(state)
+                try:
+                    fit.load_state_dict(state)
+                except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                    raise keep.damaged(stage, error) from error
             outcome = fit.run(
                 progress=lambda step, loss: progress(stage, step, fit.recipe.steps, loss),
                 checkpoint=lambda: keep.save(stage, fit.state_dict(), of),
@@ -302,8 +314,8 @@ class Session:
         report.stages[stage] = {
             "curve": outcome.curve,
             "best_step": outcome.best_step,
-            "first": outcome.curve[0]["held_out"],
-            "best": min((e["held_out"] for e in outcome.curve if math.isfinite(e["held_out"])), default=math.nan),
+            "first": outcome.untouched,
+            "best": fit.best if math.isfinite(fit.best) else math.nan,
             "stopped": outcome.stopped,
             "strength": outcome.strength,
         }
@@ -315,6 +327,7 @@ class Session:
             "configs": [config.to_dict() for config in self._configs()],
             "start": self._start(),
             "recipe": asdict(recipe),
+            "images": self.config,
             **others,
         }
 
@@ -374,26 +387,41 @@ class Session:
 
 def recipe_with(recipe: Recipe | None, given: dict[str, Any], seed: int, device: torch.device) -> Recipe:
     """The recipe with single settings in place of its own; ValueError for one that it has not."""
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe must be a Recipe, got {type(recipe).__name__}; single settings go by name (steps=200)")
+    whole_number("seed", seed, 0)
     made = recipe or Recipe()
     known = set(asdict(made))
     unknown = sorted(set(given) - known)
     if unknown:
         raise ValueError(f"unknown settings {', '.join(unknown)}; a recipe has {', '.join(sorted(known))}")
     made = replace(made, **{"seed": made.seed or seed, **given})
-    for name, least in (("steps", 1), ("batch_size", 1), ("check_every", 1)):
-        value = getattr(made, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number ≥ {least}, got {value!r}")
-    if not 0 < made.lr < math.inf or not 0 <= made.near <= 1:
-        raise ValueError(f"lr must be above 0 and near from 0 to 1, got {made.lr} and {made.near}")
-    for name in ("site_weight", "deep_weight", "logits_weight", "label_weight", "weight_decay", "patience"):
-        if not 0 <= getattr(made, name) < math.inf:
-            raise ValueError(f"{name} must be 0 or more, got {getattr(made, name)!r}")
+    for name in ("steps", "batch_size", "check_every", "near_crop", "near_batch"):
+        whole_number(name, getattr(made, name))
+    for name in ("patience", "seed"):
+        whole_number(name, getattr(made, name), 0)
+    for name in ("site_weight", "deep_weight", "logits_weight", "label_weight", "weight_decay"):
+        if not _number_from(0, getattr(made, name)):
+            raise ValueError(f"{name} must be a number ≥ 0, got {getattr(made, name)!r}")
+    for name in ("lr", "clip"):
+        if not _number_from(0, getattr(made, name)) or not getattr(made, name):
+            raise ValueError(f"{name} must be a number above 0, got {getattr(made, name)!r}")
+    if not _number_from(0, made.near) or made.near > 1:
+        raise ValueError(f"near must be from 0 to 1, got {made.near!r}")
     if made.amp not in ("no", "bf16", "fp16"):
         raise ValueError(f"amp must be 'no', 'bf16' or 'fp16', got {made.amp!r}")
     if made.amp == "fp16" and device.type == "cpu":
         raise ValueError("amp='fp16' needs a GPU; use 'bf16' or 'no' on a CPU")
     return made
+
+
+def _widened(model: nn.Module) -> list[tuple[Tensor, torch.dtype]]:
+    """Give a host of half precision float32 for the time of a fit, whose small steps it would lose; what was what."""
+    half = (torch.float16, torch.bfloat16)
+    narrow = [(t, t.dtype) for t in (*model.parameters(), *model.buffers()) if t.dtype in half]
+    for tensor, _ in narrow:
+        tensor.data = tensor.data.float()
+    return narrow
 
 
 @contextlib.contextmanager
@@ -413,6 +441,10 @@ def _cpu_group(world_size: int) -> Iterator[Any]:
         yield group
     finally:
         dist.destroy_process_group(group)
+
+
+def _number_from(least: float, value: Any) -> bool:
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and least <= value < math.inf
 
 
 @contextlib.contextmanager

@@ -1,3 +1,4 @@
+import contextlib
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,7 @@ import quac_plugins as quac
 from quac_plugins.core.inject.surgery import injection_of
 from quac_plugins.core.quality.tap import QualityTap
 from quac_plugins.degradations import corrupt
+from quac_plugins.fit.sources import few_images
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*given normalization:UserWarning")
 
@@ -214,18 +216,29 @@ def test_files_that_cannot_be_read(folder, photos, quick, build, tmp_path):
         ({"draws": 1.5}, ValueError, "draws must be a whole number"),
         ({"held_out": 1.0}, ValueError, "below 1"),
         ({"clean_share": 1.0}, ValueError, "clean_share"),
-        ({"limit": 0}, ValueError, "limit must be at least 1"),
+        ({"limit": 0}, ValueError, "limit must be a whole number ≥ 1"),
         ({"steps": 0}, ValueError, "steps must be a whole number"),
-        ({"lr": 0.0}, ValueError, "lr must be above 0"),
-        ({"lr": float("nan")}, ValueError, "lr must be above 0"),
-        ({"near": 2}, ValueError, "near from 0 to 1"),
-        ({"deep_weight": -1.0}, ValueError, "deep_weight must be 0 or more"),
+        ({"lr": 0.0}, ValueError, "lr must be a number above 0"),
+        ({"lr": float("nan")}, ValueError, "lr must be a number above 0"),
+        ({"near": 2}, ValueError, "near must be from 0 to 1"),
+        ({"deep_weight": -1.0}, ValueError, "deep_weight must be a number ≥ 0"),
         ({"stpes": 3}, ValueError, "unknown settings stpes; a recipe has"),
         ({"amp": "fp16"}, ValueError, "needs a GPU"),
         ({"amp": True}, ValueError, "amp must be"),
         ({"label_weight": 1.0}, ValueError, "label_weight=1.0 needs labels"),
         ({"deep": "no_such"}, ValueError, "deep='no_such' matches no module .* Usable: "),
         ({"deep": ["layer3", "conv1"]}, ValueError, "conv1 comes before the prior"),
+        ({"clip": -1.0}, ValueError, "clip must be a number above 0, got -1.0"),
+        ({"clip": None}, ValueError, "clip must be a number above 0, got None"),
+        ({"near_crop": 0}, ValueError, "near_crop must be a whole number"),
+        ({"near_batch": 0}, ValueError, "near_batch must be a whole number"),
+        ({"seed": -1}, ValueError, "seed must be a whole number ≥ 0"),
+        ({"held_out": 0}, ValueError, "held_out must be above 0"),
+        ({"num_workers": -1}, ValueError, "num_workers must be a whole number"),
+        ({"recipe": {"steps": 3}}, TypeError, "recipe must be a Recipe, got dict"),
+        ({"config": {"site": "auto"}}, TypeError, "config must be a PriorConfig, got dict"),
+        ({"config": quac.QuACConfig()}, TypeError, "config must be a PriorConfig, got QuACConfig"),
+        ({"mean": 0.5}, ValueError, "mean and std go together"),
         ({"mean": 0.5, "std": 0}, ValueError, "std must be above 0"),
         ({"input_size": -1}, ValueError, "input_size"),
         ({"device": "abacus"}, RuntimeError, "abacus"),
@@ -245,6 +258,72 @@ def test_mistakes_leave_a_plain_host_plain(photos, quick, build, snapshot, optio
     before.check()
     assert injection_of(model) is None
     assert model.state_dict().keys() == before.host.keys()
+
+
+def test_a_name_is_no_model(photos, quick):
+    with pytest.raises(TypeError, match=r"got str; timm\.create_model\(name\) makes one"):
+        quac.fit_prior("resnet50", photos, corruptions="contrast", **quick)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"experts": ["contrast"]}])
+def test_a_host_of_half_precision_is_fitted_in_float32_and_stays_what_it_was(photos, quick, build, dtype, options):
+    model = build("test_resnet_ddp", **options).to(dtype)
+    host = {n: t.clone() for n, t in model.state_dict().items() if "quac" not in n}
+    report = quac.fit_prior(model, photos, corruptions="contrast", severity=5, **{**quick, "steps": 30, "lr": 1e-2})
+    assert report.stopped == []
+    assert report.held_out < 0.95
+    now = model.state_dict()
+    assert all(torch.equal(now[name], tensor) for name, tensor in host.items())
+    assert {p.dtype for p in model.parameters()} == {dtype}
+
+
+def test_what_an_earlier_fit_left_is_measured_against_the_untouched_host(photos, quick, build):
+    model = build("test_resnet_ddp")
+    with torch.no_grad():
+        prior_of(model)[0].body[-1].bias.fill_(3.0)  # harms, whatever the pictures are
+    report = quac.fit_prior(model, photos, corruptions="contrast", **{**quick, "lr": 1e-9})
+    stage = report.stages["prior"]
+    assert stage["curve"][0]["held_out"] > 1.5 * stage["first"]
+    assert stage["best"] == stage["first"]
+    assert (stage["best_step"], report.held_out) == (0, 1.0)
+    assert not any(p.any() for prior in prior_of(model) for p in prior.body[-1].parameters())  # the host alone
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_modes_of_the_caller_do_not_reach_a_fit(photos, quick, build, put_in, equal, mode):
+    found = []
+    for context in (contextlib.nullcontext, mode):
+        model = build("test_resnet")
+        with context():
+            quac.fit_prior(model, photos, corruptions="contrast", config=quac.PriorConfig(), **quick)
+        found.append(put_in(model))
+    assert equal(*found)
+
+
+def test_pooled_features_are_no_logits(photos, quick, build):
+    model = build("test_resnet_ddp", num_classes=0)
+    report = quac.fit_prior(model, photos, corruptions="contrast", deep=None, near=1.0, **quick)
+    assert report.stages["prior"]["strength"] == 1.0  # which logits would choose
+    with pytest.raises(ValueError, match="returns no logits"):
+        quac.fit_prior(model, photos, corruptions="contrast", deep=None, near=0.0, site_weight=0.0, **quick)
+
+
+def test_photographs_that_lie_on_their_side_are_turned(photos, quick, build, tmp_path):
+    """EXIF 6: a phone's upright photograph, beside the same picture upright."""
+    for name in ("clean", "degraded"):
+        (tmp_path / name).mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for i, pixels in enumerate(photos):
+        Image.fromarray(pixels).save(tmp_path / "clean" / f"{i}.png")
+        turned = Image.fromarray(np.ascontiguousarray(np.rot90(pixels)))
+        turned.save(tmp_path / "degraded" / f"{i}.jpg", exif=exif, quality=95)
+    few = few_images(pairs=(tmp_path / "degraded", tmp_path / "clean"))
+    for one, other in zip(few.degraded, few.clean, strict=True):
+        assert np.abs(one.astype(int) - other).mean() < 8
+    with Image.open(tmp_path / "degraded" / "0.jpg") as image:
+        assert np.array_equal(few_images([image]).clean[0], few.degraded[0])
 
 
 @pytest.mark.parametrize("model", ["timm", "plain"])
@@ -399,6 +478,23 @@ def test_interrupted_and_gone_on_with(photos, quick, build, put_in, equal, inter
     assert not (tmp_path / "states").exists()
 
 
+def test_a_state_that_lacks_something_is_refused(photos, quick, build, interrupt, equal, tmp_path):
+    options = {**quick, "corruptions": "contrast", "checkpoint": tmp_path}
+    go_on = interrupt(6)
+    with pytest.raises(KeyboardInterrupt):
+        quac.fit_prior(build("test_resnet_ddp"), photos, **options)
+    go_on()
+    kept = torch.load(tmp_path / "fit-prior.pt", weights_only=True)
+    name = next(iter(kept["state"]["parameters"]))
+    del kept["state"]["parameters"][name]
+    torch.save(kept, tmp_path / "fit-prior.pt")
+    model = build("test_resnet_ddp")
+    start = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"fit-prior\.pt is no whole state of this fit: it lacks .*delete it"):
+        quac.fit_prior(model, photos, **options)
+    assert equal(model.state_dict(), start)
+
+
 def test_states_of_other_fits_are_refused(photos, quick, build, interrupt, tmp_path):
     options = {**quick, "corruptions": "contrast", "checkpoint": tmp_path}
     go_on = interrupt(6)
@@ -415,6 +511,7 @@ def test_states_of_other_fits_are_refused(photos, quick, build, interrupt, tmp_p
         (build("test_resnet_ddp"), {"images": photos[:3]}),
         (build("test_resnet_ddp"), {"corruptions": None, "degrade": lambda image: image // 2}),
         (build("test_resnet_ddp"), {"deep": None}),
+        (build("test_resnet_ddp"), {"mean": 0.1, "std": 0.9}),
         (build("test_resnet_ddp", seed=1), {}),
         (build("test_resnet_ddp", fdm_act="gelu"), {}),
         (fitted, {}),

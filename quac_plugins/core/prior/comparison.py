@@ -121,13 +121,31 @@ class Comparison:
         statistics = {name: moment.mean_and_std() for name, moment in moments.items()}
         self.statistics = statistics
         drift: dict[str, list[Tensor]] = {}
+        scores: list[Tensor] = []
         for batch in batches(list(range(len(self.pictures.degraded))), self.recipe.batch_size):
             with torch.no_grad():
                 clean = self._clean_features(self.pictures.view[batch].tolist(), None)
                 there = self.watch_teacher.run(self.teacher, self._images(self.pictures.degraded[batch]))
                 for name, value in self.distances(there, clean).items():
                     drift.setdefault(name, []).append(value)
-        return statistics, {name: _floored(torch.cat(values), self.pictures.train) for name, values in drift.items()}
+                if LOGITS in there and self.recipe.label_weight:
+                    scores.append(there[LOGITS])
+        self._host_scores = torch.cat(scores) if scores else None
+        whole = {name: torch.cat(values) for name, values in drift.items()}
+        floored = {name: _floored(values, self.pictures.train) for name, values in whole.items()}
+        self._host = {name: values / floored[name] for name, values in whole.items()}
+        return statistics, floored
+
+    def of_host(self, indices: np.ndarray) -> float:
+        """The loss of the untouched host on these degraded pictures."""
+        weights = self.weights(self.near_only)
+        total = sum(
+            weight * float(self._host[name][indices].mean()) for name, weight in weights.items() if name in self._host
+        )
+        if self._host_scores is not None and self.pictures.labels is not None and not self.near_only:
+            labels = torch.as_tensor(self.pictures.labels[self.pictures.view[indices]], device=self.device)
+            total += self.recipe.label_weight * float(F.cross_entropy(self._host_scores[indices].float(), labels))
+        return total
 
     def _check(self) -> None:
         """Refuse what leaves nothing to learn from."""

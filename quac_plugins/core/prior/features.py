@@ -20,6 +20,7 @@ class Watch:
         self.places = places
         self.features: dict[str, Tensor] = {}
         self.until: str | None = None
+        self.gives_logits = getattr(model, "num_classes", None) != 0  # timm's word for pooled features instead
         self._handles = [model.get_submodule(name).register_forward_hook(self._hook(name)) for name in places]
 
     def _hook(self, name: str) -> Callable[..., None]:
@@ -32,11 +33,11 @@ class Watch:
         return keep
 
     def run(self, model: nn.Module, images: Tensor, until: str | None = None) -> dict[str, Tensor]:
-        """Features by place, and the network's own output as ``"logits"`` if it is a tensor (B, K)."""
+        """Features by place, and the network's own output as ``"logits"`` if it is a tensor (B, K) of scores."""
         self.features, self.until = {}, until
         with contextlib.suppress(_EnoughError):
             output = model(images)
-            if isinstance(output, Tensor) and output.ndim == 2:
+            if self.gives_logits and isinstance(output, Tensor) and output.ndim == 2:
                 self.features[LOGITS] = output
         self.until = None
         return self.features

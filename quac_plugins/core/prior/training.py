@@ -48,12 +48,14 @@ class Outcome:
         curve: one entry for each look: step, loss since the last one, held-out loss, and its terms.
         best_step: whose state was kept; 0 is the host as it was.
         stopped: why it ended before the last step, or None.
+        untouched: held-out loss of the host without what is fitted.
         strength: what the fitted residual was scaled by at the end.
     """
 
     curve: list[dict[str, Any]]
     best_step: int
     stopped: str | None
+    untouched: float
     strength: float = 1.0
 
 
@@ -94,6 +96,7 @@ class Fit:
         self.step, self.best_step, self.best = 0, 0, math.inf
         self.best_state = self._state()
         self.curve: list[dict[str, Any]] = []
+        self.untouched = math.nan
         self._looks = 0  # since the best
         self._running: list[float] = []  # losses since the last look
         self.stopped: str | None = None
@@ -145,7 +148,7 @@ class Fit:
         """
         recipe = self.recipe
         if not self.curve:
-            self._look()
+            self._begin()
         while self.step < recipe.steps and self.stopped is None:
             loss = self._one_step()
             if not math.isfinite(loss):
@@ -165,7 +168,20 @@ class Fit:
                     checkpoint()
         self._restore(self.best_state)
         self.strength = self._set_strength()
-        return Outcome(self.curve, self.best_step, self.stopped, self.strength)
+        return Outcome(self.curve, self.best_step, self.stopped, self.untouched, self.strength)
+
+    def _begin(self) -> None:
+        """Look at what there is; an earlier fit may have left what is worse on these pictures than the host alone."""
+        self._look()
+        fresh = bool(self.scaled) and not any(bool(parameter.any()) for parameter in self.scaled)
+        self.untouched = self.best if fresh else self.comparison.of_host(self._judges)
+        if self.scaled and self.untouched < self.best:
+            of_scaled = {id(parameter) for parameter in self.scaled}
+            self.best_state = {
+                name: torch.zeros_like(parameter) if id(parameter) in of_scaled else parameter.detach().clone()
+                for name, parameter in self.parameters.items()
+            }
+            self.best = self.untouched
 
     def _set_strength(self) -> float:
         """Scale what is added to what brings the logits of the held-out images nearest to the teacher's.
@@ -218,9 +234,14 @@ class Fit:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16 if self.recipe.amp == "bf16" else torch.float16)
 
+    @property
+    def _judges(self) -> np.ndarray:
+        """The images held out; without any, the pictures of training."""
+        return _spread(self.pictures.held if len(self.pictures.held) else self.pictures.train, _LOOKED_AT)
+
     def _look(self) -> None:
-        """The loss on the held-out images (without any, on the pictures of training), and whether it is the best."""
-        chosen = _spread(self.pictures.held if len(self.pictures.held) else self.pictures.train, _LOOKED_AT)
+        """Note the loss on the pictures that judge, and whether it is the best."""
+        chosen = self._judges
         own = list(batches(chosen.tolist(), self.recipe.batch_size))[self.share.rank :: self.share.world_size]
         total = torch.zeros(1, dtype=torch.float64)
         with torch.no_grad(), self._autocast():
@@ -255,6 +276,7 @@ class Fit:
             "step": self.step,
             "best_step": self.best_step,
             "best": self.best,
+            "untouched": self.untouched,
             "looks": self._looks,
             "stopped": self.stopped,
             "curve": copy.deepcopy(self.curve),
@@ -267,6 +289,7 @@ class Fit:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where :meth:`state_dict` was taken."""
         self.step, self.best_step, self.best = state["step"], state["best_step"], state["best"]
+        self.untouched = state["untouched"]
         self._looks, self.stopped, self.curve = state["looks"], state["stopped"], list(state["curve"])
         self._restore(state["parameters"])
         self.best_state = state["best_state"]
