@@ -223,7 +223,15 @@ def repaired(args: argparse.Namespace, clean: nn.Module, seed: int) -> nn.Module
     images, _ = pictures(args.work / "train")
     few = [images[i] for i in np.random.default_rng(seed).permutation(len(images))[: args.few]]
     report = quac.fit_prior(
-        model, few, corruptions="all", severity=SEVERITIES, steps=args.fit_steps, seed=seed, progress=False
+        model,
+        few,
+        corruptions="all",
+        severity=SEVERITIES,
+        steps=args.fit_steps,
+        near=0.5,
+        least_positions=0,
+        seed=seed,
+        progress=False,
     )
     report.to_json(args.work / f"ddp-{seed}-fit.json")
     return model

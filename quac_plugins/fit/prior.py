@@ -18,13 +18,15 @@ from quac_plugins.core.prior.fdm import FDM
 from quac_plugins.core.prior.features import channel_statistics
 from quac_plugins.core.prior.recipe import Recipe
 from quac_plugins.core.prior.routed import RoutedFDM
+from quac_plugins.core.prior.sites import PriorSite
 from quac_plugins.core.prior.training import Fit
 from quac_plugins.fit.gate import fit_gate
 from quac_plugins.fit.report import FitReport
 from quac_plugins.fit.session import Data, Session, parameters_of, progress_bar, recipe_with
 from quac_plugins.fit.start import check_fit, put_in, unharmed
 
-_PICTURES = 160  # degraded pictures of each kind that a fit aims at
+_PICTURES = 240  # degraded pictures of each kind that a fit aims at
+_VIEWS = 24  # of an image, at most
 
 
 def fit_prior(
@@ -117,7 +119,7 @@ def fit_prior(
         images, pairs, degrade, corruptions, severity, limit, views, draws, clean_share, held_out, seed, num_workers,
         mean, std, input_size, crop_pct, interpolation,
     )  # fmt: skip
-    session = Session(network, data, device, _PICTURES, planned)
+    session = Session(network, data, device, _PICTURES, planned, _VIEWS)
     made = recipe_with(recipe, settings, seed, session.device)
     session.check_labels(made)
     kinds = session.names or (["degrade"] if degrade is not None else ["pairs"])
@@ -132,25 +134,42 @@ def fit_prior(
             put_in(network, planned, session.size, session.config["mean"], session.config["std"], seed)
         prior = injection_of(network).prior  # type: ignore[union-attr]
         assert prior is not None
-        modules = {site.name: network.get_submodule(f"{site.name}.{PRIOR_NAME}") for site in prior.sites}
+        everywhere = {site.name: network.get_submodule(f"{site.name}.{PRIOR_NAME}") for site in prior.sites}
+        sites = _supported(prior.sites, everywhere, session, made)
+        modules = {site.name: everywhere[site.name] for site in sites}
         fitted = parameters_of(network, [f"{name}.{PRIOR_NAME}." for name in modules])
         report = session.report("prior", list(modules), kinds, made, sum(p.numel() for p in fitted.values()))
+        report.unfitted = [name for name in everywhere if name not in modules]
         with session.open(fitted), progress_bar(progress) as show:
             deeper = session.deep_sites(deep, prior.sites[0])
             keep = session.checkpoints(checkpoint, made, what="prior", deep=deep, clean_share=clean_share)
             if experts:
-                _fit_experts(session, prior.sites, deeper, modules, kinds, experts, made, keep, report, show)
+                _fit_experts(session, sites, deeper, modules, kinds, experts, made, keep, report, show)
                 report.gate = fit_gate(session, modules, kinds, experts, seed)
             else:
                 share = clean_share if clean_share is not None else 0.1 if len(kinds) > 1 else 0.0
                 pictures = session.pictures(session.draws(session.names, share, _per_view(session)))
-                fit = _fit_of(session, prior.sites, deeper, fitted, pictures, made, list(modules.values()))
+                fit = _fit_of(session, sites, deeper, fitted, pictures, made, list(modules.values()))
                 session.fit("prior", fit, keep, report, show)
-            with _one_expert(modules):
+            with _one_expert(everywhere):
                 report.multiply_adds = session.multiply_adds()
         keep.clear()
     report.seconds = round(time.perf_counter() - started, 1)
     return report
+
+
+def _supported(
+    sites: list[PriorSite], modules: dict[str, nn.Module], session: Session, recipe: Recipe
+) -> list[PriorSite]:
+    """The first site, and the later ones that the images give enough examples of, or that are fitted already."""
+    images = len(session.train)
+    return [
+        site
+        for place, site in enumerate(sites)
+        if not place
+        or site.positions(session.size) * images >= recipe.least_positions
+        or not all(inner.is_fresh for inner in _inside([modules[site.name]]))
+    ]
 
 
 def _per_view(session: Session) -> int:

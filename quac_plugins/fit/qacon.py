@@ -106,7 +106,7 @@ def fit_qacon(
     planned = there if there is not None else config if config is not None else QuACConfig()
     session = Session(network, data, device, _PICTURES, planned)
     # every activation of the network moves at once: with ten times this rate it forgets what it was
-    made = recipe_with(recipe or Recipe(near=0.0, lr=2e-4), settings, seed, session.device)
+    made = recipe_with(recipe or Recipe(steps=400, near=0.0, lr=2e-4), settings, seed, session.device)
     session.check_labels(made)
     kinds = session.names or (["degrade"] if degrade is not None else ["pairs"])
     with unharmed(network):

@@ -23,7 +23,8 @@ class FitReport:
 
     Attributes:
         what: ``"prior"`` or ``"qacon"``.
-        sites: names of the places where the prior is, or of the activations.
+        sites: names of the places where a prior was fitted, or of the activations.
+        unfitted: places of a prior that stay the identity, since there are too few images for them.
         kinds: the degradations, in the order of the stages' names.
         stages: stage → its curve (step, loss, held_out), best_step, stopped, the held-out loss of the untouched host
             (first) and of what was kept (best), and the strength that the fitted residual was scaled to at the end; a
@@ -48,6 +49,7 @@ class FitReport:
     recipe: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     seed: int = 0
+    unfitted: list[str] = field(default_factory=list)
 
     @property
     def held_out(self) -> float:
@@ -111,6 +113,8 @@ class FitReport:
             + (f" ({stage['stopped']})" if stage["stopped"] else "")
             for name, stage in self.stages.items()
         ]
+        if self.unfitted:
+            lines.append(f"  too few images for {', '.join(self.unfitted)}, which stay the identity (least_positions)")
         if self.gate is not None:
             lines.append(f"  gate: {self.gate:.0%} of held-out pictures to the right expert")
         return "\n".join(lines)

@@ -74,6 +74,7 @@ class Session:
         device: where to fit; None: where the model is.
         pictures: how many degraded ones a fit aims at.
         planned: the config of what is fitted.
+        most_views: of an image, unless the user says how many.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Session:
         device: str | torch.device | None,
         pictures: int,
         planned: QualityOptions,
+        most_views: int = 12,
     ):
         self.model, self.data = model, data
         for what, value in (("views", data.views), ("draws", data.draws), ("limit", data.limit)):
@@ -126,7 +128,7 @@ class Session:
             warnings.warn("of one image none can be held out: what is kept is the best on that image", stacklevel=3)
         # about as many pictures whatever the number of images and corruptions; at least one of each
         per_image = pictures / max(1, len(self.few))
-        self.views = data.views or int(min(12, max(2, per_image)))
+        self.views = data.views or int(min(most_views, max(2, per_image)))
         self.teacher: nn.Module = model
         self.seen = Trace()
         self.share = Share()
@@ -154,7 +156,13 @@ class Session:
         held = np.isin(image, self.held)
         labels = None if self.few.labels is None else np.asarray(self.few.labels)[np.asarray(draws.image)]
         return Pictures(
-            draws.clean, draws.degraded, np.asarray(draws.view), np.flatnonzero(~held), np.flatnonzero(held), labels
+            draws.clean,
+            draws.degraded,
+            np.asarray(draws.view),
+            np.flatnonzero(~held),
+            np.flatnonzero(held),
+            labels,
+            np.asarray(draws.image),
         )
 
     def check_labels(self, recipe: Recipe) -> None:
@@ -398,7 +406,7 @@ def recipe_with(recipe: Recipe | None, given: dict[str, Any], seed: int, device:
     made = replace(made, **{"seed": made.seed or seed, **given})
     for name in ("steps", "batch_size", "check_every", "near_crop", "near_batch"):
         whole_number(name, getattr(made, name))
-    for name in ("patience", "seed"):
+    for name in ("patience", "seed", "least_positions"):
         whole_number(name, getattr(made, name), 0)
     for name in ("site_weight", "deep_weight", "logits_weight", "label_weight", "weight_decay"):
         if not _number_from(0, getattr(made, name)):

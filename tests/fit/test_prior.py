@@ -278,6 +278,26 @@ def test_a_host_of_half_precision_is_fitted_in_float32_and_stays_what_it_was(pho
     assert {p.dtype for p in model.parameters()} == {dtype}
 
 
+def test_places_that_few_images_cannot_teach_stay_the_identity(photos, quick, build, put_in):
+    """Of three images of 64×64 a place of stride s has 3·(64/s)² positions. The first place is always fitted."""
+    sites = injection_of(build("test_resnet_ddp")).prior.sites
+    second, third = (3 * (64 // site.stride) ** 2 for site in sites[1:3])
+    assert second > third
+    for least, wanted in ((0, len(sites)), (second, 2), (second + 1, 1), (10**6, 1)):
+        model = build("test_resnet_ddp")
+        start = put_in(model)
+        report = quac.fit_prior(model, photos, corruptions="contrast", least_positions=least, **{**quick, "lr": 1e-2})
+        names = [site.name for site in injection_of(model).prior.sites]
+        assert (report.sites, report.unfitted) == (names[:wanted], names[wanted:]), least
+        moved = {n.partition(".quac_prior")[0] for n, t in put_in(model).items() if not torch.equal(t, start[n])}
+        assert moved == set(names[:wanted])
+        assert ("too few images for" in str(report)) == (wanted < len(names))
+    report = quac.fit_prior(model, photos, corruptions="contrast", least_positions=0, **quick)
+    assert report.unfitted == []
+    report = quac.fit_prior(model, photos, corruptions="contrast", **quick)  # all are fitted already
+    assert report.unfitted == []
+
+
 def test_what_an_earlier_fit_left_is_measured_against_the_untouched_host(photos, quick, build):
     model = build("test_resnet_ddp")
     with torch.no_grad():

@@ -38,6 +38,7 @@ class Pictures:
         view: (N,) which clean picture each degraded one belongs to.
         train, held: indices into the N.
         labels: (V,) class indices, or None.
+        image: (V,) which image each clean picture is a view of; None: each of its own.
     """
 
     clean: np.ndarray
@@ -46,6 +47,7 @@ class Pictures:
     train: np.ndarray
     held: np.ndarray
     labels: np.ndarray | None = None
+    image: np.ndarray | None = None
 
 
 class Comparison:

@@ -25,11 +25,13 @@ class Recipe:
         amp: ``"no"``, ``"bf16"`` or ``"fp16"`` (on a GPU).
         near_crop: side of the crops of features that the near part works on; the whole of smaller ones.
         near_batch: pictures a step of the near part.
+        least_positions: a prior's later site is fitted where the images (those not held out) have at least so many
+            feature positions there, (H / stride)·(W / stride) each; few images teach deep features by heart.
         seed: of the order of the pictures.
     """
 
-    steps: int = 400
-    near: float = 0.5
+    steps: int = 600
+    near: float = 0.67
     batch_size: int = 6
     lr: float = 2e-3
     weight_decay: float = 1e-2
@@ -43,4 +45,5 @@ class Recipe:
     amp: str = "no"
     near_crop: int = 64
     near_batch: int = 8
+    least_positions: int = 3000
     seed: int = 0

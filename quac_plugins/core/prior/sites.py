@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -43,6 +44,12 @@ class PriorSite:
     prefix: int = 0
     grid: tuple[int, int] | None = None
     stride: int = 0
+
+    def positions(self, image: tuple[int, int]) -> int:
+        """How many feature positions an image (H, W) has here."""
+        if self.grid is not None:
+            return self.grid[0] * self.grid[1]
+        return math.prod(-(-side // max(self.stride, 1)) for side in image)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ from quac_plugins.core.prior.sites import PriorSite
 
 _LOOKED_AT = 96  # held-out pictures, at most
 _STRENGTHS = (1.0, 0.75, 0.5, 0.25)
+_SAFE_STRENGTHS = (0.75, 0.5)  # where the pictures held out are of so few images that what they say is chance
+_FEW = 4
 
 
 @dataclass
@@ -186,14 +188,18 @@ class Fit:
     def _set_strength(self) -> float:
         """Scale what is added to what brings the logits of the held-out images nearest to the teacher's.
 
-        A few images teach too much rather than too little: features then come nearer while logits go away.
+        A few images teach too much rather than too little: features then come nearer while logits go away. Of fewer
+        than four held-out images the choice is between less and much less.
         """
         held = _spread(self.pictures.held, _LOOKED_AT)
         if not (self.scaled and len(held) and self.best_step and self.comparison.compares_logits):
             return 1.0
         whole = [parameter.detach().clone() for parameter in self.scaled]
         distances: dict[float, float] = {}
-        for strength in (*_STRENGTHS, None):
+        images = (
+            self.pictures.view[held] if self.pictures.image is None else self.pictures.image[self.pictures.view[held]]
+        )
+        for strength in (*(_STRENGTHS if len(set(images.tolist())) >= _FEW else _SAFE_STRENGTHS), None):
             chosen = min(distances, key=lambda s: distances[s]) if strength is None else strength
             with torch.no_grad(), self._autocast():
                 for parameter, value in zip(self.scaled, whole, strict=True):

@@ -196,6 +196,16 @@ def test_the_strength_is_the_one_that_brings_held_out_logits_nearest(pictures):
     assert same(state(again), dict(fit.best_state) | state_of_scaled(fit, outcome.strength))
 
 
+def test_few_held_out_images_choose_between_less_and_much_less(split):
+    """Views of one image are one image."""
+    few = Pictures(**{**vars(split), "held": split.train})  # three images, which are fitted on too
+    outcome = make_fit(few, steps=40, check_every=10, scale=True).run()
+    assert outcome.best_step > 0
+    assert outcome.strength in (0.75, 0.5)
+    views = Pictures(**{**vars(split), "image": np.array([0, 1, 2, 2]), "held": np.arange(8)})
+    assert make_fit(views, steps=40, check_every=10, scale=True).run().strength in (0.75, 0.5)
+
+
 def state_of_scaled(fit, strength):
     names = [name for name, p in fit.parameters.items() if any(p is scaled for scaled in fit.scaled)]
     return {name: fit.best_state[name] * strength for name in names}
