@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from quac_plugins.core.inject import PriorConfig, QuACConfig, inject
+from quac_plugins.core.inject import PriorConfig, QuACConfig, inject, injection_of
 from quac_plugins.core.inject.rehearsal import rehearse, rehearsing
-from quac_plugins.core.options import named
+from quac_plugins.core.options import named, one_of
 from quac_plugins.detectron2.blocks import with_activations
-from quac_plugins.detectron2.config import KEY, PRIOR_KEY, TIMM_KEY, configs_of, in_unit_range
+from quac_plugins.detectron2.config import KEY, PRIOR_KEY, TIMM_KEY, checked, configs_of, in_unit_range, reads_quality
+from quac_plugins.detectron2.sizes import watch_traces
 
 _EXAMPLE = 224  # side of the images on which sites are found
 
@@ -57,14 +58,27 @@ def build_quac_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbo
 
     ``MODEL.QUAC.TIMM.NAME`` names it, without suffix; ``MODEL.FPN.IN_FEATURES`` its maps, ``res2`` at stride 4 to
     ``res5`` at stride 32. For pretrained weights ``INPUT.FORMAT``, ``MODEL.PIXEL_MEAN`` and ``MODEL.PIXEL_STD`` must be
-    those that the network was trained with (RGB; timm's mean and std times 255).
+    those that the network was trained with (RGB; timm's mean and std times 255). They are fetched
+    (``MODEL.QUAC.TIMM.PRETRAINED``) unless ``MODEL.WEIGHTS`` names others, which would overwrite them.
+
+    Raises:
+        ValueError: see :class:`TimmBackbone`.
+        RuntimeError: the weights cannot be fetched.
     """
 
     def make(weights: bool) -> Backbone:
         names = list(cfg.MODEL.FPN.IN_FEATURES)
-        with named(TIMM_KEY):
-            pretrained = weights and cfg.MODEL.QUAC.TIMM.PRETRAINED
-            bottom_up = TimmBackbone(cfg.MODEL.QUAC.TIMM.NAME, names, input_shape.channels, pretrained=pretrained)
+        pretrained = weights and cfg.MODEL.QUAC.TIMM.PRETRAINED and not cfg.MODEL.WEIGHTS
+        try:
+            with named(TIMM_KEY):
+                bottom_up = TimmBackbone(cfg.MODEL.QUAC.TIMM.NAME, names, input_shape.channels, pretrained=pretrained)
+        except (OSError, RuntimeError) as error:
+            if not pretrained:
+                raise
+            raise RuntimeError(
+                f"{TIMM_KEY}.PRETRAINED: timm's weights of {cfg.MODEL.QUAC.TIMM.NAME!r} cannot be had ({error}); give "
+                "your own as MODEL.WEIGHTS, or set it to False"
+            ) from error
         return _fpn(cfg, bottom_up, LastLevelMaxPool())
 
     return _build(cfg, input_shape, make)
@@ -88,6 +102,12 @@ class TimmBackbone(Backbone):
         super().__init__()
         import timm
 
+        suffix = next((end for end in ("_qacon", "_ddp") if name.partition(".")[0].endswith(end)), None)
+        if suffix is not None:
+            raise ValueError(
+                f"NAME: {name!r} holds QuAC or a prior already; give the network itself, "
+                f"{name.replace(suffix, '').replace('_qacon', '')!r}: what is put in is said by MODEL.QUAC or with_quac"
+            )
         if not timm.is_model(name.partition(".")[0]):
             raise ValueError(f"NAME: timm knows no {name!r}")
         kwargs = {"in_chans": in_chans, **kwargs}
@@ -129,17 +149,18 @@ def _strides(name: str, kwargs: dict[str, Any]) -> list[int]:
 
 
 def with_quac(
-    backbone: Backbone,
+    backbone: nn.Module,
     pixel_mean: Any,
     pixel_std: Any,
     input_format: str = "BGR",
     quac: QuACConfig | dict[str, Any] | None = None,
     prior: PriorConfig | dict[str, Any] | None = None,
-) -> Backbone:
+) -> nn.Module:
     """Put QuAC, a degradation prior or both into any backbone, in place; for lazy configs ``L(with_quac)(…)``.
 
     Args:
         backbone: detectron2's ResNet (whose activations become modules), Swin, ViT, MViT, an FPN over one, or your own.
+            Activations in parts that are frozen, while others learn, are frozen too.
         pixel_mean, pixel_std: of the model, in pixels to 255.
         input_format: of the model: ``"BGR"`` or ``"RGB"``.
         quac: a :class:`quac_plugins.QuACConfig` or a dict of its options; None puts none in. A lazy config takes the
@@ -160,12 +181,14 @@ def with_quac(
         >>> type(backbone.res2[0].act1).__name__
         'QACON'
     """
-    images = in_unit_range(pixel_mean, pixel_std, input_format.lower())
+    with named("input_format"):
+        one_of("format", input_format, ["BGR", "RGB"])
+    images = in_unit_range(pixel_mean, pixel_std, input_format.lower(), ("pixel_mean", "pixel_std"))
     configs: list[QuACConfig | PriorConfig] = []
-    if quac is not None:
-        configs.append(QuACConfig(**{"norm": "layer", **_options(quac), **images}))
-    if prior is not None:
-        configs.append(PriorConfig(**{**_options(prior), **images}))
+    for cls, key, given in ((QuACConfig, "quac", quac), (PriorConfig, "prior", prior)):
+        if given is not None:
+            options = {**({"norm": "layer"} if cls is QuACConfig else {}), **_options(given)}
+            configs.append(replace(checked(cls, options, f"{key}.{{}}".format, key), **images))
     return put_into(
         with_activations(backbone), configs, len(images["mean"]), {"quac": "quac.where", "prior": "prior.site"}
     )
@@ -183,13 +206,38 @@ def put_into(
 ) -> Backbone:
     """Inject configs one after the other; errors begin with the key of ``quac`` or of ``prior``."""
     # detectron2's Swin says its divisibility under a misspelt name, so that asking for it is an AttributeError
-    divisor = max(getattr(backbone, "size_divisibility", 0), 1)
-    side = backbone.padding_constraints.get("square_size", 0) or -(-_EXAMPLE // divisor) * divisor
-    example = torch.empty(1, in_chans, side, side)
+    divisor, square = getattr(backbone, "size_divisibility", 0), _square_size(backbone)
+    example = torch.empty(1, in_chans, *(square or -(-_EXAMPLE // max(divisor, 1)) * max(divisor, 1),) * 2)
     for config in configs:
         with named(keys["quac" if isinstance(config, QuACConfig) else "prior"]):
-            inject(backbone, config, example)
+            if isinstance(config, PriorConfig):  # which among tokens is made for a grid of them
+                inject(backbone, config, example)
+            else:
+                _inject_quac(backbone, config, example if divisor or square else None, in_chans)
+    if any(reads_quality(config) for config in configs):
+        watch_traces(backbone)
     return backbone
+
+
+def _square_size(backbone: nn.Module) -> int:
+    return getattr(backbone, "padding_constraints", {}).get("square_size", 0)
+
+
+def _inject_quac(backbone: nn.Module, config: QuACConfig, example: Tensor | None, in_chans: int) -> None:
+    """Inject activations; those of stages that are frozen while others learn are frozen too, as FREEZE_AT means it."""
+    learns = {name: [p.requires_grad for p in part.parameters()] for name, part in backbone.named_modules()}
+    if example is not None:
+        inject(backbone, config, example)
+    else:
+        try:  # a backbone that takes any size may pad inside: the tap belongs to what sees the image before that
+            inject(backbone, config, torch.empty(1, in_chans, _EXAMPLE + 1, _EXAMPLE + 1))
+        except RuntimeError:
+            inject(backbone, config, torch.empty(1, in_chans, _EXAMPLE, _EXAMPLE))
+    record = injection_of(backbone)
+    for site in record.sites if record is not None else ():
+        around = learns[site.name.rpartition(".")[0]]
+        if any(learns[""]) and around and not any(around):
+            backbone.get_submodule(site.name).requires_grad_(False)
 
 
 def _build(cfg: CfgNode, input_shape: ShapeSpec, make: Callable[[bool], Backbone]) -> Backbone:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
 from typing import Any
 
 from detectron2.config import CfgNode
 
 from quac_plugins.core.inject import PriorConfig, QuACConfig
-from quac_plugins.core.options import named
+from quac_plugins.core.options import named, numbers, one_of
 from quac_plugins.core.quality.table import resolve_quality
 
 KEY, PRIOR_KEY, TIMM_KEY = "MODEL.QUAC", "MODEL.QUAC.PRIOR", "MODEL.QUAC.TIMM"
@@ -35,7 +37,7 @@ def add_quac_config(cfg: CfgNode) -> None:
         {
             "ENABLED": True,
             **{name: getattr(quac, name.lower()) for name in _QUAC},
-            # activations of the ROI heads: patterns of names below roi_heads, such as "box_head.*"; "": none
+            # activations of the ROI heads: "all", "spatial", patterns of names below roi_heads, such as "box_head.*"
             "HEADS": "",
             "PRIOR": {"ENABLED": False, **{name: getattr(prior, name.lower()) for name in _PRIOR}},
             # of build_quac_timm_fpn_backbone
@@ -57,14 +59,15 @@ def configs_of(cfg: CfgNode) -> list[QuACConfig | PriorConfig]:
             "the config has no MODEL.QUAC: call quac_plugins.detectron2.add_quac_config(cfg) after get_cfg(), before "
             "merging files"
         )
-    quac, images = cfg.MODEL.QUAC, images_of(cfg)
-    found: list[QuACConfig | PriorConfig] = []
+    quac, found = cfg.MODEL.QUAC, []
     if quac.ENABLED:
-        found.append(_checked(QuACConfig, KEY, {name: quac[name] for name in _QUAC}, images))
+        found.append(_of_keys(QuACConfig, KEY, {name: quac[name] for name in _QUAC}))
     if quac.PRIOR.ENABLED:
         values = {name: quac.PRIOR[name] for name in _PRIOR}
         values["FDM_WIDTH"] = values["FDM_WIDTH"] or None
-        found.append(_checked(PriorConfig, PRIOR_KEY, values, images))
+        found.append(_of_keys(PriorConfig, PRIOR_KEY, values))
+    images = images_of(cfg, any(reads_quality(config) for config in found))
+    found = [replace(config, **images) for config in found]
     with named(f"{KEY}.HEADS"):
         if quac.HEADS and cfg.MODEL.META_ARCHITECTURE != "QuACGeneralizedRCNN":
             raise ValueError(
@@ -76,20 +79,36 @@ def configs_of(cfg: CfgNode) -> list[QuACConfig | PriorConfig]:
     return found
 
 
-def images_of(cfg: CfgNode) -> dict[str, Any]:
-    """mean, std and channel_order of the images that the backbone gets, in the words of :class:`QuACConfig`."""
+def reads_quality(config: QuACConfig | PriorConfig) -> bool:
+    """Whether what a config puts in reads q, so that it is computed."""
+    return config.activation_class.needs_quality if isinstance(config, QuACConfig) else config.needs_quality
+
+
+def images_of(cfg: CfgNode, read: bool = True) -> dict[str, Any]:
+    """mean, std and channel_order of the images that the backbone gets, in the words of :class:`QuACConfig`.
+
+    Args:
+        cfg: of a model.
+        read: whether a quality function sees the images.
+    """
     order = cfg.INPUT.FORMAT.lower()
-    if order not in ("rgb", "bgr") and len(cfg.MODEL.PIXEL_MEAN) > 1:
+    if read and order not in ("rgb", "bgr") and len(cfg.MODEL.PIXEL_MEAN) > 1:
         raise ValueError(
             f"INPUT.FORMAT {cfg.INPUT.FORMAT!r}: quality is a matter of RGB; known: RGB, BGR, and L with one channel"
         )
-    return in_unit_range(cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, order if order in ("rgb", "bgr") else "rgb")
+    keys = ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")
+    return in_unit_range(cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, order if order in ("rgb", "bgr") else "rgb", keys)
 
 
-def in_unit_range(pixel_mean: Any, pixel_std: Any, order: str) -> dict[str, Any]:
-    """detectron2's pixels go to 255, the quality functions' to 1."""
-    mean, std = tuple(float(v) / 255 for v in pixel_mean), tuple(float(v) / 255 for v in pixel_std)
-    return {"mean": mean, "std": std, "channel_order": order}
+def in_unit_range(pixel_mean: Any, pixel_std: Any, order: str, keys: tuple[str, str]) -> dict[str, Any]:
+    """detectron2's pixels go to 255, the quality functions' to 1; ``keys`` name the two in errors."""
+    with named(keys[0]):
+        mean = numbers("it", pixel_mean)
+    with named(keys[1]):
+        std = numbers("it", pixel_std)
+        if len(std) != len(mean) or min(std) <= 0:
+            raise ValueError(f"must be {len(mean)} numbers above 0, as many as {keys[0]} has, got {std}")
+    return {"mean": tuple(v / 255 for v in mean), "std": tuple(v / 255 for v in std), "channel_order": order}
 
 
 def patterns(value: Any) -> str | list[str]:
@@ -100,16 +119,31 @@ def patterns(value: Any) -> str | list[str]:
     return parts[0] if len(parts) == 1 else parts
 
 
-def _checked(cls: Any, key: str, values: dict[str, Any], images: dict[str, Any]) -> Any:
+def _of_keys(cls: Any, key: str, values: dict[str, Any]) -> Any:
     arguments = {name.lower(): value for name, value in values.items()}
     for name in ("where", "site"):
         if name in arguments:
             with named(f"{key}.{name.upper()}"):
                 arguments[name] = patterns(arguments[name])
+    return checked(cls, arguments, lambda name: f"{key}.{name.upper()}", key)
+
+
+def checked(cls: Any, arguments: Mapping[str, Any], key_of: Callable[[str], str], key: str) -> Any:
+    """A config of ours; an option that is not known or cannot be is named by its key.
+
+    Args:
+        cls: QuACConfig or PriorConfig.
+        arguments: its options.
+        key_of: the key of an option.
+        key: of all of them.
+    """
+    known = [field.name for field in fields(cls)]
     for name, value in arguments.items():  # one by one, so that an error is that key's
-        with named(f"{key}.{name.upper()}"):
-            cls(**{name: value})
-    with named(f"{key}.QUALITY"):
-        resolve_quality(arguments["quality"])
+        with named(key_of(name)):
+            one_of("option", name, known)
+            if name not in ("mean", "std"):  # which go together
+                cls(**{name: value})
+            if name == "quality":
+                resolve_quality(value)
     with named(key):
-        return cls(**arguments, **images)
+        return cls(**arguments)

@@ -44,8 +44,8 @@ class CorruptImage(Augmentation):
         super().__init__()
         made = Corrupt(corruptions, severities)  # which knows what cannot be
         self.corruptions, self.severities = made.names, made.severities
-        if not 0 <= prob <= 1:
-            raise ValueError(f"prob must lie between 0 and 1, got {prob}")
+        if isinstance(prob, bool) or not isinstance(prob, (int, float)) or not 0 <= prob <= 1:
+            raise ValueError(f"prob must lie between 0 and 1, got {prob!r}")
         if image_format not in ("BGR", "RGB"):
             raise ValueError(f"image_format must be 'BGR' or 'RGB', got {image_format!r}")
         self.prob, self.image_format, self.seed = prob, image_format, seed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import re
 import threading
 from dataclasses import replace
 from typing import Any
@@ -20,12 +21,15 @@ from quac_plugins.core.inject.rehearsal import rehearse, rehearsing
 from quac_plugins.core.inject.sites import PLACES, Site, find_sites
 from quac_plugins.core.inject.surgery import place
 from quac_plugins.core.inject.trace import Trace, trace
-from quac_plugins.core.options import named
+from quac_plugins.core.options import named, pattern_list
 from quac_plugins.core.quality.context import QualityContext, QualityError
 from quac_plugins.core.quality.table import resolve_quality
 from quac_plugins.core.quality.tap import QualityTap
 from quac_plugins.detectron2.blocks import with_activations
 from quac_plugins.detectron2.config import KEY, configs_of, patterns
+from quac_plugins.detectron2.sizes import is_traced
+
+_REGEX = "re:"  # how a pattern that is a regular expression begins
 
 
 class Proposals:
@@ -74,8 +78,14 @@ class ProposalTap(nn.Module):
         """Start a pass over features (N, C, H, W) of N proposals; ``instances`` are theirs, if the part is given them.
 
         Raises:
-            QualityError: it cannot be told which image a proposal is of.
+            QualityError: it cannot be told which image a proposal is of, as in a trace, which would keep the numbers of
+                proposals of the images it was made with.
         """
+        if is_traced():
+            raise QualityError(
+                f"{self.layer!r} holds QuAC and cannot be traced or exported: how many proposals each image has would "
+                "be fixed. Trace a detector whose activations are in the backbone alone (MODEL.QUAC.HEADS: '')"
+            )
         self.context.watch(self)
         if self.context.resume(features, self.layer):
             return
@@ -119,15 +129,22 @@ def inject_heads(model: nn.Module, where: str | list[str] = "all", config: QuACC
 
     Args:
         model: with ``backbone`` and ``roi_heads``, as :class:`GeneralizedRCNN`; standard, cascade and C4 heads.
-        where: ``"all"``, ``"spatial"``, or patterns of names below ``roi_heads``, such as ``"box_head.*"``.
+        where: ``"all"``, ``"spatial"``, or patterns of names below ``roi_heads``, such as ``"box_head.*"`` or
+            ``"re:box_head"``.
         config: None: that of the backbone.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: the backbone holds no QuAC that computes q, the quality functions differ, or nothing matches.
+        ValueError: the heads hold QuAC already, the backbone holds none that computes q, the quality functions differ,
+            or nothing matches.
     """
+    proposals, wanted = Proposals(), pattern_list("where", where)
+    for pattern in wanted:
+        _check_pattern(pattern)
+    if any(isinstance(module, ProposalTap) for module in model.roi_heads.modules()):  # type: ignore[union-attr]
+        raise ValueError(f"the ROI heads of this {type(model).__name__} already hold QuAC")
     holder: Any = next((m for m in model.backbone.modules() if _driven(m)), model.backbone)  # type: ignore[union-attr]
     record = injection_of(holder)
     if record is None or record.config is None or record.quality is None or record.tap is None:
@@ -137,7 +154,6 @@ def inject_heads(model: nn.Module, where: str | list[str] = "all", config: QuACC
         raise ValueError(f"quality {config.quality!r} of the heads is not {record.config.quality!r} of the backbone")
     source = holder.get_submodule(record.tap).get_submodule(TAP_NAME).context
     heads: Any = with_activations(model.roi_heads)  # type: ignore[type-var]
-    proposals, wanted = Proposals(), [where] if isinstance(where, str) else list(where)
     parts = {name: part for name, part in _parts(heads).items() if any(_may_match(p, name) for p in wanted)}
     found = {name: _sites(name, part, _example(heads, name, part), wanted) for name, part in parts.items()}
     if not any(sites for _, sites, _ in found.values()):
@@ -186,10 +202,26 @@ def _parts(heads: nn.Module) -> dict[str, nn.Module]:
     return parts
 
 
+def _check_pattern(pattern: str) -> None:
+    if pattern in ("auto", "last"):
+        raise ValueError(f"{pattern!r} is a place in a backbone; ROI heads take 'all', 'spatial' or patterns of names")
+    if pattern.startswith(_REGEX):
+        try:
+            re.compile(pattern[len(_REGEX) :])
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if pattern.startswith(_REGEX):
+        return re.search(pattern[len(_REGEX) :], name) is not None
+    return fnmatch.fnmatchcase(name, pattern)
+
+
 def _may_match(pattern: str, part: str) -> bool:
     """Whether a pattern can mean an activation inside a part: only then need the part be traced."""
     first = pattern.partition(".")[0]
-    return pattern in PLACES or fnmatch.fnmatchcase(part.partition(".")[0], first)
+    return pattern in PLACES or pattern.startswith(_REGEX) or fnmatch.fnmatchcase(part.partition(".")[0], first)
 
 
 def _example(heads: Any, name: str, part: nn.Module) -> Tensor:
@@ -210,6 +242,8 @@ def _sites(name: str, part: nn.Module, example: Tensor, wanted: list[str]) -> tu
     try:
         seen = trace(whole, example)
     except RuntimeError as error:
+        if all(pattern.startswith(_REGEX) for pattern in wanted):  # which may mean other parts
+            return Trace(), [], []
         raise ValueError(
             f"{name} takes more than pooled features, so no activation of it can be found: {error}"
         ) from error
@@ -222,7 +256,7 @@ def _sites(name: str, part: nn.Module, example: Tensor, wanted: list[str]) -> tu
         if pattern in PLACES:
             sites = find_sites(whole, seen, [pattern])[0] if pattern != "spatial" else _spatial(every, seen)
         else:
-            sites = [site for site in every if fnmatch.fnmatchcase(f"{name}.{site.name[5:]}", pattern)]
+            sites = [site for site in every if _matches(pattern, f"{name}.{site.name[5:]}")]
         kept.update({site.name: site for site in sites})
     return seen, [site for site in every if site.name in kept], every
 

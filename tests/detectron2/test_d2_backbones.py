@@ -11,6 +11,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BasicStem
 
 import quac_plugins as quac
+from quac_plugins.core.quality.padding import note_sizes
 from quac_plugins.detectron2 import TimmBackbone, with_quac
 
 MEAN, STD = [103.53, 116.28, 123.675], [1.0, 1.0, 1.0]
@@ -132,6 +133,9 @@ def test_a_lazy_config(photographs):
 def test_a_timm_network_that_is_not_there_or_has_no_such_stride():
     with pytest.raises(ValueError, match="timm knows no 'resnet_fifty'"):
         TimmBackbone("resnet_fifty", ["res2"])
+    for name in ("resnet18_qacon", "resnet18_ddp", "resnet18_qacon_ddp"):
+        with pytest.raises(ValueError, match=rf"NAME: '{name}' holds QuAC .* the network itself, 'resnet18'"):
+            TimmBackbone(name, ["res2"])
     with pytest.raises(ValueError, match="none for res7"):
         TimmBackbone("resnet18", ["res2", "res7"])
 
@@ -140,6 +144,42 @@ def test_a_swin_on_its_own_which_misspells_its_divisibility(photographs):
     backbone = with_quac(SwinTransformer(embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 6)), MEAN, STD, quac={})
     assert quac.injection_of(backbone).sites
     assert set(backbone(photographs(1, 64))) == {"p0", "p1", "p2", "p3"}
+
+
+def test_a_swin_on_its_own_pads_inside_and_q_is_of_the_image_before(photographs):
+    swin = SwinTransformer(embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 6))
+    backbone = with_quac(swin, [0.0] * 3, [255.0] * 3, input_format="RGB", quac={"where": "all"})
+    images = photographs(2, 99)
+    padded = torch.nn.functional.pad(images, (0, 2, 0, 1))
+    note_sizes(padded, [(99, 99), (99, 99)])
+    backbone(padded)
+    assert quac.injection_of(backbone).tap == "patch_embed"
+    q = backbone.patch_embed.quac_tap.context._local.forward.q
+    assert torch.allclose(q, quac.brisque(images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_plain_network_of_torch(photographs):
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU())
+    assert with_quac(network, MEAN, STD, quac={})(photographs(1, 64)).shape == (1, 8, 62, 62)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"quac": {"quality": "brisk"}}, r"^quac\.quality: unknown quality function 'brisk'; did you mean 'brisque'"),
+        ({"quac": {"qualty": "brisque"}}, r"^quac\.qualty: unknown option 'qualty'; did you mean 'quality'"),
+        ({"quac": {"norm": 3}}, r"^quac\.norm: unknown norm 3"),
+        ({"prior": {"fdm": "heavy"}}, r"^prior\.fdm: "),
+        ({"prior": {"sites": "auto"}}, r"^prior\.sites: unknown option 'sites'; did you mean 'site'"),
+        ({"quac": {}, "pixel_std": [1.0, 1.0]}, r"^pixel_std: must be 3 numbers above 0"),
+        ({"quac": {}, "pixel_mean": "grey"}, r"^pixel_mean: "),
+        ({"quac": {}, "input_format": "YUV"}, r"^input_format: unknown format 'YUV'"),
+    ],
+)
+def test_a_wrong_option_is_named(options, message):
+    resnet = ResNet(BasicStem(), ResNet.make_default_stages(18))
+    with pytest.raises(ValueError, match=message):
+        with_quac(resnet, **{"pixel_mean": MEAN, "pixel_std": STD, **options})
 
 
 def test_channels_last_maps_as_wide_as_they_are_high(photographs):
@@ -161,6 +201,20 @@ def test_options_of_a_lazy_config_as_nodes_of_its_own(photographs):
     assert record.prior.config.experts == ["fog"]
     with pytest.raises(ValueError, match=r"^quac\.where: "):
         with_quac(ResNet(BasicStem(), ResNet.make_default_stages(18)), MEAN, STD, quac={"where": "layer9.*"})
+
+
+def test_frozen_stages_take_no_activation_that_learns(config, build):
+    changes = {"MODEL.QUAC.WHERE": "all", "MODEL.BACKBONE.FREEZE_AT": 2, "MODEL.QUAC.PRIOR.ENABLED": True}
+    backbone = build(config("faster_rcnn_R_50_FPN_qacon", changes)).backbone.bottom_up
+    inside = {n: p.requires_grad for n, p in backbone.named_parameters() if ".fc3." in n}
+    assert {grad for name, grad in inside.items() if name.startswith(("stem.", "res2."))} == {False}
+    assert {grad for name, grad in inside.items() if name.startswith(("res3.", "res5."))} == {True}
+    prior = [p.requires_grad for n, p in backbone.named_parameters() if "quac_prior" in n]
+    assert prior
+    assert all(prior)
+    frozen = ResNet(BasicStem(), ResNet.make_default_stages(18)).requires_grad_(False)
+    with_quac(frozen, MEAN, STD, quac={"where": "all"})  # a host that is frozen as a whole is there for these to learn
+    assert all(p.requires_grad for n, p in frozen.named_parameters() if ".fc3." in n)
 
 
 def test_images_with_depth():

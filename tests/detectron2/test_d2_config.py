@@ -1,6 +1,7 @@
 """Configs: every key is checked before anything is built, and an error begins with its key."""
 
 import pytest
+import timm
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import FPN as FPNBackbone
@@ -25,6 +26,9 @@ FPN = "faster_rcnn_R_50_FPN_qacon"
         ("MODEL.QUAC.PRIOR.FDM", "heavy", r"MODEL\.QUAC\.PRIOR\.FDM: .*heavy.*light"),
         ("MODEL.QUAC.PRIOR.EXPERTS", ["fog", "fog"], r"MODEL\.QUAC\.PRIOR\.EXPERTS: .*different names"),
         ("INPUT.FORMAT", "YUV-BT.601", r"INPUT\.FORMAT 'YUV-BT.601'"),
+        ("MODEL.PIXEL_MEAN", ["a", 1.0, 1.0], r"^MODEL\.PIXEL_MEAN: "),
+        ("MODEL.PIXEL_STD", [1.0, 1.0], r"^MODEL\.PIXEL_STD: must be 3 numbers above 0, as many as MODEL\.PIXEL_MEAN"),
+        ("MODEL.PIXEL_STD", [1.0, 0.0, 1.0], r"^MODEL\.PIXEL_STD: must be 3 numbers above 0"),
     ],
 )
 def test_a_wrong_value_is_named_before_anything_is_built(key, value, message, config, monkeypatch):
@@ -82,6 +86,33 @@ def test_several_patterns_a_regular_expression_and_a_timm_name(config):
     cfg = config("faster_rcnn_timm_FPN_qacon", {"MODEL.QUAC.TIMM.NAME": "resnet_50"})
     with pytest.raises(ValueError, match=r"MODEL\.QUAC\.TIMM: NAME: timm knows no 'resnet_50'"):
         build_backbone(cfg)
+
+
+def test_other_colours_where_no_quality_is_computed(config):
+    changes = {"INPUT.FORMAT": "YUV-BT.601", "MODEL.QUAC.ACTIVATION": "meta_acon"}
+    assert quac.injection_of(build_backbone(config(FPN, changes))).sites
+    changes = {"INPUT.FORMAT": "YUV-BT.601", "MODEL.QUAC.ENABLED": False, "MODEL.QUAC.PRIOR.ENABLED": True}
+    assert quac.injection_of(build_backbone(config(FPN, changes))).prior.sites
+    with pytest.raises(ValueError, match=r"INPUT\.FORMAT 'YUV-BT.601'"):
+        build_backbone(config(FPN, {**changes, "MODEL.QUAC.PRIOR.EXPERTS": ["fog"]}))
+
+
+def test_weights_of_timm_are_fetched_where_no_others_are_given(config, monkeypatch):
+    asked, create = [], timm.create_model
+
+    def note(name, **kwargs):
+        asked.append(kwargs.get("pretrained", False))
+        if asked[-1]:
+            raise OSError("no network")
+        return create(name, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", note)
+    changes = {"MODEL.QUAC.TIMM.NAME": "test_convnext"}
+    build_backbone(config("faster_rcnn_timm_FPN_qacon", {**changes, "MODEL.WEIGHTS": "my.pth"}))
+    assert asked
+    assert not any(asked)
+    with pytest.raises(RuntimeError, match=r"^MODEL\.QUAC\.TIMM\.PRETRAINED: .*'test_convnext'.*\(no network\)"):
+        build_backbone(config("faster_rcnn_timm_FPN_qacon", changes))
 
 
 def test_neither_enabled_is_the_host_itself(config):

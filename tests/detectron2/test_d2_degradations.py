@@ -46,6 +46,7 @@ def test_boxes_stay_and_prob_is_the_share(bgr):
         ({"corruptions": "fogg"}, "fogg"),
         ({"severities": 6}, "6"),
         ({"prob": 2}, "prob must lie"),
+        ({"prob": "x"}, "prob must lie between 0 and 1, got 'x'"),
         ({"image_format": "YUV"}, "image_format must be"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from detectron2.export import TracingAdapter
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 
@@ -125,6 +126,18 @@ def test_features_that_come_from_elsewhere_are_refused(config, build, inputs):
             heads.box_head(torch.rand(999, 256, 7, 7))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_heads_are_not_traced(config, build, inputs):
+    """A trace would keep how many proposals each of its own images had."""
+    model, images = build(config("mask_rcnn_R_50_FPN_heads_qacon")), [{"image": inputs()[0]["image"]}]
+    adapter = TracingAdapter(model, (images,), lambda model, given: model.inference(given, do_postprocess=False))
+    with (
+        torch.no_grad(),
+        pytest.raises(quac.QualityError, match=r"'roi_heads\.box_head' .*cannot be traced.*HEADS: ''"),
+    ):
+        torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
+
+
 def test_patterns_of_heads(config, build):
     model = build(
         config("mask_rcnn_R_50_FPN_heads_qacon", {"MODEL.QUAC.HEADS": "box_head.fc_relu1, mask_head.deconv*"})
@@ -135,6 +148,18 @@ def test_patterns_of_heads(config, build):
     assert not any("fc_relu" in n for n, m in model.roi_heads.named_modules() if type(m).__name__ == "QACON")
     with pytest.raises(ValueError, match=r"MODEL\.QUAC\.HEADS: .*'box_hat\.\*' matches no .* box_head\.fc_relu1"):
         build(config("mask_rcnn_R_50_FPN_heads_qacon", {"MODEL.QUAC.HEADS": "box_hat.*"}))
+    model = build(
+        config("mask_rcnn_R_50_FPN_heads_qacon", {"MODEL.QUAC.HEADS": r"re:^mask_head\..*relu$|fc_relu[1,9]"})
+    )
+    inside = [n for n, m in model.roi_heads.named_modules() if type(m).__name__ == "QACON"]
+    assert "box_head.fc_relu1" in inside
+    assert "box_head.fc_relu2" not in inside
+    assert "mask_head.deconv_relu" in inside
+    for wrong, message in (("last", "place in a backbone"), ("auto", "'all', 'spatial'"), ("re:(", "regular expr")):
+        with pytest.raises(ValueError, match=rf"MODEL\.QUAC\.HEADS: .*{message}"):
+            build(config("mask_rcnn_R_50_FPN_heads_qacon", {"MODEL.QUAC.HEADS": wrong}))
+    with pytest.raises(ValueError, match="the ROI heads of this QuACGeneralizedRCNN already hold QuAC"):
+        inject_heads(model)
     plain = build(config("mask_rcnn_R_50_FPN_qacon", {"MODEL.QUAC.ENABLED": False}))
     with pytest.raises(ValueError, match="the backbone holds no QuAC that computes q"):
         inject_heads(plain)

@@ -1,7 +1,10 @@
 """q is of the image as it was before padding, in RGB, whatever else is in the batch."""
 
+import warnings
+
 import pytest
 import torch
+from detectron2.export import TracingAdapter
 from detectron2.modeling import GeneralizedRCNNWithTTA
 from detectron2.structures import ImageList
 
@@ -90,6 +93,27 @@ def test_test_time_augmentation(config, build, inputs):
         for index, (height, width) in enumerate(sizes or [tuple(images.shape[-2:])] * len(images)):
             alone = tap.quality(tap.to_rgb(images[index : index + 1, :, :height, :width]))
             assert torch.allclose(q[index : index + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_trace_of_a_whole_detector_is_warned_of(config, build, inputs):
+    """Sizes are no numbers there, so q is of the padded tensor."""
+    images = [{"image": inputs()[0]["image"]}]
+    for enabled in (True, False):
+        adapter = TracingAdapter(build(config("semantic_R_50_FPN_qacon", {"MODEL.QUAC.ENABLED": enabled})), (images,))
+        with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
+        ours = [str(one.message) for one in caught if "are of the padded tensor" in str(one.message)]
+        assert len(ours) == enabled
+    backbone = build(config(CONFIGS[0])).backbone
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with torch.no_grad():  # images alone, without a list that pads them
+            torch.jit.trace(backbone, torch.rand(1, 3, 64, 64), strict=False, check_trace=False)
+        assert not [one for one in caught if "padded tensor" in str(one.message)]
+    assert len(backbone._forward_pre_hooks) == 1
+    quac.remove(backbone)
+    assert not backbone._forward_pre_hooks
 
 
 def test_an_image_list_is_what_it_was(inputs):
