@@ -14,8 +14,9 @@ except ImportError as error:
 
 from quac_plugins.mmengine.activations import PLANNED, PlannedActivation
 from quac_plugins.mmengine.backbones import build_prior_backbone, build_quac_backbone, build_quac_resnet, check_sites
-from quac_plugins.mmengine.building import finish, look_over_models
+from quac_plugins.mmengine.building import check_unfinished_builds, look_over_models
 from quac_plugins.mmengine.degradations import CorruptedDataset, CorruptImage, CorruptionAccuracy
+from quac_plugins.mmengine.finishing import finish
 from quac_plugins.mmengine.hooks import FitPriorHook
 from quac_plugins.mmengine.initialization import keep_what_was_put_in
 from quac_plugins.mmengine.quality import Quality
@@ -36,3 +37,4 @@ __all__ = [
 
 look_over_models(check_sites)
 keep_what_was_put_in()
+check_unfinished_builds(check_sites)

@@ -29,7 +29,7 @@ class PlannedActivation(nn.Module):
         host: config of the activation that is preserved.
         inplace: taken and ignored, since mmcv gives it to every activation.
         **options: ``quality``, ``init``, ``norm`` (here ``"layer"``), ``reduction``, … of
-            :class:`quac_plugins.QuACConfig`.
+            :class:`quac_plugins.QuACConfig`; ``channel_order="rgb"`` for pictures that are read as RGB.
 
     Raises:
         ValueError, TypeError: an option is not known or cannot be.
@@ -38,6 +38,7 @@ class PlannedActivation(nn.Module):
     def __init__(self, activation: str, host: Any = None, inplace: bool = False, **options: Any):
         super().__init__()
         self.config = planned_config(activation, options)
+        self.channel_order = options.get("channel_order")  # None: the data preprocessor lets guess it
         self.host = host or {"type": "ReLU"}
 
     def build_host(self) -> nn.Module:
@@ -75,7 +76,7 @@ class PlannedActivation(nn.Module):
 
 def planned_config(activation: str, options: dict[str, Any]) -> QuACConfig:
     """The options of an ``act_cfg`` as a config; ValueError names unknown ones."""
-    known = ("quality", "init", "norm", "reduction", "quality_grad", "quality_channels", "expand_q")
+    known = ("quality", "init", "norm", "reduction", "quality_grad", "quality_channels", "expand_q", "channel_order")
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(f"unknown {', '.join(unknown)}; known: {', '.join(known)}, host")
@@ -106,6 +107,9 @@ def _give_channels(parent: nn.Module, name: str, child: Any) -> nn.Module | None
     """Hook of torch, called whenever a module becomes a child: the plan becomes its activation, if widths agree."""
     if not isinstance(child, PlannedActivation):
         return None
+    order = getattr(parent, "order", ())  # of mmcv's ConvModule
+    if "act" in order and "conv" in order and order.index("act") < order.index("conv"):
+        return child.sized(parent.get_submodule("conv").in_channels)  # type: ignore[arg-type]
     widths = {width for layer in parent.children() if (width := _width(layer)) is not None}
     return child.sized(widths.pop()) if len(widths) == 1 else None
 

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from quac_plugins.core.inject import PriorConfig, QuACConfig, inject
 from quac_plugins.core.inject.rehearsal import rehearse
-from quac_plugins.core.quality.tap import QualityTap
-from quac_plugins.mmengine.building import GIVEN_ORDER, example_of
-from quac_plugins.mmengine.checking import SiteError, name_of, options_in, options_of
+from quac_plugins.mmengine.checking import SiteError, check_input_size, name_of, options_in, options_of, walk
+from quac_plugins.mmengine.finishing import example_of, note_order
 
 
-def build_quac_backbone(backbone: Any, quac: Any = None, prior: Any = None) -> nn.Module:
+def build_quac_backbone(
+    backbone: Any, quac: Any = None, prior: Any = None, pretrained: Any = None, input_size: Any = None
+) -> nn.Module:
     """``dict(type="QuACBackbone", backbone=dict(type="mmpretrain.ResNet", …), quac=dict(…), prior=dict(…))``.
 
     Args:
@@ -25,58 +27,64 @@ def build_quac_backbone(backbone: Any, quac: Any = None, prior: Any = None) -> n
             small in detection, and many hosts hold batch norms in eval mode. None puts no activations in. For pictures
             that are read as RGB (CIFAR) say ``channel_order="rgb"``: MMCV's are BGR.
         prior: options of :class:`quac_plugins.PriorConfig`; None puts no prior in.
+        pretrained: handed on to the backbone: networks of mmseg give theirs to whatever backbone they hold.
+        input_size: (C, H, W) of the pictures, for a backbone that takes one size and does not say which (LeNet5: 1, 32,
+            32).
 
     Returns:
         The backbone itself, so that names of parameters, and with them checkpoints, stay what they are.
 
     Raises:
-        ValueError: an option is not known, or a site is not there. In a model that is built from a config the message
-            begins with its path.
+        ValueError: an option is not known, a site is not there, or the backbone does not run on pictures of this size.
+            In a model that is built from a config the message begins with its path.
     """
-    return _put_into(backbone if isinstance(backbone, nn.Module) else MODELS.build(backbone), quac, prior)
+    if pretrained is not None and not isinstance(backbone, nn.Module):
+        backbone = {**backbone, "pretrained": pretrained}
+    model = backbone if isinstance(backbone, nn.Module) else MODELS.build(backbone)
+    try:
+        return _put_into(model, quac, prior, input_size)
+    except RuntimeError as error:  # of a trace, which tells what to do in other words than a config's
+        if error.__cause__ is None:
+            raise
+        reason = str(error).partition(" Give images")[0]
+        hint = "say the size of the pictures that the backbone takes, input_size=(C, H, W)"
+        raise SiteError("input_size", quac if quac is not None else prior, f"{hint}: {reason}") from error
 
 
-def _put_into(model: nn.Module, quac: Any, prior: Any) -> nn.Module:
-    configs = [
-        options_of(cls, {"norm": "layer", **given} if cls is QuACConfig and isinstance(given, Mapping) else given, path)
-        for cls, given, path in ((QuACConfig, quac, "quac"), (PriorConfig, prior, "prior"))
-        if given is not None
+def _put_into(model: nn.Module, quac: Any, prior: Any, input_size: Any) -> nn.Module:
+    check_input_size(input_size)
+    given = [
+        (QuACConfig, {"norm": "layer", **quac} if isinstance(quac, Mapping) else quac, quac, "quac", "where"),
+        (PriorConfig, prior, prior, "prior", "site"),
     ]
-    for config in configs:
-        of_quac = isinstance(config, QuACConfig)
-        given, key = (quac, "where") if of_quac else (prior, "site")
+    configs = [(options_of(cls, full, name), own, name, key) for cls, full, own, name, key in given if own is not None]
+    example = torch.empty(1, *input_size) if input_size is not None else example_of(model)
+    for config, own, name, key in configs:
         try:
-            inject(model, config, example_of(model))
+            inject(model, config, example)
         except ValueError as error:
-            raise SiteError(key, given, str(error)) from error
-        _note_order(model, given)
+            raise SiteError(f"{name}.{key}", own, str(error)) from error
+        order = own.get("channel_order") if isinstance(own, Mapping) else None
+        if order is not None:
+            note_order(model, order)
     model.train(model.training)  # stages that the backbone freezes in train() are frozen before an optimizer is built
     return model
 
 
-def _note_order(model: nn.Module, given: Any) -> None:
-    """An order of channels that the config names goes before what the data preprocessor lets guess."""
-    order = given.get("channel_order") if isinstance(given, Mapping) else None
-    if order is not None:
-        setattr(model, GIVEN_ORDER, order)
-        for tap in (module for module in model.modules() if isinstance(module, QualityTap)):
-            setattr(tap, GIVEN_ORDER, order)
-
-
-def build_quac_resnet(quac: Any = None, prior: Any = None, **kwargs: Any) -> nn.Module:
+def build_quac_resnet(quac: Any = None, prior: Any = None, input_size: Any = None, **kwargs: Any) -> nn.Module:
     """``dict(type="QuACResNet", depth=50, quac=dict(…))``: the ResNet of the config's scope, with QuAC inside.
 
     Args:
-        quac, prior: as of :func:`build_quac_backbone`. With neither, QuAC with its defaults.
+        quac, prior, input_size: as of :func:`build_quac_backbone`. With neither of the first, QuAC with its defaults.
         **kwargs: of the ResNet.
 
     Raises:
         ImportError: there is no default scope, and neither mmpretrain, mmseg nor mmdet is installed.
     """
-    return build_quac_backbone(*_parts_of_resnet(quac, prior, **kwargs))
+    return build_quac_backbone(**_parts_of_resnet(quac, prior, input_size, **kwargs))
 
 
-def _parts_of_resnet(quac: Any = None, prior: Any = None, **kwargs: Any) -> tuple[dict[str, Any], Any, Any]:
+def _parts_of_resnet(quac: Any = None, prior: Any = None, input_size: Any = None, **kwargs: Any) -> dict[str, Any]:
     scope = DefaultScope.get_current_instance()
     name = "ResNet"
     if scope is None or scope.scope_name == "mmengine":
@@ -84,51 +92,57 @@ def _parts_of_resnet(quac: Any = None, prior: Any = None, **kwargs: Any) -> tupl
         if installed is None:
             raise ImportError("QuACResNet needs mmpretrain, mmdet or mmseg: python -m pip install mmpretrain")
         name = f"{installed}.{name}"
-    return {"type": name, **kwargs}, {} if quac is None and prior is None else quac, prior
+    quac = {} if quac is None and prior is None else quac
+    return {"backbone": {"type": name, **kwargs}, "quac": quac, "prior": prior, "input_size": input_size}
 
 
-def build_prior_backbone(backbone: Any, **options: Any) -> nn.Module:
+def build_prior_backbone(backbone: Any, pretrained: Any = None, input_size: Any = None, **options: Any) -> nn.Module:
     """``dict(type="DegradationPrior", backbone=dict(…), site="auto", …)``: a frozen backbone with a degradation prior.
 
     Args:
-        backbone: config of a registered backbone.
+        backbone, pretrained, input_size: as of :func:`build_quac_backbone`.
         **options: of :class:`quac_plugins.PriorConfig`.
     """
-    return build_quac_backbone(*_parts_of_prior(backbone, **options))
+    try:
+        return build_quac_backbone(backbone, prior=options, pretrained=pretrained, input_size=input_size)
+    except SiteError as error:  # whose options are this backbone's own
+        error.key = error.key.removeprefix("prior.")
+        raise
 
 
-def _parts_of_prior(backbone: Any, **options: Any) -> tuple[Any, None, dict[str, Any]]:
-    return backbone, None, options
-
-
-def check_sites(cfg: Any) -> None:
+def check_sites(cfg: Any, path: str) -> None:
     """Look through a config for backbones of ours that lack the sites they are asked for; nothing real is built.
 
     Raises:
-        SiteError: of the first one.
+        ValueError: of the first one; the message begins with its path.
     """
-    if isinstance(cfg, Mapping):
-        parts = _PARTS.get(name_of(cfg))
+    for at, part in walk(cfg, path):
+        parts = _PARTS.get(name_of(part))
         if parts is not None:
-            with MODELS.switch_scope_and_registry(cfg.get("_scope_")):
-                _rehearse(*parts(**options_in(cfg)))
-        for value in cfg.values():
-            check_sites(value)
-    elif isinstance(cfg, Sequence) and not isinstance(cfg, str):
-        for value in cfg:
-            check_sites(value)
+            with MODELS.switch_scope_and_registry(part.get("_scope_")):
+                try:
+                    _rehearse(**parts(**options_in(part)))
+                except SiteError as error:
+                    key = error.key.removeprefix("prior.") if name_of(part) == "DegradationPrior" else error.key
+                    raise ValueError(f"{at}.{key}: {error}") from error
 
 
-def _rehearse(backbone: Any, quac: Any, prior: Any) -> None:
+def _rehearse(
+    backbone: Any, quac: Any = None, prior: Any = None, pretrained: Any = None, input_size: Any = None
+) -> None:
     if isinstance(backbone, Mapping):
         without_weights = dict(backbone)
         if "pretrained" in backbone:  # a path, or whether
             without_weights["pretrained"] = False if isinstance(backbone["pretrained"], bool) else None
-        rehearse(lambda: MODELS.build(without_weights), lambda model: _put_into(model, quac, prior))
+        rehearse(lambda: MODELS.build(without_weights), lambda model: _put_into(model, quac, prior, input_size))
 
 
-_PARTS: dict[str, Callable[..., tuple[Any, Any, Any]]] = {
-    "QuACBackbone": lambda backbone, quac=None, prior=None: (backbone, quac, prior),
+def _parts_of_prior(backbone: Any, input_size: Any = None, pretrained: Any = None, **options: Any) -> dict[str, Any]:
+    return {"backbone": backbone, "prior": options, "input_size": input_size}
+
+
+_PARTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "QuACBackbone": lambda **parts: parts,
     "QuACResNet": _parts_of_resnet,
     "DegradationPrior": _parts_of_prior,
 }

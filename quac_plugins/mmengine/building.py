@@ -1,34 +1,31 @@
-"""What is done once to every model that MMEngine builds from a config, before an optimizer is built.
+"""Where every model passes that MMEngine builds from a config: checked before, finished after.
 
 Options of ours, and whether the backbones have the sites that they ask for, are checked before anything is built, and
-an error begins with their path in the config. Afterwards plans of activations get their channels, and taps the
-normalization of the model's data preprocessor.
+an error begins with their path in the config. MMEngine has no place to hook into there, so ``Registry.build`` is
+wrapped. A config in new style (pure Python) imports this package only when a part of the model is built, in the midst
+of a call that is not wrapped yet: its config is found on the stack and checked at once, and the runner, which wraps
+each model after it has built it, finishes it.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 import threading
-from collections.abc import Callable
-from dataclasses import replace
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from mmengine.registry import Registry
-from torch import Tensor, nn
+from mmengine.runner import Runner
+from mmengine.runner._flexible_runner import BaseStrategy
+from torch import nn
 
-from quac_plugins.core.hooks import TAP_HOOKS, TAP_NAME
-from quac_plugins.core.inject.sites import find_sites
-from quac_plugins.core.inject.surgery import _swap, place
-from quac_plugins.core.inject.trace import Trace, trace
-from quac_plugins.core.quality.table import resolve_quality
-from quac_plugins.core.quality.tap import QualityTap
-from quac_plugins.mmengine.activations import PlannedActivation, plan_of
 from quac_plugins.mmengine.checking import SiteError, check_config, path_of
-from quac_plugins.mmengine.preprocessing import listen_to, normalization_of, note_config, prepares_images
+from quac_plugins.mmengine.finishing import finish
+from quac_plugins.mmengine.preprocessing import note_config
 
 _MARK = "_quac_looks_over"
-GIVEN_ORDER = "_quac_given_order"  # attribute of a tap, or of what holds it, whose config says the order of channels
 
 
 class _Depth(threading.local):
@@ -38,30 +35,30 @@ class _Depth(threading.local):
 
 
 _depth = _Depth()
+_own_build = Registry.build  # MMEngine's
 
 
-def look_over_models(check_sites: Callable[[Any], None]) -> None:
-    """Let registries of models check and :func:`finish` what they build. MMEngine has no place to hook into there.
+def look_over_models(check_sites: Callable[[Any, str], None]) -> None:
+    """Let registries of models check and :func:`finish` what they build.
 
     Args:
-        check_sites: is given every config, and raises SiteError.
+        check_sites: is given every config with its path, and raises ValueError that begins with a path.
     """
     if getattr(Registry.build, _MARK, False):
         return
-    original = Registry.build
 
-    @functools.wraps(original)
+    @functools.wraps(_own_build)
     def build(self: Registry, cfg: Any, *args: Any, **kwargs: Any) -> Any:
         if self.name != "model":
-            return original(self, cfg, *args, **kwargs)
-        outermost = _depth.value == 0
+            return _own_build(self, cfg, *args, **kwargs)
+        outermost = _depth.value == 0 and not _unfinished_builds()
         if outermost:
             check_config(cfg, "model")
         _depth.value += 1
         try:
             if outermost:
-                check_sites(cfg)
-            built = original(self, cfg, *args, **kwargs)
+                check_sites(cfg, "model")
+            built = _own_build(self, cfg, *args, **kwargs)
         except SiteError as error:
             if not outermost:
                 raise
@@ -73,116 +70,61 @@ def look_over_models(check_sites: Callable[[Any], None]) -> None:
 
     setattr(build, _MARK, True)
     Registry.build = build
+    for cls, name in ((Runner, "wrap_model"), (BaseStrategy, "_init_model_weights")):
+        setattr(cls, name, _finishing(getattr(cls, name)))
 
 
-def finish(model: nn.Module) -> nn.Module:
-    """Give planned activations their channels and one tap, and every tap the normalization of the data preprocessor.
-
-    Called for every model that is built from a config; call it yourself, before the optimizer is built, on a model that
-    you put together by hand.
-
-    Args:
-        model: in place. Without plans or QuAC inside it is left as it is.
-
-    Returns:
-        The model.
+def check_unfinished_builds(check_sites: Callable[[Any, str], None]) -> None:
+    """Check the config of a model that is being built while this package is imported.
 
     Raises:
-        ValueError: two plans differ.
+        ValueError: the message begins with the path of what is wrong.
     """
-    for module in reversed(list(model.modules())):  # the innermost first: a model inside a wrapper for augmentations
-        preprocessor = getattr(module, "data_preprocessor", None)
-        if module is model or prepares_images(preprocessor):
-            plans = {name: plan for name, part in module.named_modules() if (plan := plan_of(part)) is not None}
-            if plans and not isinstance(module, PlannedActivation):
-                _carry_out(module, plans)
-            if isinstance(preprocessor, nn.Module) and prepares_images(preprocessor):
-                _adopt(module, preprocessor)
-    return model
-
-
-def _carry_out(model: nn.Module, plans: dict[str, PlannedActivation]) -> None:
-    first = next(iter(plans.values()))
-    for name, plan in plans.items():
-        if plan.config != first.config:
-            raise ValueError(
-                f"{name!r} has act_cfg {plan.config}, but {next(iter(plans))!r} has {first.config}: one model takes "
-                "one kind; put the other in with quac_plugins.inject"
-            )
-    before = {id(module): module for module in (model.get_submodule(name) for name in plans)}
-    hosts = {id(model.get_submodule(name)): plan.build_host() for name, plan in plans.items()}
-    for key, module in before.items():
-        hosts[key].train(module.training)
-        _swap(model, module, hosts[key])
-    try:
-        inside, seen = _traced(model)
-    except RuntimeError:
-        for key, module in before.items():
-            _swap(model, hosts[key], module)
-        if all(not isinstance(module, PlannedActivation) for module in before.values()):
-            return  # a part of a network, whose activations have their channels
-        raise
-    names = {key: _name_of(inside, host) for key, host in hosts.items()}
-    called = {key: name for key, name in names.items() if name is not None and name in seen.calls}
-    for key in before.keys() - called.keys():  # never called, or outside what could be traced
-        _swap(model, hosts[key], before[key])
-    if not called:
+    frames = _unfinished_builds()
+    if not frames:
         return
-    config, quality = replace(first.config, where=list(called.values())), None
-    if config.activation_class.needs_quality:
-        quality = resolve_quality(config.quality, config.quality_channels, config.quality_grad)
-        if seen.tap is None:
-            raise RuntimeError(f"no layer of {type(inside).__name__} is called with the image itself")
-    sites, _ = find_sites(inside, seen, config.patterns)
-    place(inside, config, sites, seen, quality)
-    if quality is not None and seen.tap is not None:
-        context = inside.get_submodule(seen.tap).get_submodule(TAP_NAME).context
-        for key in before.keys() - called.keys():
-            if not isinstance(before[key], PlannedActivation):
-                before[key].context = context  # of the same images
+    cfg = frames[-1].f_locals["cfg"]
+    check_config(cfg, "model")
+    check_sites(cfg, "model")
+    if not _stack(lambda frame: frame.f_code in (Runner.build_model.__code__, BaseStrategy.build_model.__code__)):
+        warnings.warn(
+            "quac_plugins.mmengine is imported by the config of a model that is being built already, so what is built "
+            "is not finished: import quac_plugins.mmengine before MODELS.build, or call "
+            "quac_plugins.mmengine.finish(model) before the model is used",
+            stacklevel=2,
+        )
 
 
-def _name_of(model: nn.Module, module: nn.Module) -> str | None:
-    return next((name for name, other in model.named_modules() if other is module), None)
+def _unfinished_builds() -> list[Any]:
+    """The calls of MMEngine's own ``Registry.build`` of models that were not wrapped, the innermost first."""
+
+    def plain(frame: Any) -> bool:
+        of_model = frame.f_code is _own_build.__code__ and frame.f_locals["self"].name == "model"
+        return of_model and frame.f_back.f_code.co_filename != __file__
+
+    return _stack(plain)
 
 
-def _traced(model: nn.Module) -> tuple[nn.Module, Trace]:
-    """The model, or its backbone where the model itself takes more than images, and its trace."""
-    backbone = getattr(model, "backbone", None)
-    candidates = [model, *([backbone] if isinstance(backbone, nn.Module) else [])]
-    for inside in candidates:
-        try:
-            return inside, trace(inside, example_of(inside))
-        except RuntimeError:
-            if inside is candidates[-1]:
-                raise
-    raise AssertionError("there is a last candidate")
+def _stack(wanted: Callable[[Any], bool]) -> list[Any]:
+    found, frame = [], sys._getframe()
+    while frame is not None:
+        if wanted(frame):
+            found.append(frame)
+        frame = frame.f_back  # type: ignore[assignment]
+    return found
 
 
-def example_of(model: nn.Module) -> Tensor | None:
-    """Images of the one size that a network says it takes, None if it says nothing."""
-    for module in (model, getattr(model, "backbone", None)):
-        size = getattr(module, "img_size", None)
-        if isinstance(size, (int, tuple, list)):
-            height, width = (size, size) if isinstance(size, int) else size
-            return torch.empty(1, getattr(module, "in_channels", 3), height, width)
-    return None
+def _finishing(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a runner that is given a model it has just built, which is finished before."""
 
+    @functools.wraps(method)
+    def finishing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for model in (one for one in (*args, *kwargs.values()) if isinstance(one, nn.Module)):
+            cfg = getattr(self, "cfg", {})
+            for part in (cfg, cfg.get("model")):
+                if isinstance(part, Mapping):
+                    note_config(getattr(model, "data_preprocessor", None), part.get("data_preprocessor"))
+            finish(model)
+        return method(self, *args, **kwargs)
 
-def _adopt(model: nn.Module, preprocessor: nn.Module) -> None:
-    """Taps that know no normalization take the preprocessor's, and what holds them remembers it."""
-    values = normalization_of(preprocessor)
-    layers = [(layer, name) for layer in model.modules() for name in TAP_HOOKS if name in layer._modules]
-    for layer, name in layers:
-        tap = layer._modules[name]
-        if isinstance(tap, QualityTap) and tap.mean is None:
-            tap.mean, tap.std, tap._range_checked = values["mean"], values["std"], True
-            tap.channel_order = getattr(tap, GIVEN_ORDER, values["channel_order"])
-    for module in model.modules():
-        record = module.__dict__.get("_quac_injection")
-        for holder in (record, record.prior) if record is not None else ():
-            if holder is not None and holder.config is not None and holder.config.mean is None:
-                order = {"channel_order": getattr(module, GIVEN_ORDER, values["channel_order"])}
-                holder.config = replace(holder.config, **{**values, **order})
-    if layers:
-        listen_to(preprocessor)
+    return finishing

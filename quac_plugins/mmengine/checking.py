@@ -3,41 +3,51 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from mmengine.registry import MODELS
 from torch import nn
 
 from quac_plugins.core.inject import PriorConfig, QuACConfig
-from quac_plugins.core.options import named, one_of
+from quac_plugins.core.options import named, one_of, whole_number
 from quac_plugins.core.quality.table import resolve_quality
 from quac_plugins.mmengine.activations import PLANNED, planned_config
 
 HOLDERS = ("QuACBackbone", "QuACResNet", "DegradationPrior")
+OWN = ("backbone", "pretrained", "input_size")  # what a holder takes besides options of QuACConfig and PriorConfig
 _FUNCTIONS = ("build_quac_backbone", "build_quac_resnet", "build_prior_backbone")  # as new configs name them
 
 
 class SiteError(ValueError):
-    """A site that the backbone does not have; ``given`` are the options that ask for it, ``key`` says which of them."""
+    """What a backbone cannot do; ``given`` are the options that ask for it, ``key`` says where below the backbone."""
 
     def __init__(self, key: str, given: Any, message: str):
         super().__init__(message)
         self.key, self.given = key, given
 
 
-def path_of(cfg: Any, given: Any, path: str) -> str | None:
-    """Where in a config the options ``given`` are; None if nowhere."""
+def walk(cfg: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Every dict in a config with its path, the outer ones first."""
     if isinstance(cfg, Mapping):
-        options = {key: value for key, value in cfg.items() if key not in ("type", "backbone", "_scope_")}
-        if isinstance(given, Mapping) and given in (cfg, options):
-            return path
+        yield path, cfg
         parts = [(f"{path}.{key}", value) for key, value in cfg.items()]
     elif isinstance(cfg, Sequence) and not isinstance(cfg, str):
         parts = [(f"{path}[{index}]", value) for index, value in enumerate(cfg)]
     else:
-        return None
-    return next((found for at, value in parts if (found := path_of(value, given, at)) is not None), None)
+        return
+    for at, value in parts:
+        yield from walk(value, at)
+
+
+def path_of(cfg: Any, given: Any, path: str) -> str | None:
+    """Where in a config the backbone of ours is that has the options ``given``; None if nowhere."""
+    holders = [(at, part) for at, part in walk(cfg, path) if name_of(part) in HOLDERS]
+    options = [(at, [part.get("quac") or {}, part.get("prior"), _options_of_prior(part)]) for at, part in holders]
+    same = [at for at, parts in options if any(part is given for part in parts)]
+    alike = [at for at, parts in options if given in parts]
+    return next(iter([*same, *alike]), None)  # of two with equal options the very one, unless the config was copied
 
 
 def name_of(cfg: Mapping[str, Any]) -> str:
@@ -52,23 +62,22 @@ def options_in(cfg: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in cfg.items() if key not in ("type", "_scope_")}
 
 
+def _options_of_prior(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options_in(cfg).items() if key not in OWN}
+
+
 def check_config(cfg: Any, path: str) -> None:
     """Look through a config for what is ours.
 
     Raises:
         ValueError: an option is not known, of another type, or cannot be; the message begins with its path.
     """
-    if isinstance(cfg, Mapping):
-        name = name_of(cfg)
+    for at, part in walk(cfg, path):
+        name = name_of(part)
         if name in HOLDERS:
-            _check_holder(name, cfg, path)
-        elif name in PLANNED and "activation" not in cfg:
-            _check_plan(name, cfg, path)
-        for key, value in cfg.items():
-            check_config(value, f"{path}.{key}")
-    elif isinstance(cfg, Sequence) and not isinstance(cfg, str):
-        for index, value in enumerate(cfg):
-            check_config(value, f"{path}[{index}]")
+            _check_holder(name, part, at)
+        elif name in PLANNED and "activation" not in part:
+            _check_plan(part, at)
 
 
 def options_of(cls: Any, given: Any, path: str) -> Any:
@@ -91,22 +100,34 @@ def options_of(cls: Any, given: Any, path: str) -> Any:
         return cls(**given)
 
 
+def check_input_size(value: Any) -> None:
+    """ValueError unless it is None, or (C, H, W)."""
+    if value is None:
+        return
+    if not isinstance(value, (tuple, list)) or len(value) != 3:
+        raise ValueError(f"must be (C, H, W) of the pictures that the backbone takes, got {value!r}")
+    for what, number in zip("CHW", value, strict=True):
+        whole_number(what, number)
+
+
 def _check_holder(name: str, cfg: Mapping[str, Any], path: str) -> None:
     if name == "DegradationPrior":
-        options_of(PriorConfig, {k: v for k, v in options_in(cfg).items() if k != "backbone"}, path)
+        options_of(PriorConfig, _options_of_prior(cfg), path)
     else:
         for key, cls in (("quac", QuACConfig), ("prior", PriorConfig)):
             if cfg.get(key) is not None:
                 options_of(cls, cfg[key], f"{path}.{key}")
-        unknown = set(options_in(cfg)) - {"backbone", "quac", "prior"}
+        unknown = set(options_in(cfg)) - {"quac", "prior", *OWN}
         if name == "QuACBackbone" and unknown:
-            raise ValueError(f"{path}.{sorted(unknown)[0]}: QuACBackbone takes backbone, quac and prior")
+            raise ValueError(f"{path}.{sorted(unknown)[0]}: QuACBackbone takes quac, prior, {', '.join(OWN)}")
+    with named(f"{path}.input_size"):
+        check_input_size(cfg.get("input_size"))
     if name != "QuACResNet" and not isinstance(cfg.get("backbone"), (Mapping, nn.Module)):
         raise ValueError(f"{path}.backbone: must be the config of a backbone, got {cfg.get('backbone')!r}")
 
 
-def _check_plan(name: str, cfg: Mapping[str, Any], path: str) -> None:
-    given = {key: value for key, value in cfg.items() if key not in ("type", "inplace", "host", "_scope_")}
+def _check_plan(cfg: Mapping[str, Any], path: str) -> None:
+    given = {key: value for key, value in options_in(cfg).items() if key not in ("inplace", "host")}
     known = list(inspect.signature(QuACConfig).parameters)
     for key, value in given.items():
         where = f"{path}.{key}" if key in known else path
@@ -114,3 +135,15 @@ def _check_plan(name: str, cfg: Mapping[str, Any], path: str) -> None:
             planned_config("acon", {key: value})
             if key == "quality":
                 resolve_quality(value)
+    host = cfg.get("host")
+    if host is None:
+        return
+    if not isinstance(host, Mapping) or "type" not in host or name_of(host) in PLANNED:
+        raise ValueError(
+            f"{path}.host: must be a dict with the type of the activation that is preserved, such as "
+            f"dict(type='GELU'), got {host!r}"
+        )
+    try:
+        MODELS.build(dict(host))
+    except Exception as error:
+        raise ValueError(f"{path}.host: {error.args[0] if error.args else error}") from error

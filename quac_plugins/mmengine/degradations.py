@@ -46,8 +46,8 @@ class CorruptImage:
         self.names = corruption_names(corruptions) if corruptions is not None else []
         levels = [severities] if isinstance(severities, int) else list(severities)
         self.severities = [check_severity(level) for level in levels]
-        if not 0 <= prob <= 1:
-            raise ValueError(f"prob must lie between 0 and 1, got {prob}")
+        if isinstance(prob, bool) or not isinstance(prob, (int, float)) or not 0 <= prob <= 1:
+            raise ValueError(f"prob must lie between 0 and 1, got {prob!r}")
         if channel_order not in ("bgr", "rgb"):
             raise ValueError(f"channel_order must be 'bgr' or 'rgb', got {channel_order!r}")
         self.prob, self.channel_order, self.seed = prob, channel_order, seed

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import nn
 
 from quac_plugins.core.inject import injection_of
 from quac_plugins.core.inject.adapter import adapter_state, is_fresh, load_adapter_state
-from quac_plugins.core.options import named, one_of
+from quac_plugins.core.options import named, one_of, whole_number
 from quac_plugins.degradations import check_severity, corruption_names
+from quac_plugins.evaluate.preprocessing import square_or_not
 from quac_plugins.fit import Recipe, fit_prior
+from quac_plugins.fit.session import recipe_with
+
+_WHOLE = {"limit": 1, "views": 1, "draws": 1, "num_workers": 0}  # options that are whole numbers, from
 
 
 @HOOKS.register_module(force=True)
@@ -30,7 +36,8 @@ class FitPriorHook(Hook):
         **options: of :func:`quac_plugins.fit_prior`: ``corruptions``, ``severity``, ``steps``, ``seed``, …
 
     Raises:
-        ValueError: an option is not known, at once; the model holds no prior.
+        ValueError: an option is not known or cannot be, at once; the model holds no prior.
+        FileNotFoundError: there is no such folder.
     """
 
     priority = "VERY_LOW"  # after checkpoints and their kin
@@ -40,11 +47,15 @@ class FitPriorHook(Hook):
         for name in options:
             with named(f"FitPriorHook.{name}"):
                 one_of("option", name, [key for key in known if key not in ("model", "images", "settings")])
+        given = {"limit": limit, **options}
+        for name, value in given.items():
+            with named(f"FitPriorHook.{name}"):
+                _check(name, value)
         with named("FitPriorHook.corruptions"):
             corruption_names(options.get("corruptions") or ())
         with named("FitPriorHook.severity"):
-            given = options.get("severity", 3)
-            for level in given if isinstance(given, (list, tuple)) else [given]:
+            severity = options.get("severity", 3)
+            for level in severity if isinstance(severity, (list, tuple)) else [severity]:
                 check_severity(level)
         self.refit = refit
         self.images, self.limit, self.options = images, limit, options
@@ -69,10 +80,22 @@ class FitPriorHook(Hook):
         if not self.refit and not is_fresh(model):
             runner.logger.info("FitPriorHook: the prior that was loaded is fitted already; refit=True fits it again")
             return
+        if isinstance(self.images, (str, Path)) and not Path(self.images).expanduser().exists():
+            raise FileNotFoundError(f"FitPriorHook.images: there is no folder or file {str(self.images)!r}")
         self.report = fit_prior(model, self.images, limit=self.limit, **{"progress": False, **self.options})
         runner.logger.info(f"degradation prior fitted: {self.report}")
         for average in (ema for hook in runner.hooks if (ema := getattr(hook, "ema_model", None)) is not None):
             load_adapter_state(_holder(average), adapter_state(model))  # which is what is evaluated
+
+
+def _check(name: str, value: Any) -> None:
+    """ValueError or TypeError for a value of an option that cannot be."""
+    if name in {field.name for field in fields(Recipe)}:
+        recipe_with(None, {name: value}, 0, torch.device("cuda"))  # where all kinds of precision are known
+    elif value is not None and name in _WHOLE:
+        whole_number(name, value, _WHOLE[name])
+    elif value is not None and name == "input_size":
+        square_or_not(value)
 
 
 def _holder(model: nn.Module) -> nn.Module:

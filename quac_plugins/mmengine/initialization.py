@@ -14,6 +14,7 @@ from mmengine.model import BaseModule, PretrainedInit
 from torch import Tensor, nn
 
 from quac_plugins.core.inject.adapter import adapter_state
+from quac_plugins.mmengine.activations import plan_of
 
 _MARK = "_quac_keeps_what_was_put_in"
 
@@ -61,6 +62,10 @@ def keep_what_was_put_in() -> None:
 
 
 def put_in(model: nn.Module) -> list[Tensor]:
-    """Every tensor that was put into a model."""
+    """Every tensor that was put into a model, by injection or by ``act_cfg``."""
     holders = [module for module in model.modules() if "_quac_injection" in module.__dict__]
-    return [tensor for holder in holders for tensor in adapter_state(holder).values()]
+    planned = [module for module in model.modules() if plan_of(module) is not None]
+    injected = [tensor for holder in holders for tensor in adapter_state(holder).values()]
+    return injected + [
+        tensor for module in planned for name, tensor in module.state_dict().items() if not name.startswith("host.")
+    ]

@@ -77,6 +77,11 @@ def test_without_a_scope_the_resnet_is_that_of_what_is_installed():
         ({"type": "QuACBackbone", "backbone": {"type": "ResNet"}, "where": 1}, r"model\.backbone\.where: .*takes"),
         ({"type": "MobileNetV2", "act_cfg": {"type": "QACON", "qality": 1}}, r"model\.backbone\.act_cfg.*qality"),
         ({"type": "MobileNetV2", "act_cfg": {"type": "QSwish", "init": 1}}, r"model\.backbone\.act_cfg\.init: "),
+        ({"type": "MobileNetV2", "act_cfg": {"type": "QACON", "host": "GELU"}}, r"act_cfg\.host: must be a dict with"),
+        ({"type": "MobileNetV2", "act_cfg": {"type": "QACON", "host": {"type": "QACON"}}}, r"act_cfg\.host: must be"),
+        ({"type": "MobileNetV2", "act_cfg": {"type": "QACON", "host": {"type": "GELLU"}}}, r"act_cfg\.host: GELLU is"),
+        ({"type": "QuACResNet", "input_size": (32, 32)}, r"model\.backbone\.input_size: must be \(C, H, W\)"),
+        ({"type": "QuACResNet", "input_size": (3, 32, 0)}, r"model\.backbone\.input_size: W must be a whole number"),
     ],
 )
 def test_an_error_begins_with_its_path_and_nothing_is_built(backbone, message, classifier, monkeypatch):
@@ -104,6 +109,46 @@ def test_a_site_that_is_not_there_is_named_with_its_path_and_nothing_is_built(ba
     with pytest.raises(ValueError, match=rf"^model\.backbone\.{re.escape(path)}: .*layer9"):
         MODELS.build(classifier(backbone=backbone))
     assert set(built) == {"meta"}
+
+
+@pytest.mark.parametrize("rehearsed", [True, False])  # a host that cannot be built for its shapes alone says so later
+def test_of_two_backbones_with_equal_options_the_one_is_named(rehearsed, monkeypatch):
+    @MODELS.register_module(force=True)
+    class Two(BaseModule):
+        def __init__(self, a, b):
+            super().__init__()
+            self.a, self.b = MODELS.build(a), MODELS.build(b)
+
+    quac = {"where": "conv2.activate"}
+    a = {"type": "QuACBackbone", "backbone": {"type": "MobileNetV2"}, "quac": dict(quac)}
+    b = {"type": "QuACResNet", "depth": 18, "quac": dict(quac)}
+    if not rehearsed:
+        monkeypatch.setattr("quac_plugins.mmengine.backbones.rehearse", lambda *_: None)
+    with pytest.raises(ValueError, match=r"^model\.b\.quac\.where: "):
+        MODELS.build({"type": "Two", "a": a, "b": b})
+
+
+LENET = {"type": "LeNet5", "num_classes": 10}
+
+
+@pytest.mark.parametrize(
+    "ours",
+    [
+        {"type": "QuACBackbone", "quac": {"where": "auto"}},
+        {"type": "DegradationPrior", "site": "auto"},
+    ],
+)
+def test_a_backbone_of_one_size_that_it_does_not_say(ours):
+    with pytest.raises(
+        ValueError, match=r"^model\.input_size: say the size .*LeNet5 does not run .*\(1, 1, 224, 224\)"
+    ):
+        MODELS.build({**ours, "backbone": LENET})
+    backbone = MODELS.build({**ours, "backbone": LENET, "input_size": (1, 32, 32)})
+    assert backbone(torch.rand(2, 1, 32, 32))[0].shape == (2, 10)
+    key = "quac.where" if "quac" in ours else "site"
+    wrong = {**ours, "quac": {"where": "zzz"}} if "quac" in ours else {**ours, "site": "zzz"}
+    with pytest.raises(ValueError, match=rf"^model\.{key}: .*'zzz'"):
+        MODELS.build({**wrong, "backbone": LENET, "input_size": (1, 32, 32)})
 
 
 @pytest.mark.parametrize("name", ["BRISQUE", "BRISQUETone"])

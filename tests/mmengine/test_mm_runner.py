@@ -201,6 +201,8 @@ def test_the_prior_is_fitted_when_the_weights_are_there(config, folder, tmp_path
     ema = next(one for one in runner.hooks if type(one).__name__ == "EMAHook").ema_model.module
     fitted = quac.adapter_state(runner.model.backbone)
     assert all(torch.equal(quac.adapter_state(ema.backbone)[name], tensor) for name, tensor in fitted.items())
+    with pytest.raises(FileNotFoundError, match=r"FitPriorHook\.images: there is no folder or file '.*nowhere'"):
+        Runner.from_cfg(config(prior, custom_hooks=[{**hook, "images": str(tmp_path / "nowhere")}])).test()
     with pytest.raises(ValueError, match="holds no degradation prior"):
         Runner.from_cfg(config(QUAC, custom_hooks=[hook], work_dir=str(tmp_path / "none"))).test()
 
@@ -211,6 +213,10 @@ def test_the_prior_is_fitted_when_the_weights_are_there(config, folder, tmp_path
         ({"stpes": 20}, r"FitPriorHook\.stpes: .*did you mean 'steps'"),
         ({"corruptions": ["fogg"]}, r"FitPriorHook\.corruptions: .*fogg"),
         ({"severity": 9}, r"FitPriorHook\.severity: .*9"),
+        ({"steps": "many"}, r"FitPriorHook\.steps: steps must be a whole number"),
+        ({"limit": 0}, r"FitPriorHook\.limit: limit must be a whole number"),
+        ({"lr": "fast"}, r"FitPriorHook\.lr: lr must be a number above 0"),
+        ({"input_size": "large"}, r"FitPriorHook\.input_size: "),
     ],
 )
 def test_a_wrong_option_of_the_hook_is_named_at_once(options, message):
@@ -272,6 +278,8 @@ def test_the_transform(pictures):
         drawn[0]({"img": bgr.astype(np.float32)})
     with pytest.raises(ValueError, match="fogg"):
         TRANSFORMS.build({"type": "CorruptImage", "corruptions": "fogg"})
+    with pytest.raises(ValueError, match="prob must lie between 0 and 1, got 'x'"):
+        TRANSFORMS.build({"type": "CorruptImage", "corruptions": "fog", "prob": "x"})
     with pytest.raises(ValueError, match="needs a CorruptedDataset"):
         TRANSFORMS.build({"type": "CorruptImage"})({"img": bgr})
 

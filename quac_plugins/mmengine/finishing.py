@@ -1,0 +1,167 @@
+"""What is done to a model once all of it has been built: activations get their channels, taps their normalization."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from quac_plugins.core.activations import ChannelActivation
+from quac_plugins.core.hooks import TAP_HOOKS, TAP_NAME
+from quac_plugins.core.inject import QuACConfig
+from quac_plugins.core.inject.sites import find_sites
+from quac_plugins.core.inject.surgery import _swap, place
+from quac_plugins.core.inject.tapping import tap_for
+from quac_plugins.core.inject.trace import Trace, trace
+from quac_plugins.core.quality.table import QualityFunction, resolve_quality
+from quac_plugins.core.quality.tap import QualityTap
+from quac_plugins.mmengine.activations import PlannedActivation, plan_of
+from quac_plugins.mmengine.preprocessing import listen_to, normalization_of, prepares_images
+
+GIVEN_ORDER = "_quac_given_order"  # attribute of a tap, or of what holds it, whose config says the order of channels
+_FINISHED = "_quac_finished"  # attribute of an activation out of tracing's reach that has its tap
+
+
+def finish(model: nn.Module) -> nn.Module:
+    """Give planned activations their channels and one tap, and every tap the normalization of the data preprocessor.
+
+    Called for every model that is built from a config; call it yourself, before the optimizer is built, on a model that
+    you put together by hand. A second call finds nothing left to do.
+
+    Args:
+        model: in place. Without plans or QuAC inside it is left as it is.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: two plans differ, or a plan's quality function is not that of the tap which is there.
+    """
+    for module in reversed(list(model.modules())):  # the innermost first: a model inside a wrapper for augmentations
+        preprocessor = getattr(module, "data_preprocessor", None)
+        if module is model or prepares_images(preprocessor):
+            plans = {name: plan for name, part in module.named_modules() if (plan := plan_of(part)) is not None}
+            waiting = any(not hasattr(module.get_submodule(name), _FINISHED) for name in plans)
+            if waiting and not isinstance(module, PlannedActivation):
+                _carry_out(module, plans)
+            if isinstance(preprocessor, nn.Module) and prepares_images(preprocessor):
+                _adopt(module, preprocessor)
+    return model
+
+
+def _carry_out(model: nn.Module, plans: dict[str, PlannedActivation]) -> None:
+    first = next(iter(plans.values()))
+    for name, plan in plans.items():
+        if plan.config != first.config:
+            raise ValueError(
+                f"{name!r} has act_cfg {plan.config}, but {next(iter(plans))!r} has {first.config}: one model takes "
+                "one kind; put the other in with quac_plugins.inject"
+            )
+    before = {id(module): module for module in (model.get_submodule(name) for name in plans)}
+    hosts = {id(model.get_submodule(name)): plan.build_host() for name, plan in plans.items()}
+    for key, module in before.items():
+        hosts[key].train(module.training)
+        _swap(model, module, hosts[key])
+    try:
+        inside, seen = _traced(model)
+    except RuntimeError:
+        for key, module in before.items():
+            _swap(model, hosts[key], module)
+        if all(not isinstance(module, PlannedActivation) for module in before.values()):
+            return  # a part of a network, whose activations have their channels
+        raise
+    names = {key: _name_of(inside, host) for key, host in hosts.items()}
+    called = {key: name for key, name in names.items() if name is not None and name in seen.calls}
+    others = [before[key] for key in before.keys() - called.keys()]  # never called, or out of tracing's reach
+    for key in before.keys() - called.keys():
+        _swap(model, hosts[key], before[key])
+    sized = [module for module in others if isinstance(module, ChannelActivation)]
+    if not called and not sized:
+        return
+    config, quality = replace(first.config, where=list(called.values()) or "all"), None
+    if config.activation_class.needs_quality:
+        quality = resolve_quality(config.quality, config.quality_channels, config.quality_grad)
+        config = _like_the_tap(model, inside, seen, config, quality, next(iter(plans)))
+    if called:
+        place(inside, config, find_sites(inside, seen, config.patterns)[0], seen, quality)
+    context, attach = tap_for(inside, config, quality, seen)
+    attach()
+    for module in sized:
+        module.context = context
+        setattr(module, _FINISHED, True)
+    order = next((plan.channel_order for plan in plans.values() if plan.channel_order is not None), None)
+    if context is not None and order is not None:
+        note_order(inside, order)
+
+
+def _like_the_tap(
+    model: nn.Module, inside: nn.Module, seen: Trace, config: QuACConfig, quality: QualityFunction, name: str
+) -> QuACConfig:
+    """The config with the normalization of the tap that is there already, so that it serves both."""
+    if seen.tap is None:
+        raise RuntimeError(f"no layer of {type(inside).__name__} is called with the image itself")
+    layer = inside.get_submodule(seen.tap)
+    there = layer._modules.get(TAP_NAME)
+    if not isinstance(there, QualityTap):
+        return config
+    if there.quality != quality:
+        raise ValueError(
+            f"{name!r} has act_cfg with quality {quality.name!r}, but {_name_of(model, layer)!r}, which sees the "
+            f"images, is tapped for quality {there.quality.name!r}: one model takes one quality function. Give act_cfg "
+            f"and the backbone's quac the same"
+        )
+    return replace(config, mean=there.mean, std=there.std, channel_order=there.channel_order)
+
+
+def _name_of(model: nn.Module, module: nn.Module) -> str | None:
+    return next((name for name, other in model.named_modules() if other is module), None)
+
+
+def _traced(model: nn.Module) -> tuple[nn.Module, Trace]:
+    """The model, or its backbone where the model itself takes more than images, and its trace."""
+    backbone = getattr(model, "backbone", None)
+    candidates = [model, *([backbone] if isinstance(backbone, nn.Module) else [])]
+    for inside in candidates:
+        try:
+            return inside, trace(inside, example_of(inside))
+        except RuntimeError:
+            if inside is candidates[-1]:
+                raise
+    raise AssertionError("there is a last candidate")
+
+
+def example_of(model: nn.Module) -> Tensor | None:
+    """Images of the one size that a network says it takes, None if it says nothing."""
+    for module in (model, getattr(model, "backbone", None)):
+        size = getattr(module, "img_size", None)
+        if isinstance(size, (int, tuple, list)):
+            height, width = (size, size) if isinstance(size, int) else size
+            return torch.empty(1, getattr(module, "in_channels", 3), height, width)
+    return None
+
+
+def note_order(model: nn.Module, order: str) -> None:
+    """An order of channels that the config names goes before what the data preprocessor lets guess."""
+    setattr(model, GIVEN_ORDER, order)
+    for tap in (module for module in model.modules() if isinstance(module, QualityTap)):
+        setattr(tap, GIVEN_ORDER, order)
+
+
+def _adopt(model: nn.Module, preprocessor: nn.Module) -> None:
+    """Taps that know no normalization take the preprocessor's, and what holds them remembers it."""
+    values = normalization_of(preprocessor)
+    layers = [(layer, name) for layer in model.modules() for name in TAP_HOOKS if name in layer._modules]
+    for layer, name in layers:
+        tap = layer._modules[name]
+        if isinstance(tap, QualityTap) and tap.mean is None:
+            tap.mean, tap.std, tap._range_checked = values["mean"], values["std"], True
+            tap.channel_order = getattr(tap, GIVEN_ORDER, values["channel_order"])
+    for module in model.modules():
+        record = module.__dict__.get("_quac_injection")
+        for holder in (record, record.prior) if record is not None else ():
+            if holder is not None and holder.config is not None and holder.config.mean is None:
+                order = {"channel_order": getattr(module, GIVEN_ORDER, values["channel_order"])}
+                holder.config = replace(holder.config, **{**values, **order})
+    if layers:
+        listen_to(preprocessor)
