@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import quac_plugins as quac
 from quac_plugins import QuACConfig, QualityError, quality_of
 from quac_plugins.core.quality.context import contexts_of
+from quac_plugins.core.quality.padding import note_sizes
 
 
 def build(cheap, name="test_resnet", where="spatial", **kwargs):
@@ -563,3 +564,16 @@ def test_given_quality_with_checkpointed_stages(cheap, photographs):
     expected = gradients(model, loss)
     model.set_grad_checkpointing(True)
     close(gradients(model, loss), expected)
+
+
+@pytest.mark.parametrize("kind", [False, True])
+def test_padded_images_with_the_whole_model_checkpointed(kind, model, photographs):
+    """Reentrant checkpointing recomputes from a detached image, which knows nothing of the padding."""
+    found = []
+    for wrapped in (False, True):
+        images = photographs(2, 64).clone().requires_grad_()
+        note_sizes(images, [(64, 64), (40, 48)])
+        output = checkpoint(model, images, use_reentrant=kind) if wrapped else model(images)
+        output.square().sum().backward()
+        found.append(images.grad)
+    assert torch.equal(*found)
