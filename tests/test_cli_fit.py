@@ -210,6 +210,13 @@ def test_fit_qacon_with_labels_and_prior(start, images, tmp_path):
     assert (done.exit_code, "holds no folders of classes" in done.stderr) == (2, True)
 
 
+def test_a_loss_that_is_not_finite_shows_in_the_exit_code(start, tmp_path):
+    done = start("fit-prior", "test_resnet_ddp", "--corruptions", "contrast", "--lr", "1e30", "--steps", 30)
+    assert done.exit_code == 1, done.output
+    assert "the loss was not finite: the adapter holds the best state before; try a lower --lr" in done.stderr
+    assert files(tmp_path / "adapter") == FILES
+
+
 def test_unreadable_images_show_in_the_exit_code(start, images, tmp_path):
     folder = tmp_path / "some"
     folder.mkdir()

@@ -256,6 +256,10 @@ def _fit(
             report.plot(plot)
         typer.echo(str(report))
         common.tell_unreadable(report.unreadable)
+    if report.diverged:
+        if main:
+            typer.echo("the loss was not finite: the adapter holds the best state before; try a lower --lr", err=True)
+        raise typer.Exit(1)
     if report.unreadable:
         raise typer.Exit(common.UNREADABLE)
 

@@ -63,6 +63,11 @@ class FitReport:
         """Why stages ended early, if any did."""
         return [f"{name}: {stage['stopped']}" for name, stage in self.stages.items() if stage["stopped"]]
 
+    @property
+    def diverged(self) -> bool:
+        """Whether a stage ended because its loss was not finite; the best state before was kept."""
+        return any(str(stage["stopped"]).startswith("the loss was") for stage in self.stages.values())
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-serializable."""
         return _finite(asdict(self))
