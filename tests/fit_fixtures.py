@@ -10,7 +10,10 @@ from skimage import data
 from quac_plugins.core.inject.surgery import Injection, injection_of
 
 SOURCES = ("astronaut", "chelsea", "coffee", "rocket")
-QUICK = {"input_size": 64, "views": 1, "draws": 4, "steps": 8, "check_every": 2, "batch_size": 4, "near_batch": 4}
+QUICK = {
+    "input_size": 64, "views": 1, "draws": 4, "steps": 8, "near": 0.5, "check_every": 2, "batch_size": 4,
+    "near_batch": 4,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -65,7 +65,7 @@ def test_fit_prior_then_evaluate(start, images, weights, tmp_path, name):
         *("--json", tmp_path / "new" / "report.json", "--plot", tmp_path / "curve.png", "--seed", 2, "--lr", 0.01),
     )
     assert done.exit_code == 0, done.output
-    assert done.stdout.startswith("prior after act1, ")
+    assert done.stdout.startswith("prior after act1")
     assert "prior: held-out loss" in done.stdout
     assert files(tmp_path / "adapter") == FILES
     report = json.loads((tmp_path / "adapter" / "fit_report.json").read_text())
@@ -244,7 +244,7 @@ def test_unreadable_images_show_in_the_exit_code(start, images, tmp_path):
         (["--plot", "out.docx"], "must end in one of"),
         (["--num-classes", 5], "do not fit test_resnet"),
         (["--adapter", "none/there/at-all"], "no adapter"),
-        (["--held-out", 0], "share must be above 0"),
+        (["--held-out", 0], "held_out must be above 0"),
         (["--model-kwargs", "colour=red"], "colour"),
     ],
 )

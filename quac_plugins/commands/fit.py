@@ -274,7 +274,7 @@ def _check(
         raise ValueError("--pairs are degraded already: leave --corruptions out")
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out: {out} is a file, not a folder")
-    from quac_plugins.core.inject.adapter import CONFIG_NAME, WEIGHTS_NAME
+    from quac_plugins.core.inject.saved import CONFIG_NAME, WEIGHTS_NAME
 
     there = [name for name in (CONFIG_NAME, WEIGHTS_NAME, REPORT_NAME) if (out / name).exists()]
     if there and not overwrite:

@@ -77,7 +77,7 @@ def info_command(
 
 
 def _info(name: str, revision: str | None) -> dict[str, Any]:
-    from quac_plugins.core.inject.adapter import CONFIG_NAME
+    from quac_plugins.core.inject.saved import CONFIG_NAME
     from quac_plugins.hub.fetch import pull
     from quac_plugins.hub.published import find_published
 

@@ -22,7 +22,8 @@ from quac_plugins.core.prior.sites import PriorSite
 from quac_plugins.core.prior.training import Fit
 from quac_plugins.fit.gate import fit_gate
 from quac_plugins.fit.report import FitReport
-from quac_plugins.fit.session import Data, Session, parameters_of, progress_bar, recipe_with
+from quac_plugins.fit.session import Data, Session, parameters_of, progress_bar
+from quac_plugins.fit.settings import recipe_with
 from quac_plugins.fit.start import check_fit, put_in, unharmed
 
 _PICTURES = 240  # degraded pictures of each kind that a fit aims at

@@ -20,7 +20,8 @@ from quac_plugins.core.prior.recipe import Recipe
 from quac_plugins.core.prior.training import Fit
 from quac_plugins.fit.prior import standardize
 from quac_plugins.fit.report import FitReport
-from quac_plugins.fit.session import Data, Session, parameters_of, progress_bar, recipe_with
+from quac_plugins.fit.session import Data, Session, parameters_of, progress_bar
+from quac_plugins.fit.settings import recipe_with
 from quac_plugins.fit.start import check_fit, put_in, unharmed
 
 _PRIOR = f".{PRIOR_NAME}."  # what the state-dict prefixes of a prior end with

@@ -8,7 +8,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +35,7 @@ from quac_plugins.evaluate.processes import is_main_process, process_group
 from quac_plugins.fit.checkpoint import Checkpoints
 from quac_plugins.fit.draws import Draws, held_out, make_draws
 from quac_plugins.fit.report import FitReport
+from quac_plugins.fit.settings import number_from
 from quac_plugins.fit.sources import few_images
 from quac_plugins.fit.start import colour_images
 
@@ -92,9 +93,9 @@ class Session:
                 whole_number(what, value)
         for what, value in (("seed", data.seed), ("num_workers", data.num_workers)):
             whole_number(what, value, 0)
-        if not _number_from(0, data.held_out) or not 0 < data.held_out < 1:
+        if not number_from(0, data.held_out) or not 0 < data.held_out < 1:
             raise ValueError(f"held_out must be above 0 and below 1, got {data.held_out!r}")
-        if data.clean_share is not None and not (_number_from(0, data.clean_share) and data.clean_share < 1):
+        if data.clean_share is not None and not (number_from(0, data.clean_share) and data.clean_share < 1):
             raise ValueError(f"clean_share must be at least 0 and below 1, got {data.clean_share!r}")
         self.by_corruption = data.degrade is None and data.pairs is None
         if data.corruptions is not None and not self.by_corruption:
@@ -393,36 +394,6 @@ class Session:
         return counts[0] / counts[1] - 1 if counts[1] else None
 
 
-def recipe_with(recipe: Recipe | None, given: dict[str, Any], seed: int, device: torch.device) -> Recipe:
-    """The recipe with single settings in place of its own; ValueError for one that it has not."""
-    if recipe is not None and not isinstance(recipe, Recipe):
-        raise TypeError(f"recipe must be a Recipe, got {type(recipe).__name__}; single settings go by name (steps=200)")
-    whole_number("seed", seed, 0)
-    made = recipe or Recipe()
-    known = set(asdict(made))
-    unknown = sorted(set(given) - known)
-    if unknown:
-        raise ValueError(f"unknown settings {', '.join(unknown)}; a recipe has {', '.join(sorted(known))}")
-    made = replace(made, **{"seed": made.seed or seed, **given})
-    for name in ("steps", "batch_size", "check_every", "near_crop", "near_batch"):
-        whole_number(name, getattr(made, name))
-    for name in ("patience", "seed", "least_positions"):
-        whole_number(name, getattr(made, name), 0)
-    for name in ("site_weight", "deep_weight", "logits_weight", "label_weight", "weight_decay"):
-        if not _number_from(0, getattr(made, name)):
-            raise ValueError(f"{name} must be a number ≥ 0, got {getattr(made, name)!r}")
-    for name in ("lr", "clip"):
-        if not _number_from(0, getattr(made, name)) or not getattr(made, name):
-            raise ValueError(f"{name} must be a number above 0, got {getattr(made, name)!r}")
-    if not _number_from(0, made.near) or made.near > 1:
-        raise ValueError(f"near must be from 0 to 1, got {made.near!r}")
-    if made.amp not in ("no", "bf16", "fp16"):
-        raise ValueError(f"amp must be 'no', 'bf16' or 'fp16', got {made.amp!r}")
-    if made.amp == "fp16" and device.type == "cpu":
-        raise ValueError("amp='fp16' needs a GPU; use 'bf16' or 'no' on a CPU")
-    return made
-
-
 def _widened(model: nn.Module) -> list[tuple[Tensor, torch.dtype]]:
     """Give a host of half precision float32 for the time of a fit, whose small steps it would lose; what was what."""
     half = (torch.float16, torch.bfloat16)
@@ -449,10 +420,6 @@ def _cpu_group(world_size: int) -> Iterator[Any]:
         yield group
     finally:
         dist.destroy_process_group(group)
-
-
-def _number_from(least: float, value: Any) -> bool:
-    return not isinstance(value, bool) and isinstance(value, (int, float)) and least <= value < math.inf
 
 
 @contextlib.contextmanager

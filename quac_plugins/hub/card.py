@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from quac_plugins.core.inject.adapter import CONFIG_NAME
+from quac_plugins.core.inject.saved import CONFIG_NAME
 from quac_plugins.evaluate.report import EvaluationReport
 from quac_plugins.registry import data_folder
 

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from quac_plugins.core.inject.adapter import CONFIG_NAME, WEIGHTS_NAME
+from quac_plugins.core.inject.saved import CONFIG_NAME, WEIGHTS_NAME
 from quac_plugins.hub.verify import check_cached, check_file, refuse_pickles
 
 ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from quac_plugins.core.inject.adapter import WEIGHTS_NAME, check_adapter_files, is_fresh, save_adapter
+from quac_plugins.core.inject.adapter import check_adapter_files, is_fresh, save_adapter
+from quac_plugins.core.inject.saved import WEIGHTS_NAME
 from quac_plugins.core.inject.surgery import injection_of, nothing_inside
 from quac_plugins.hub.card import make_card, read_metrics
 from quac_plugins.hub.fetch import ADAPTER_FILES, EXTRAS, MODEL_FILES, is_network

@@ -18,7 +18,7 @@ from quac_plugins.core.options import named, one_of, whole_number
 from quac_plugins.degradations import check_severity, corruption_names
 from quac_plugins.evaluate.preprocessing import square_or_not
 from quac_plugins.fit import Recipe, fit_prior
-from quac_plugins.fit.session import recipe_with
+from quac_plugins.fit.settings import recipe_with
 
 _WHOLE = {"limit": 1, "views": 1, "draws": 1, "num_workers": 0}  # options that are whole numbers, from
 

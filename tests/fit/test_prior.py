@@ -323,10 +323,10 @@ def test_modes_of_the_caller_do_not_reach_a_fit(photos, quick, build, put_in, eq
 
 def test_pooled_features_are_no_logits(photos, quick, build):
     model = build("test_resnet_ddp", num_classes=0)
-    report = quac.fit_prior(model, photos, corruptions="contrast", deep=None, near=1.0, **quick)
+    report = quac.fit_prior(model, photos, corruptions="contrast", deep=None, **{**quick, "near": 1.0})
     assert report.stages["prior"]["strength"] == 1.0  # which logits would choose
     with pytest.raises(ValueError, match="returns no logits"):
-        quac.fit_prior(model, photos, corruptions="contrast", deep=None, near=0.0, site_weight=0.0, **quick)
+        quac.fit_prior(model, photos, corruptions="contrast", deep=None, site_weight=0.0, **{**quick, "near": 0.0})
 
 
 def test_photographs_that_lie_on_their_side_are_turned(photos, quick, build, tmp_path):

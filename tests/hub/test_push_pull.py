@@ -15,7 +15,7 @@ from hub_fixtures import client_of_this_process
 from safetensors.torch import save_file
 
 import quac_plugins as quac
-from quac_plugins.core.inject.adapter import CONFIG_NAME, WEIGHTS_NAME
+from quac_plugins.core.inject.saved import CONFIG_NAME, WEIGHTS_NAME
 from quac_plugins.hub.fetch import fetch
 from quac_plugins.hub.verify import sha256_of
 from quac_plugins.registry import Entry

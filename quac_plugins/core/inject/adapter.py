@@ -12,12 +12,11 @@ import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -25,7 +24,7 @@ from quac_plugins.core.hooks import PRIOR_NAME
 from quac_plugins.core.inject.config import QuACConfig
 from quac_plugins.core.inject.example import Example
 from quac_plugins.core.inject.fingerprint import describe_host, same_weights
-from quac_plugins.core.inject.sites import Site
+from quac_plugins.core.inject.saved import CONFIG_NAME, FORMATS, WEIGHTS_NAME, Saved, read_config, read_tensors
 from quac_plugins.core.inject.surgery import (
     Injection,
     PriorInjection,
@@ -39,17 +38,10 @@ from quac_plugins.core.inject.surgery import (
 )
 from quac_plugins.core.options import QualityOptions
 from quac_plugins.core.prior.config import PriorConfig
-from quac_plugins.core.prior.fdm import FDM, LAYOUTS
+from quac_plugins.core.prior.fdm import FDM
 from quac_plugins.core.prior.routed import Gate
-from quac_plugins.core.prior.sites import PriorSite
 from quac_plugins.core.quality.context import QualityContext
-from quac_plugins.core.quality.rows import EXPANSIONS
 from quac_plugins.core.quality.table import resolve_quality
-
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
-FORMATS = (1, 2)  # 2: with a degradation prior
-_LIMIT = 4 << 20  # bytes of a config: a list of sites is far below
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
@@ -133,8 +125,8 @@ def check_adapter_files(folder: str | Path) -> None:
         ValueError: a file is damaged, or a tensor holds NaN or infinity.
     """
     folder = Path(folder)
-    _read_config(folder / CONFIG_NAME)
-    for name, tensor in _read_tensors(folder / WEIGHTS_NAME).items():
+    read_config(folder / CONFIG_NAME)
+    for name, tensor in read_tensors(folder / WEIGHTS_NAME).items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{folder / WEIGHTS_NAME}: tensor {name!r} holds NaN or infinity")
 
@@ -146,7 +138,7 @@ def describe_adapter(folder: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is no config.
         ValueError: it is damaged.
     """
-    saved = _read_config(Path(folder) / CONFIG_NAME)
+    saved = read_config(Path(folder) / CONFIG_NAME)
     found: dict[str, Any] = {"host": saved.host.get("architecture"), "host_weights": saved.host.get("fingerprint")}
     if saved.config is not None:
         found |= {"activations": saved.config.to_dict(), "sites": [site.name for site in saved.sites]}
@@ -155,24 +147,12 @@ def describe_adapter(folder: str | Path) -> dict[str, Any]:
     return found
 
 
-@dataclass
-class _Saved:
-    """What an adapter's config says."""
-
-    folder: Path
-    config: QuACConfig | None
-    sites: list[Site]
-    prior: PriorConfig | None
-    prior_sites: list[PriorSite]
-    host: dict[str, Any]
-
-
 def load_adapter_folder(
     model: nn.Module, folder: Path, check_host: bool = True, example: Example | None = None
 ) -> nn.Module:
     """See :func:`quac_plugins.load_adapter`; from a local folder."""
-    saved = _read_config(folder / CONFIG_NAME)
-    state = _read_tensors(folder / WEIGHTS_NAME)
+    saved = read_config(folder / CONFIG_NAME)
+    state = read_tensors(folder / WEIGHTS_NAME)
     if check_host:
         _check_host(model, saved)
     for config, what in ((saved.config, "QuACConfig"), (saved.prior, "PriorConfig")):
@@ -195,7 +175,7 @@ def load_adapter_folder(
     return model
 
 
-def _check_host(model: nn.Module, saved: _Saved) -> None:
+def _check_host(model: nn.Module, saved: Saved) -> None:
     here = describe_host(model)
     name, fingerprint = saved.host.get("architecture"), saved.host.get("fingerprint")
     if name != here["architecture"]:
@@ -216,7 +196,7 @@ def _check_host(model: nn.Module, saved: _Saved) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-def _tell_other_use(model: nn.Module, saved: _Saved) -> None:
+def _tell_other_use(model: nn.Module, saved: Saved) -> None:
     """What a host that held such a prior says of its use goes before the adapter, but not without a word."""
     here = _record(model).prior
     if saved.prior is not None and here is not None and saved.prior.top_k != here.config.top_k:
@@ -233,7 +213,7 @@ def _holds(model: nn.Module, config: QualityOptions) -> bool:
 
 
 def _make_room(
-    model: nn.Module, saved: _Saved, state: dict[str, Tensor], example: Example | None
+    model: nn.Module, saved: Saved, state: dict[str, Tensor], example: Example | None
 ) -> Callable[[], object]:
     """Put what the adapter holds into a host that holds nothing yet, or a prior that is as it was created.
 
@@ -266,13 +246,13 @@ def _make_room(
         raise _refused(saved, str(error)) from error
 
 
-def _same_prior(saved: _Saved, here: PriorInjection) -> bool:
+def _same_prior(saved: Saved, here: PriorInjection) -> bool:
     assert saved.prior is not None
     names = [site.name for site in here.sites], [site.name for site in saved.prior_sites]
     return names[0] == names[1] and not _prior_differences(saved.prior, here.config)
 
 
-def _inject_prior(model: nn.Module, saved: _Saved, state: dict[str, Tensor], example: Example | None) -> None:
+def _inject_prior(model: nn.Module, saved: Saved, state: dict[str, Tensor], example: Example | None) -> None:
     """At the adapter's own sites: a rule such as "auto" is not asked twice."""
     assert saved.prior is not None
     known = dict(unwrap(model).named_modules())
@@ -289,7 +269,7 @@ def _inject_prior(model: nn.Module, saved: _Saved, state: dict[str, Tensor], exa
     _prior_of(model).config = saved.prior
 
 
-def _prior_shapes(saved: _Saved, state: dict[str, Tensor]) -> list[str]:
+def _prior_shapes(saved: Saved, state: dict[str, Tensor]) -> list[str]:
     """Tensors that are not as the config says; found without memory, which a damaged config asks for too much of."""
     assert saved.prior is not None
     context = None
@@ -303,7 +283,7 @@ def _prior_shapes(saved: _Saved, state: dict[str, Tensor]) -> list[str]:
     return problems
 
 
-def _check(model: nn.Module, saved: _Saved, state: dict[str, Tensor]) -> None:
+def _check(model: nn.Module, saved: Saved, state: dict[str, Tensor]) -> None:
     record = _record(model)
     expected = adapter_state(model)
     problems = []
@@ -343,7 +323,7 @@ def _deviations(model: nn.Module) -> set[str]:
     return {f"{name}.std" for name, module in inside if isinstance(module, (FDM, Gate))}
 
 
-def _refused(saved: _Saved, why: str) -> ValueError:
+def _refused(saved: Saved, why: str) -> ValueError:
     return ValueError(f"the adapter in {saved.folder} does not fit this host, which was left as it was: {why}")
 
 
@@ -399,80 +379,6 @@ def _compare(there: QualityOptions, here: QualityOptions, fields: list[str], nee
     known = there.to_dict(), here.to_dict()
     pairs = [(field, known[0][field], known[1][field]) for field in fields]
     return [f"{field} is {a!r} in the adapter, {b!r} in this host" for field, a, b in pairs if a != b]
-
-
-def _read_site(values: dict[str, Any]) -> Site:
-    site = Site(**{**values, "channels": tuple(values["channels"])})
-    if not (
-        isinstance(site.name, str)
-        and all(isinstance(width, int) for width in site.channels)
-        and site.channel_dim in (1, -1)
-        and site.expand_q in EXPANSIONS
-        and isinstance(site.after, bool)
-    ):
-        raise ValueError(f"a site is {values!r}")
-    return site
-
-
-def _read_prior(values: dict[str, Any]) -> tuple[PriorConfig, list[PriorSite]]:
-    sites = [_read_prior_site(site) for site in values["sites"]]
-    if not sites or len({site.name for site in sites}) < len(sites):
-        raise ValueError("the sites of the prior must be at least one, and different ones")
-    return PriorConfig.from_dict(values["config"]), sites
-
-
-def _read_prior_site(values: dict[str, Any]) -> PriorSite:
-    site = PriorSite(**{**values, "grid": tuple(values["grid"] or ()) or None})
-    numbers = (site.channels, site.prefix, site.stride, *(site.grid or ()))
-    if not (
-        isinstance(site.name, str)
-        and site.layout in LAYOUTS
-        and all(type(number) is int and 0 <= number < 1 << 20 for number in numbers)
-        and (len(site.grid) == 2 and all(site.grid) if site.grid else site.layout != "tokens")
-        and site.channels
-    ):
-        raise ValueError(f"a site of the prior is {values!r}")
-    return site
-
-
-def _read_config(path: Path) -> _Saved:
-    if not path.is_file():
-        raise FileNotFoundError(f"no adapter in {path.parent}: {path.name} is missing")
-    if path.stat().st_size > _LIMIT:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes; an adapter's config has at most {_LIMIT}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise TypeError(f"holds a {type(values).__name__}, not an object")
-        if values.get("peft_type") != "QUAC":
-            raise ValueError(f"peft_type is {values.get('peft_type')!r}, not 'QUAC'")
-        if values.get("format") not in FORMATS:
-            raise ValueError(f"format is {values.get('format')!r}; this version reads {FORMATS[0]} and {FORMATS[1]}")
-        config, prior = values["config"], values.get("prior")
-        if config is None and prior is None:
-            raise ValueError("it holds neither activations nor a prior")
-        prior_config, prior_sites = _read_prior(prior) if prior is not None else (None, [])
-        return _Saved(
-            folder=path.parent,
-            config=QuACConfig.from_dict(config) if config is not None else None,
-            sites=[_read_site(site) for site in values["sites"]],
-            prior=prior_config,
-            prior_sites=prior_sites,
-            host=dict(values["host"]),
-        )
-    except (KeyError, TypeError, ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
-        what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path} is not an adapter's config: {what}") from error
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no adapter in {path.parent}: {path.name} is missing")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
 
 
 def is_fresh(model: nn.Module) -> bool:

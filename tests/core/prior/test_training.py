@@ -20,7 +20,7 @@ from quac_plugins.core.prior.sites import find_prior_sites
 from quac_plugins.core.prior.training import Fit, Share
 
 SIZE = 64
-QUICK = {"steps": 12, "check_every": 3, "batch_size": 4, "near_batch": 4, "lr": 1e-2}
+QUICK = {"steps": 12, "near": 0.5, "check_every": 3, "batch_size": 4, "near_batch": 4, "lr": 1e-2}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,48 @@
+"""Settings of a fit as users give them: checked, and put into a recipe."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from quac_plugins.core.options import whole_number
+from quac_plugins.core.prior.recipe import Recipe
+
+
+def recipe_with(recipe: Recipe | None, given: dict[str, Any], seed: int, device: torch.device) -> Recipe:
+    """The recipe with single settings in place of its own; ValueError for one that it has not."""
+    if recipe is not None and not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe must be a Recipe, got {type(recipe).__name__}; single settings go by name (steps=200)")
+    whole_number("seed", seed, 0)
+    made = recipe or Recipe()
+    known = set(asdict(made))
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise ValueError(f"unknown settings {', '.join(unknown)}; a recipe has {', '.join(sorted(known))}")
+    made = replace(made, **{"seed": made.seed or seed, **given})
+    for name in ("steps", "batch_size", "check_every", "near_crop", "near_batch"):
+        whole_number(name, getattr(made, name))
+    for name in ("patience", "seed", "least_positions"):
+        whole_number(name, getattr(made, name), 0)
+    for name in ("site_weight", "deep_weight", "logits_weight", "label_weight", "weight_decay"):
+        if not number_from(0, getattr(made, name)):
+            raise ValueError(f"{name} must be a number ≥ 0, got {getattr(made, name)!r}")
+    for name in ("lr", "clip"):
+        if not number_from(0, getattr(made, name)) or not getattr(made, name):
+            raise ValueError(f"{name} must be a number above 0, got {getattr(made, name)!r}")
+    if not number_from(0, made.near) or made.near > 1:
+        raise ValueError(f"near must be from 0 to 1, got {made.near!r}")
+    if made.amp not in ("no", "bf16", "fp16"):
+        raise ValueError(f"amp must be 'no', 'bf16' or 'fp16', got {made.amp!r}")
+    if made.amp == "fp16" and device.type == "cpu":
+        raise ValueError("amp='fp16' needs a GPU; use 'bf16' or 'no' on a CPU")
+    return made
+
+
+def number_from(least: float, value: Any) -> bool:
+    """Whether a value is a finite number that is not less."""
+    return not isinstance(value, bool) and isinstance(value, numbers.Real) and least <= float(value) < math.inf
