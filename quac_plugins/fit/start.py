@@ -60,7 +60,7 @@ def unharmed(model: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as modes:
         modes.enter_context(torch.inference_mode(False))
         modes.enter_context(torch.enable_grad())
-        for kind in ("cpu", "cuda"):
+        for kind in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
             modes.enter_context(torch.autocast(kind, enabled=False))
         with _put_back(model):
             yield
