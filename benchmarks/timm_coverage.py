@@ -212,7 +212,8 @@ def main() -> None:
     rows.sort(key=lambda row: (place[row["name"]][0], SUFFIXES.index(place[row["name"]][1])))
     versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    table.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    table.write_text(f'{{"versions": {json.dumps(versions)}, "rows": [\n{lines}\n]}}\n')
     args.out.with_suffix(".md").write_text(markdown(names, rows, versions))
     print(f"{sum(row['ok'] for row in rows)} of {len(rows)} pass")
 
