@@ -64,8 +64,11 @@ def test_equals_torchvision(checkpoint, reference, images):
     assert (found.name, found.channels) == (f"contrique:{checkpoint}", 2048)
     q = found(images)
     assert q.shape == (2, 2048)
-    torch.testing.assert_close(q, expected_of(reference, images), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(found(images[1:]), q[1:], rtol=1e-4, atol=1e-5)
+    # over the largest of fifty layers' sums; kernels round differently from version to version, and by batch
+    expected = expected_of(reference, images)
+    close = {"rtol": 1e-4, "atol": 1e-4 * float(expected.abs().max())}
+    torch.testing.assert_close(q, expected, **close)
+    torch.testing.assert_close(found(images[1:]), q[1:], **close)
 
 
 @pytest.mark.parametrize("form", ["module prefix", "under state_dict", "no counters", "safetensors"])
