@@ -105,7 +105,8 @@ def draw(path: Path, pictures: list[np.ndarray], q: torch.Tensor, curves: torch.
     scale = q.abs().amax(dim=0).clamp(min=1e-9)
     for i, kind in enumerate(KINDS):
         axes.bar(np.arange(36) + 0.2 * i - 0.3, (q[i] / scale).numpy(), width=0.2, color=COLOURS[i], label=kind)
-    axes.set(title="The 36 BRISQUE features, each divided by its largest", xlabel="feature", xlim=(-0.7, 35.7))
+    axes.set(xlabel="feature", xlim=(-0.7, 35.7))
+    axes.set_title("The 36 BRISQUE features, each divided by its largest", loc="left")  # beside the legend
     axes.axvline(17.5, color="#bbbbbb", lw=1)
     axes.legend(ncol=4, loc="lower right", bbox_to_anchor=(1, 1), fontsize=9, frameon=False)
     spread = (curves.amax(dim=0) - curves.amin(dim=0)).amax(dim=-1)
