@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -118,6 +119,21 @@ class QuACMixin:
                 f"{pretrained_model_name_or_path} was saved with QuAC inside ({config['quac']}); load it without quac="
             )
         return _aligned(super().from_pretrained(pretrained_model_name_or_path, **kwargs))  # type: ignore[misc]
+
+    def enable_layerwise_casting(self: Any, *args: Any, **kwargs: Any) -> None:
+        """See ``ModelMixin.enable_layerwise_casting``; what was put in keeps the dtype it has, as norms do.
+
+        It is small, and its drivers read their dtype from weights that would not have been cast yet.
+        """
+        own, record = self._skip_layerwise_casting_patterns, injection_of(self)
+        assert record is not None
+        sites = [*record.sites, *(record.prior.sites if record.prior is not None else ())]
+        names = [rf"^{re.escape(site.name)}(\.|$)" for site in sites]
+        self._skip_layerwise_casting_patterns = [*(own or ()), *names]
+        try:
+            super().enable_layerwise_casting(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            self._skip_layerwise_casting_patterns = own
 
     def _put_in(self: Any, quac: QuACConfig | Mapping[str, Any] | None, example: Example | None = None) -> None:
         config = options_of(quac)

@@ -153,6 +153,19 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant, unet):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("scaling", ["default", "scale_shift"])
+@pytest.mark.parametrize("where", ["all", "last"])
+def test_layerwise_casting_leaves_what_was_put_in(where, scaling, unet):
+    model = unet({"where": where}, resnet_time_scale_shift=scaling)
+    expected = out(model)
+    model.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
+    assert model.conv_in.weight.dtype == torch.float16
+    assert {tensor.dtype for tensor in quac.adapter_state(model).values()} == {torch.float32}
+    torch.testing.assert_close(out(model), expected, rtol=0, atol=0.01 * float(expected.abs().max()))
+    assert model.conv_in.weight.dtype == torch.float16
+    assert model._skip_layerwise_casting_patterns == UNet2DModel._skip_layerwise_casting_patterns
+
+
 def test_compiled_whole(unet):
     model = unet()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
