@@ -95,18 +95,18 @@ def _of_array(array: np.ndarray) -> Tensor:
 
 def _of_numbers(image: np.ndarray | Tensor) -> list[Tensor]:
     """The images of an array (channels last) or a tensor (channels first)."""
-    kind = "array" if isinstance(image, np.ndarray) else "tensor"
+    kind = "an array" if isinstance(image, np.ndarray) else "a tensor"
     array: Any = image
     if isinstance(image, Tensor):
         array = (image.float() if image.dtype == torch.bfloat16 else image).detach().cpu().numpy()
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if not (np.issubdtype(array.dtype, np.floating) or array.dtype in (np.uint8, np.uint16)):
-        raise TypeError(f"an {kind} of images must be floating point in [0, 1], uint8 or uint16, got {image.dtype}")
-    channels = {3: 2, 4: 3}.get(array.ndim) if kind == "array" else {3: 0, 4: 1}.get(array.ndim)
+        raise TypeError(f"{kind} of images must be floating point in [0, 1], uint8 or uint16, got {image.dtype}")
+    channels = {3: 2, 4: 3}.get(array.ndim) if kind == "an array" else {3: 0, 4: 1}.get(array.ndim)
     if array.ndim != 2 and (channels is None or array.shape[channels] not in (1, 3)):
-        wanted = "(H, W), (H, W, C) or (B, H, W, C)" if kind == "array" else "(H, W), (C, H, W) or (B, C, H, W)"
-        raise ValueError(f"an {kind} of images must be {wanted} with C of 1 or 3, got {tuple(array.shape)}")
-    if kind == "tensor" and array.ndim > 2:
+        wanted = "(H, W), (H, W, C) or (B, H, W, C)" if kind == "an array" else "(H, W), (C, H, W) or (B, C, H, W)"
+        raise ValueError(f"{kind} of images must be {wanted} with C of 1 or 3, got {tuple(array.shape)}")
+    if kind == "a tensor" and array.ndim > 2:
         array = np.moveaxis(array, -3, -1)
     return [_of_array(one) for one in (array if array.ndim == 4 else [array])]
 
