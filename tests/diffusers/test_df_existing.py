@@ -251,6 +251,17 @@ def test_a_network_that_was_made_with_quac_is_guided_too(build, photograph):
     assert run("upscale", pipe, photograph(size=(32, 32)), 2).shape[0] == 2
 
 
+def test_another_pipeline_around_the_same_network(moved_pipe, photograph):
+    """diffusers hands on networks of the very class in a signature alone, so that ours is passed along."""
+    pipe, image = moved_pipe("img2img"), photograph(size=(32, 32))
+    with pytest.raises(ValueError, match="expected"):
+        StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    again = add_quac(StableDiffusionImg2ImgPipeline.from_pipe(pipe, unet=pipe.unet))
+    again.set_progress_bar_config(disable=True)
+    assert again.unet is pipe.unet
+    assert np.array_equal(run("img2img", again, image), run("img2img", pipe, image))
+
+
 def test_pickled_it_is_the_same(moved_pipe, photograph):
     pipe, image = moved_pipe("super_resolution"), photograph(size=(32, 32))
     for again in (pickle.loads(pickle.dumps(pipe)), copy.deepcopy(pipe)):
