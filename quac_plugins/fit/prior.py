@@ -184,8 +184,10 @@ def _fit_of(
     """A fit whose modules are standardized by the clean features."""
     standardize(session, sites, modules, pictures)
     first, record = modules[0], injection_of(session.model)
-    # activations that were put in too may change what comes to it
+    # activations that were put in too may change what comes to it; the grid of other tokens is known to their layer
     alone = isinstance(first, FDM) and not first.reads_quality and record is not None and record.config is None
+    here, stride = sites[0].grid, max(sites[0].stride, 1)
+    alone = alone and here in (None, tuple(round(side / stride) for side in session.size))
     return Fit(
         session.model, session.teacher, parameters, sites, deeper, session.normalize, pictures, recipe, session.share,
         front=first if alone else None,

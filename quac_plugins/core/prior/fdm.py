@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quac_plugins.core.activations import ACTIVATIONS, ChannelActivation, DrivenActivation
-from quac_plugins.core.prior.sites import PriorSite
+from quac_plugins.core.prior.sites import Grid, PriorSite
 
 FDMS: dict[str, type[FDM]] = {}
 
@@ -99,15 +99,18 @@ class FDM(nn.Module):
         """r: (B, channels, H, W) → the same; its last module is set to zero."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it is built of")
 
-    def forward(self, x: Tensor, onto: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, onto: Tensor | None = None, weight: Tensor | None = None, grid: Grid | None = None
+    ) -> Tensor:
         """Repair features x of the site's layout; same shape and dtype.
 
         Args:
             x: features.
             onto: what std · r is added to; x by default.
             weight: (B,) of std · r; 1 by default.
+            grid: (h, w) of the tokens; by default that of the site.
         """
-        r = self.residual(standardized(x, self))
+        r = self.residual(standardized(x, self, grid))
         if weight is not None:
             r = r * weight.to(r.dtype).view(-1, 1, 1, 1)
         return restored(x if onto is None else onto, r, self)
@@ -145,9 +148,9 @@ def all_zero(*tensors: Tensor) -> bool:
     return not any(bool(tensor.any()) for tensor in tensors if not tensor.is_meta)
 
 
-def standardized(x: Tensor, module: Any) -> Tensor:
+def standardized(x: Tensor, module: Any, grid: Grid | None = None) -> Tensor:
     """z (B, C, H, W) of features in the layout of ``module.site``, with its mean and std."""
-    z = _as_image(x, module.site)
+    z = _as_image(x, module.site, grid)
     return (z - _column(module.mean, z)) / _column(module.std, z)
 
 
@@ -167,7 +170,7 @@ def _column(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.dtype).view(1, -1, 1, 1)
 
 
-def _as_image(x: Tensor, site: PriorSite) -> Tensor:
+def _as_image(x: Tensor, site: PriorSite, grid: Grid | None) -> Tensor:
     axis = 1 if site.layout == "nchw" else -1
     if not isinstance(x, Tensor) or x.ndim != (3 if site.layout == "tokens" else 4) or x.shape[axis] != site.channels:
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -177,8 +180,7 @@ def _as_image(x: Tensor, site: PriorSite) -> Tensor:
         return x
     if site.layout == "nhwc":
         return x.permute(0, 3, 1, 2)
-    assert site.grid is not None
-    height, width = site.grid
+    height, width = grid or site.grid or (0, 0)
     if x.shape[1] != site.prefix + height * width:
         raise ValueError(
             f"the prior after {site.name!r} was put in for {height}×{width} tokens and {site.prefix} in front, got "

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from quac_plugins.core.precision import full_precision
 from quac_plugins.core.prior.fdm import all_zero, resolve_fdm
-from quac_plugins.core.prior.sites import PriorSite
+from quac_plugins.core.prior.sites import Grid, PriorSite
 from quac_plugins.core.quality.context import QualityContext, QualityError
 
 _HIDDEN = 64
@@ -122,30 +122,35 @@ class RoutedFDM(nn.Module):
         best, chosen = weights.topk(self.top_k, dim=1)
         return torch.zeros_like(weights).scatter(1, chosen, best / best.sum(dim=1, keepdim=True))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Repair features x of the site's layout, each image by the experts that its quality asks for."""
+    def forward(self, x: Tensor, grid: Grid | None = None) -> Tensor:
+        """Repair features x of the site's layout, each image by the experts that its quality asks for.
+
+        Args:
+            x: features.
+            grid: (h, w) of tokens; by default that of the site.
+        """
         weights = self.weights(x)
         graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
         everything = self.soft or graph or x.is_meta or isinstance(x, FakeTensor)
-        y = self._by_all(x, weights) if everything else self._by_chosen(x, weights)
+        y = self._by_all(x, weights, grid) if everything else self._by_chosen(x, weights, grid)
         if self.context is not None:
             self.context.mark(y)
         return y
 
-    def _by_chosen(self, x: Tensor, weights: Tensor) -> Tensor:
+    def _by_chosen(self, x: Tensor, weights: Tensor, grid: Grid | None) -> Tensor:
         """Each expert on the images that were sent to it."""
         y = x.clone()
         wanted = weights[:, 1:].ne(0)
         for index in wanted.any(dim=0).nonzero().flatten().tolist():
             rows = wanted[:, index].nonzero().flatten()
-            y[rows] = self.experts[index](x[rows], y[rows], weights[rows, index + 1])
+            y[rows] = self.experts[index](x[rows], y[rows], weights[rows, index + 1], grid)
         return y
 
-    def _by_all(self, x: Tensor, weights: Tensor) -> Tensor:
+    def _by_all(self, x: Tensor, weights: Tensor, grid: Grid | None) -> Tensor:
         """Every expert on all images: for gradients to all, and for graphs, which cannot look at the weights."""
         y = x
         for index, expert in enumerate(self.experts):
-            y = expert(x, y, weights[:, index + 1])
+            y = expert(x, y, weights[:, index + 1], grid)
         return y
 
     def extra_repr(self) -> str:

@@ -20,6 +20,7 @@ from torch import nn
 from quac_plugins.core.inject.trace import OURS, Feature, Trace
 
 PLACES = ("auto", "stages")
+Grid = tuple[int, int]
 _QUARTER = 0.25
 _FEW = 2  # layers: one is no depth
 _MOST_PREFIXES = 16
@@ -34,7 +35,7 @@ class PriorSite:
         channels: C.
         layout: ``"nchw"``, ``"nhwc"`` or ``"tokens"`` (B, N, C).
         prefix: tokens in front of those of the grid (class, registers).
-        grid: (h, w) of the tokens, N = prefix + h·w; None for the other layouts.
+        grid: (h, w) of the tokens of the images it was put in for, N = prefix + h·w; None for the other layouts.
         stride: height of the image over that of the features, rounded; 0 where the features are larger.
     """
 
@@ -42,13 +43,11 @@ class PriorSite:
     channels: int
     layout: str
     prefix: int = 0
-    grid: tuple[int, int] | None = None
+    grid: Grid | None = None
     stride: int = 0
 
     def positions(self, image: tuple[int, int]) -> int:
         """How many feature positions an image (H, W) has here."""
-        if self.grid is not None:
-            return self.grid[0] * self.grid[1]
         return math.prod(-(-side // max(self.stride, 1)) for side in image)
 
 
@@ -256,6 +255,9 @@ def _later(model: nn.Module, seen: Trace, places: list[_Place], first: _Place) -
     ends = [p for p in ends if p.feature.layers > first.feature.layers]
     last: dict[int, _Place] = {}
     for place in ends:
+        norm = isinstance(model.get_submodule(place.site.name), nn.LayerNorm)
+        if norm and place.site.layout == "tokens" and place.site.stride in last:
+            continue  # behind a stage's blocks, which may be told the grid of the tokens as a norm never is
         if place.site.stride > first.site.stride and place.site.stride >= max(last, default=0):
             last[place.site.stride] = place
     if last:
