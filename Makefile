@@ -1,12 +1,13 @@
 # make demo   sets everything up and runs the demonstration on a photograph
 # make test   sets everything up and runs the tests
+# make test-openmmlab   compiles MMCV's operators (half an hour) and runs the tests in mmdet and mmseg
 # Needs Python 3.10 or newer; uses uv where there is one, for speed.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= auto
 
-.PHONY: setup demo test lint types doctest clean
+.PHONY: setup demo test test-openmmlab lint types doctest clean
 
 setup: $(VENV)/.installed
 
@@ -32,6 +33,19 @@ demo: setup
 test: setup
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
+# MMCV's operators are compiled against the torch that is there, and need one of C++17.
+OPENMMLAB ?= .venv-openmmlab
+OMM := $(OPENMMLAB)/bin
+test-openmmlab: $(OPENMMLAB)/.installed
+	$(OMM)/python -m pytest tests_openmmlab
+
+$(OPENMMLAB)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(OPENMMLAB)
+	$(OMM)/python -m pip install --quiet torch==2.13.0 torchvision==0.28.0 "setuptools<81" wheel ninja psutil
+	$(OMM)/python -m pip install --quiet --no-build-isolation onedl-mmcv onedl-mmsegmentation onedl-mmdetection
+	$(OMM)/python -m pip install --quiet -e ".[evaluate]" "pytest>=8.0" "scikit-image>=0.24"
+	@touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,4 +57,4 @@ doctest: setup
 	$(BIN)/python -m pytest -n $(JOBS) --doctest-modules quac_plugins
 
 clean:
-	rm -rf $(VENV) build dist demo-output
+	rm -rf $(VENV) $(OPENMMLAB) build dist demo-output
