@@ -43,7 +43,7 @@ def prior_hook(layer: Any, args: tuple, kwargs: dict, output: Any) -> Any:
 
 def _grid_of(layer: Any, args: tuple, kwargs: dict, output: Any) -> tuple[int, int] | None:
     """(h, w) of tokens (B, N, C): OpenMMLab's blocks and timm's PVTs are called with it, detectron2's Swin notes it."""
-    if getattr(output, "ndim", 0) != 3:
+    if not isinstance(output, Tensor) or output.ndim != 3:
         return None
     for value in (*args[1:], *kwargs.values(), (getattr(layer, "H", None), getattr(layer, "W", None))):
         if isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_is_number, value)):
