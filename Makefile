@@ -41,7 +41,7 @@ test-openmmlab: $(OPENMMLAB)/.installed
 
 $(OPENMMLAB)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(OPENMMLAB)
-	$(OMM)/python -m pip install --quiet torch==2.13.0 torchvision==0.28.0 "setuptools<81" wheel ninja psutil
+	$(OMM)/python -m pip install --quiet torch==2.13.0 torchvision==0.28.0 "setuptools<81" wheel ninja
 	$(OMM)/python -m pip install --quiet --no-build-isolation onedl-mmcv onedl-mmsegmentation onedl-mmdetection
 	$(OMM)/python -m pip install --quiet -e ".[evaluate]" "pytest>=8.0" "scikit-image>=0.24"
 	@touch $@

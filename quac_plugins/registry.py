@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import MISSING, dataclass, field, fields
-from functools import lru_cache
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -49,18 +49,18 @@ def registry_file(name: str) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """A published model: one table of ``registry/timm.toml``.
+    """A published model: one table of ``registry/timm.toml`` or ``registry/diffusers.toml``.
 
     Attributes:
-        name: ``NAME.TAG``, as ``timm.create_model`` takes it.
-        kind: ``"adapter"``, over the host's own weights, or ``"model"``, whole.
+        name: ``NAME.TAG``, as ``timm.create_model`` or ``QuACRestorationPipeline.from_pretrained`` takes it.
+        kind: ``"adapter"``, over the host's own weights, ``"model"``, whole, or ``"pipeline"``, of diffusers.
         sha256, size: of the weights' file; size in bytes.
         license: SPDX name.
         repo, revision: ``org/name`` on the Hub and the commit; None: embedded, in ``hub/NAME.TAG``.
         base: tag of the host's weights under an adapter.
         input: mean, std, input_size, interpolation, crop_pct, num_classes, … of timm's pretrained config.
         model_args: arguments of ``timm.create_model`` with which the weights were trained.
-        metrics: figure → value, such as ``top1`` and ``top1_std`` in percent.
+        metrics: figure → value, such as ``top1`` and ``top1_std`` in percent, or ``psnr`` in dB.
     """
 
     name: str
@@ -102,6 +102,7 @@ _INPUT = (
     "first_conv",
     "classifier",
 )
+KINDS = {"timm": ("adapter", "model"), "diffusers": ("pipeline",)}  # registry file → what it holds
 _NAME = re.compile(r"[a-z0-9_]+\.[a-z0-9_]+\Z")
 _TYPES = {"size": int, "input": dict, "model_args": dict, "metrics": dict}
 
@@ -120,14 +121,15 @@ def read_entries(path: str | Path) -> dict[str, Entry]:
     try:
         with open(path, "rb") as file:
             tables = tomllib.load(file)
-        return {name: _entry(name, table) for name, table in tables.items()}
+        kinds = KINDS.get(Path(path).stem, tuple(kind for kinds in KINDS.values() for kind in kinds))
+        return {name: _entry(name, table, kinds) for name, table in tables.items()}
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is no TOML: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _entry(name: str, table: Any) -> Entry:
+def _entry(name: str, table: Any, kinds: tuple[str, ...]) -> Entry:
     where = f'["{name}"]'
     if not is_published_name(name):
         raise ValueError(f"{where}: a published model is named NAME.TAG, of lower-case letters, digits and _")
@@ -147,7 +149,7 @@ def _entry(name: str, table: Any) -> Entry:
             raise ValueError(f"{where}: {key} must be of type {wanted.__name__}, got {value!r}")
     entry = Entry(name=name, **table)
     for wrong, message in (
-        (entry.kind not in ("adapter", "model"), f"kind must be 'adapter' or 'model', got {entry.kind!r}"),
+        (entry.kind not in kinds, f"kind must be {' or '.join(map(repr, kinds))}, got {entry.kind!r}"),
         (
             not re.fullmatch(r"[0-9a-f]{64}", entry.sha256),
             f"sha256 must be 64 hexadecimal digits, got {entry.sha256!r}",
@@ -159,7 +161,7 @@ def _entry(name: str, table: Any) -> Entry:
             f"revision must be a commit of 40 hexadecimal digits, which cannot move, got {entry.revision!r}",
         ),
         (
-            entry.base is not None and entry.kind == "model",
+            entry.base is not None and entry.kind != "adapter",
             "base is for adapters: a whole model brings its own weights",
         ),
         (bool(set(entry.input) - set(_INPUT)), f"input knows {', '.join(_INPUT)}, got {', '.join(entry.input)}"),
@@ -173,7 +175,11 @@ def _entry(name: str, table: Any) -> Entry:
     return entry
 
 
-@lru_cache(maxsize=1)
-def published() -> dict[str, Entry]:
-    """Published models by name, ``NAME.TAG`` → entry, from ``registry/timm.toml``."""
-    return read_entries(registry_file("timm.toml"))
+@cache
+def published(door: str = "timm") -> dict[str, Entry]:
+    """What is published for a framework, ``NAME.TAG`` → entry, from ``registry/DOOR.toml``.
+
+    Args:
+        door: ``"timm"`` or ``"diffusers"``.
+    """
+    return read_entries(registry_file(f"{door}.toml"))

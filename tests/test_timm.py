@@ -396,7 +396,7 @@ def test_an_adapter_that_the_registry_names_goes_over_the_bases_weights(weights,
     }
     names = {"test_resnet_qacon.r160_in1k": None, "test_resnet_qacon.own": "r160_in1k"}
     table = {name: Entry(name, **known, base=tag) for name, tag in names.items()}
-    monkeypatch.setattr("quac_plugins.hub.published.published", lambda: table)
+    monkeypatch.setattr("quac_plugins.hub.published.published", lambda door="timm": table)
     monkeypatch.setattr(Entry, "folder", tmp_path / "adapter")
     quac.timm._add_published(table.values())
     images, state = normalized(2, 64), quac.adapter_state(model)

@@ -82,7 +82,7 @@ def _info(name: str, revision: str | None) -> dict[str, Any]:
     from quac_plugins.hub.published import find_published
 
     found: dict[str, Any] = {"name": name}
-    published = find_published(name, known_to_host=True)
+    published = find_published(name, known_to_host=True) or find_published(name, known_to_host=True, door="diffusers")
     if published is not None:
         entry = published.entry
         assert entry is not None
@@ -91,6 +91,8 @@ def _info(name: str, revision: str | None) -> dict[str, Any]:
         found |= {"base": entry.base, "metrics": entry.metrics, "model_args": entry.model_args}
         found = {key: value for key, value in found.items() if value}
         folder = published.folder()
+        if published.kind == "pipeline":
+            return found
     elif Path(name).is_dir():
         folder = Path(name)
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):

@@ -21,6 +21,7 @@ class What(str, Enum):
     activations = "activations"
     priors = "priors"
     corruptions = "corruptions"
+    pipelines = "pipelines"
 
 
 def list_command(
@@ -31,7 +32,7 @@ def list_command(
     what: Annotated[What, typer.Option(help="What to list.")] = What.models,
     debug: common.Debug = False,
 ) -> None:
-    """List names, one a line: models of this package, quality functions, activations, priors or corruptions."""
+    """List names, one a line: models, quality functions, activations, priors, corruptions, restoration pipelines."""
     from quac_plugins.parsing import matching
 
     with common.plain_errors(debug):
@@ -48,6 +49,8 @@ def _names(what: What, pretrained: bool) -> list[str]:
         return [*CORRUPTIONS, *EXTRA_CORRUPTIONS]
     import quac_plugins
 
+    if what is What.pipelines:
+        return list(quac_plugins.registry.published("diffusers"))
     if what is What.quality:
         return quac_plugins.quality_names()
     if what is What.activations:

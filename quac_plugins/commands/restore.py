@@ -10,13 +10,16 @@ import typer
 
 from quac_plugins.commands import common
 
+DEFAULT = "restoration_qacon.bsds"  # in the package
 _WRITTEN = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 
 
 def restore_command(
     image: Annotated[Path, typer.Argument(help="The degraded picture.")],
     out: Annotated[Path, typer.Argument(help="Where it goes, 8 bits a colour: .png, .jpg, .webp, .tif, .bmp.")],
-    model: Annotated[str, typer.Option(help="A restoration pipeline: a directory, or org/name on the Hub.")],
+    model: Annotated[
+        str, typer.Option(help="A restoration pipeline: a published name, a directory, or org/name on the Hub.")
+    ] = DEFAULT,
     steps: Annotated[int, typer.Option(min=1, help="Of the way from the degraded image to the clean one.")] = 1,
     compare: Annotated[
         Path | None, typer.Option(help="Draw before and after, the difference, q and the activations here.")

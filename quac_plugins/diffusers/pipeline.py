@@ -1,16 +1,18 @@
 """The restoration pipeline: degraded images → clean ones, in one step or a few, deterministic.
 
 The path is the straight line from the clean image x₀ to the degraded one y: x_t = (1 − t) x₀ + t y, so that its
-velocity is the degradation itself, v = y − x₀. The network sees x_t, t and the quality q of y, and predicts v. This is
-what diffusers' ``FlowMatchEulerDiscreteScheduler`` integrates, with y in the place of the noise, from t = 1 to 0: one
-step is x₀ = y − v. It is the bridge of InDI (Delbracio & Milanfar, 2023), and starts at the degraded image as DiffUIR,
-ResShift and SinSR do, which is why few steps suffice. The network is not shown y itself beside x_t: from both it could
-read v off without looking at the image, and more steps would do what one does.
+velocity is the degradation itself, v = y − x₀. The network sees x_t, t and the quality q of y, and predicts what is
+left of the degradation, x_t − x₀ = t v: the same task at every t, while v itself cannot be told from an image that is
+almost clean. v is what diffusers' ``FlowMatchEulerDiscreteScheduler`` integrates, with y in the place of the noise,
+from t = 1 to 0: one step is x₀ = y − v. It is the bridge of InDI (Delbracio & Milanfar, 2023), and starts at the
+degraded image as DiffUIR, ResShift and SinSR do, which is why few steps suffice. The network is not shown y itself
+beside x_t: from both it could read v off without looking at the image, and more steps would do what one does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,8 @@ from quac_plugins.core.options import one_of, whole_number
 from quac_plugins.diffusers.existing import checked_quality, note_classes
 from quac_plugins.diffusers.images import OUTPUTS, Picture, give_back, pictures_of
 from quac_plugins.diffusers.tiles import tiled
+from quac_plugins.hub.published import find_published
+from quac_plugins.registry import is_published_name, published
 
 __all__ = ["QuACRestorationPipeline"]
 
@@ -31,8 +35,8 @@ class QuACRestorationPipeline(DiffusionPipeline):
     """Restores degraded images with a :class:`QuACUNet2DModel`.
 
     Args:
-        unet: from (B, 3, H, W) in [−1, 1] to as many channels: the velocity. Also a plain ``UNet2DModel``, which is not
-            told the quality.
+        unet: from x_t (B, 3, H, W) in [−1, 1] to x_t − x₀, what is left of the degradation. Also a plain
+            ``UNet2DModel``, which is not told the quality.
         scheduler: ``FlowMatchEulerDiscreteScheduler``.
         start_noise: standard deviation, in the scale [−1, 1], of the noise that is added to the degraded image at the
             start, as in training; 0: the result is a function of the image alone.
@@ -55,6 +59,28 @@ class QuACRestorationPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(start_noise=start_noise)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Load a pipeline: a folder, a published name (``quac list --what pipelines``), or ``"org/name"`` on the Hub.
+
+        Args:
+            pretrained_model_name_or_path: a published name ``NAME.TAG`` is embedded in this package, or on the Hub, and
+                its weights are compared with the hash in the registry; the environment variable ``QUAC_HUB`` names an
+                organization whose ``QUAC_HUB/NAME.TAG`` stands in for it.
+            **kwargs: of ``DiffusionPipeline.from_pretrained``.
+
+        Raises:
+            FileNotFoundError: nothing is published under that name.
+            ValueError: the weights are not those that were published.
+            OSError: diffusers finds no pipeline there.
+
+        Example:
+            >>> pipe = QuACRestorationPipeline.from_pretrained("restoration_qacon.bsds")
+            >>> pipe.unet.config.quac["activation"]
+            'qacon'
+        """
+        return super().from_pretrained(_located(pretrained_model_name_or_path), **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """See ``DiffusionPipeline.save_pretrained``."""
@@ -165,10 +191,25 @@ class QuACRestorationPipeline(DiffusionPipeline):
         return x
 
     def _velocity(self, x: Tensor, t: Tensor, q: Tensor | None, tile: int, overlap: int, multiple: int) -> Tensor:
-        """The network on x (B, 3, H, W), at least float32."""
+        """v at x (B, 3, H, W), at least float32."""
         extra = {"quality": q} if q is not None else {}
 
         def function(part: Tensor) -> Tensor:
             return self.unet(part.to(self.unet.dtype), t, return_dict=False, **extra)[0].float()
 
-        return tiled(function, x, tile, min(overlap, tile // 2), multiple)
+        left = tiled(function, x, tile, min(overlap, tile // 2), multiple)
+        return left * (self.scheduler.config.num_train_timesteps / t)
+
+
+def _located(source: Any) -> Any:
+    """The folder of a published name; else what was given."""
+    if not isinstance(source, str) or not is_published_name(source) or Path(source).is_dir():
+        return source
+    found = find_published(source, door="diffusers")
+    if found is None:
+        known = ", ".join(published("diffusers")) or "none"
+        raise FileNotFoundError(
+            f"no pipeline at {source!r}: neither a folder, nor of the form 'org/name' of the Hub, nor published here "
+            f"({known})"
+        )
+    return str(found.folder())

@@ -12,6 +12,13 @@ from quac_plugins.hub.verify import check_cached, check_file, refuse_pickles
 
 ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME)
 MODEL_FILES = ("config.json", "model.safetensors")  # as timm saves a whole model
+PIPELINE_FILES = (
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+)
+FILES = {"adapter": ADAPTER_FILES, "model": MODEL_FILES, "pipeline": PIPELINE_FILES}  # of a kind; the last: weights
 EXTRAS = ("README.md", "metrics.json")
 
 
@@ -64,7 +71,7 @@ def fetch(
             raise _incomplete(repo_id, commit, name, token) from error
         except Exception as error:
             raise _explained(error, repo_id, revision) from error
-        folder = path.parent
+        folder = path.parents[name.count("/")]
         commit = folder.name  # the files of one commit belong together, whatever is pushed meanwhile
         if name == files[-1]:
             check_file(path, sha256, size)

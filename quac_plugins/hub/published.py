@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from quac_plugins.core.inject.fingerprint import base_name
-from quac_plugins.hub.fetch import ADAPTER_FILES, MODEL_FILES, fetch
+from quac_plugins.hub.fetch import FILES, MODEL_FILES, fetch
 from quac_plugins.hub.verify import check_file
-from quac_plugins.registry import Entry, published
+from quac_plugins.registry import KINDS, Entry, published
 
 
 @dataclass(frozen=True)
@@ -21,16 +21,18 @@ class Published:
         name: ``NAME.TAG``.
         entry: of the registry, or None.
         organization: whose repository ``organization/NAME.TAG`` stands in for the published one.
+        door: the framework that it is for, ``"timm"`` or ``"diffusers"``.
     """
 
     name: str
     entry: Entry | None
     organization: str | None = None
+    door: str = "timm"
 
     @property
     def kind(self) -> str:
-        """``"adapter"`` or ``"model"``."""
-        return self.entry.kind if self.entry is not None else "adapter"
+        """``"adapter"``, ``"model"`` or ``"pipeline"``."""
+        return self.entry.kind if self.entry is not None else KINDS[self.door][0]
 
     @property
     def model_args(self) -> dict[str, Any]:
@@ -58,7 +60,7 @@ class Published:
         Raises:
             FileNotFoundError, PermissionError, ConnectionError, ValueError: see :func:`quac_plugins.hub.fetch.fetch`.
         """
-        files = ADAPTER_FILES if self.kind == "adapter" else MODEL_FILES
+        files = FILES[self.kind]
         if self.organization is not None:
             return fetch(f"{self.organization}/{self.name}", revision, files=files)
         assert self.entry is not None
@@ -74,17 +76,18 @@ class Published:
         return self.entry.folder
 
 
-def find_published(name: str, known_to_host: bool = False) -> Published | None:
+def find_published(name: str, known_to_host: bool = False, door: str = "timm") -> Published | None:
     """What is published as ``NAME.TAG``: in the registry, or with ``QUAC_HUB`` in one's own organization.
 
     Args:
         name: ``NAME.TAG``.
         known_to_host: the tag is one of the host's own weights, so that no organization is asked for it.
+        door: the framework, ``"timm"`` or ``"diffusers"``.
     """
-    entry, organization = published().get(name), os.environ.get("QUAC_HUB") or None
+    entry, organization = published(door).get(name), os.environ.get("QUAC_HUB") or None
     if entry is None and (organization is None or known_to_host):
         return None
-    return Published(name, entry, organization)
+    return Published(name, entry, organization, door)
 
 
 def pretrained_cfg_of(entry: Entry) -> Any:

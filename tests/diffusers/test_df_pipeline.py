@@ -18,16 +18,17 @@ def restored(pipe, image, **options):
 
 
 def test_a_network_that_predicts_the_degradation_restores_in_any_number_of_steps(pipeline, photographs):
-    """With the true velocity y − x₀ the path is straight: one step and ten give the clean image."""
+    """With the true x_t − x₀ the path is straight: one step and ten give the clean image."""
     clean = photographs(2, 64)
     degraded = (0.6 * clean + 0.2).clamp(0, 1)
     pipe = pipeline()
     truth = 2 * (degraded - clean)
 
-    def velocity(sample, timestep, return_dict=True, quality=None):
-        return (truth,)
+    def left(sample, timestep, return_dict=True, quality=None):
+        torch.testing.assert_close(sample, 2 * clean - 1 + truth * timestep / 1000)
+        return (truth * timestep / 1000,)
 
-    pipe.unet.forward = velocity
+    pipe.unet.forward = left
     for steps in (1, 3, 10):
         found = restored(pipe, degraded, num_inference_steps=steps)
         torch.testing.assert_close(found, clean, rtol=0, atol=1e-5)

@@ -76,11 +76,12 @@ def test_resumed_it_ends_where_it_would_have(tmp_path, photos):
     resumed = run(tmp_path, photos, "broken")
     assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
     scores = json.loads((tmp_path / "scores.json").read_text())
-    assert set(scores["1 steps"]) == set(scores["10 steps"]) >= {"clean", "blur-1", "haze-5"}
+    assert set(scores["1 steps"]) >= {"clean", "blur-1", "haze-5"}
+    assert set(scores["10 steps"]) >= {"clean", "blur-3", "haze-3"}
     assert (tmp_path / "whole-work" / "step-4.png").is_file()
     other = run(tmp_path, photos, "broken", "--lr", 1, check=False)
     assert other.returncode != 0
-    assert "--lr was 0.002; give another --work" in other.stderr
+    assert "--lr was 0.001; give another --work" in other.stderr
 
 
 def test_two_processes_train_what_one_does(tmp_path, photos, free_port):

@@ -36,8 +36,10 @@ def toml(**changes):
 def registry(tmp_path, monkeypatch):
     """Entries and folders of a registry of its own, under the real names' code."""
     entries = {}
-    monkeypatch.setattr("quac_plugins.hub.published.published", lambda: entries)
-    monkeypatch.setattr("quac_plugins.hub.check.published", lambda: entries)
+    for module in ("published", "check"):
+        monkeypatch.setattr(
+            f"quac_plugins.hub.{module}.published", lambda door="timm": entries if door == "timm" else {}
+        )
     monkeypatch.setattr("quac_plugins.registry.data_folder", lambda name: tmp_path / name)
     monkeypatch.setattr("quac_plugins.hub.check.data_folder", lambda name: tmp_path / name)
     (tmp_path / "hub").mkdir()

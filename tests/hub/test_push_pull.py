@@ -377,7 +377,7 @@ def test_a_revision_of_a_published_name(host, hub, monkeypatch, photographs):
     weights = hub.files(f"me/{name}")[WEIGHTS_NAME]
     digest = hashlib.sha256(weights).hexdigest()
     entry = Entry(name, "adapter", digest, len(weights), "mit", repo=f"me/{name}", revision=commits[1])
-    monkeypatch.setattr("quac_plugins.hub.published.published", lambda: {name: entry})
+    monkeypatch.setattr("quac_plugins.hub.published.published", lambda door="timm": {name: entry})
     with torch.no_grad():
         for revision, model in ((None, second), (commits[0], first)):
             assert torch.equal(quac.load_adapter(host(), name, revision=revision)(images), model(images))
