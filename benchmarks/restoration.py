@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import re
 import shutil
 import statistics
 import subprocess
@@ -93,12 +92,13 @@ def markdown(table: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def publish(args: argparse.Namespace, runs: list[dict[str, Any]], text: str) -> None:
+def publish(args: argparse.Namespace, runs: list[dict[str, Any]]) -> None:
     """The best seed's pipeline into hub/ with its card, and its entry into the registry."""
     from huggingface_hub import ModelCard, ModelCardData
 
     from quac_plugins.hub.fetch import PIPELINE_FILES
     from quac_plugins.hub.verify import sha256_of
+    from quac_plugins.registry import write_entry
 
     psnr = [mean(run, "psnr") for run in runs]
     best = psnr.index(max(psnr))
@@ -121,15 +121,13 @@ def publish(args: argparse.Namespace, runs: list[dict[str, Any]], text: str) -> 
     (target / "README.md").write_text(str(card), encoding="utf-8")
     figures = {
         "psnr_before": mean(runs[0], "psnr", after=0), "psnr": statistics.mean(psnr),
-        "psnr_std": statistics.stdev(psnr) if len(psnr) > 1 else 0.0,
+        "psnr_std": statistics.stdev(psnr) if len(psnr) > 1 else None,
     }  # fmt: skip
-    entry = (
-        f'["{NAME}"]\nkind = "pipeline"\nsha256 = "{sha256_of(weights)}"\nsize = {size}\nlicense = "apache-2.0"\n'
-        f"metrics = {{ {', '.join(f'{key} = {value:.4f}' for key, value in figures.items())} }}\n"
-    )
-    path = ROOT / "registry/diffusers.toml"
-    others = re.sub(rf'\n*^\["{re.escape(NAME)}"\]\n(?:[^\[\n].*\n)*', "\n", path.read_text("utf-8"), flags=re.M)
-    path.write_text(f"{others.rstrip()}\n\n{entry}", encoding="utf-8")
+    entry = {
+        "kind": "pipeline", "sha256": sha256_of(weights), "size": size, "license": "apache-2.0",
+        "metrics": {key: round(value, 4) for key, value in figures.items() if value is not None},
+    }  # fmt: skip
+    write_entry(ROOT / "registry/diffusers.toml", NAME, entry)
 
 
 def main() -> None:
@@ -165,7 +163,7 @@ def main() -> None:
     write_tables(args.out, table, text)
     print(text)
     if args.publish:
-        publish(args, table["rows"]["qacon"], text)
+        publish(args, table["rows"]["qacon"])
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import statistics
 import sys
 import time
@@ -45,6 +44,7 @@ import quac_plugins as quac
 from quac_plugins.degradations import CORRUPTIONS, corrupt, image_seed
 from quac_plugins.evaluate import EvaluationReport, evaluate
 from quac_plugins.evaluate.packed import unpack
+from quac_plugins.registry import write_entry
 
 ROOT = Path(__file__).parents[1]
 NETWORK, SIDE = "dla46_c", 32
@@ -307,18 +307,7 @@ def publish(args: argparse.Namespace, form: str, reports: list[EvaluationReport]
         "metrics": {key: round(value, 4) for key, value in {**metrics, "val_top1": top1}.items()},
     }  # fmt: skip
     entry["input"]["num_classes"] = 10
-    path = ROOT / "registry/timm.toml"
-    others = re.sub(
-        rf'\n*^\["{re.escape(name)}"\]\n(?:[^\[\n].*\n)*', "\n", path.read_text(encoding="utf-8"), flags=re.M
-    )
-    table = "".join(f"{key} = {toml(value)}\n" for key, value in entry.items() if value != {})
-    path.write_text(f'{others.rstrip()}\n\n["{name}"]\n{table}', encoding="utf-8")
-
-
-def toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{k} = {toml(v)}" for k, v in value.items() if v is not None) + " }"
-    return json.dumps(value)
+    write_entry(ROOT / "registry/timm.toml", name, entry)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from dataclasses import MISSING, dataclass, field, fields
@@ -173,6 +174,28 @@ def _entry(name: str, table: Any, kinds: tuple[str, ...]) -> Entry:
         if wrong:
             raise ValueError(f"{where}: {message}")
     return entry
+
+
+def write_entry(path: str | Path, name: str, values: dict[str, Any]) -> None:
+    """Put an entry at the end of a registry file, in the place of one of the same name.
+
+    Args:
+        path: of the file.
+        name: ``NAME.TAG``.
+        values: fields of :class:`Entry`; None and {} are left out.
+    """
+    text = Path(path).read_text(encoding="utf-8")
+    others = re.sub(rf'\n*^\["{re.escape(name)}"\]\n(?:[^\[\n].*\n)*', "\n", text, flags=re.M)
+    table = "".join(f"{key} = {_toml(value)}\n" for key, value in values.items() if value not in (None, {}))
+    beside = Path(path).with_suffix(".part")
+    beside.write_text(f'{others.rstrip()}\n\n["{name}"]\n{table}', encoding="utf-8")
+    beside.replace(path)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items() if v is not None) + " }"
+    return json.dumps(value)
 
 
 @cache

@@ -30,27 +30,27 @@ def check_registry(on_hub: bool = False, data: Path | None = None) -> Iterator[t
     Raises:
         ValueError: the packed set is damaged.
     """
-    entries = {name: (door, entry) for door in KINDS for name, entry in published(door).items()}
+    entries = {name: entry for door in KINDS for name, entry in published(door).items()}
     with ExitStack() as stack:
         if data is not None and (data / PACKED).is_file():
             unpacked = stack.enter_context(tempfile.TemporaryDirectory(prefix="quac-check-"))
             data = unpack(data / PACKED, Path(unpacked) / PACKED)
-        for name, (door, entry) in entries.items():
-            yield name, list(_problems(entry, door, on_hub, data))
+        for name, entry in entries.items():
+            yield name, list(_problems(entry, on_hub, data))
     for folder in sorted(path for path in data_folder("hub").iterdir() if path.is_dir()):
         if folder.name not in entries:
             yield folder.name, ["hub/ holds it, and no entry of the registry names it"]
 
 
-def _problems(entry: Entry, door: str, on_hub: bool, data: Path | None) -> Iterator[str]:
+def _problems(entry: Entry, on_hub: bool, data: Path | None) -> Iterator[str]:
     import timm
 
-    if door == "timm" and not timm.is_model(entry.architecture):
+    if entry.kind != "pipeline" and not timm.is_model(entry.architecture):
         yield f"timm knows no {entry.architecture}"
         return
     if entry.repo is None or on_hub:
         try:
-            folder = Published(entry.name, entry, door=door).folder()
+            folder = Published(entry.name, entry).folder()
         except (OSError, ValueError) as error:
             yield str(error)
             return
@@ -59,7 +59,7 @@ def _problems(entry: Entry, door: str, on_hub: bool, data: Path | None) -> Itera
         for name in ("README.md", "metrics.json"):
             if not (entry.folder / name).is_file():
                 yield f"hub/{entry.name}/{name} is missing"
-    if data is not None and door == "timm":  # pipelines are measured where they are trained
+    if data is not None and entry.kind != "pipeline":  # pipelines are measured where they are trained
         yield from _accuracy_problems(entry, data)
 
 

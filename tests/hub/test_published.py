@@ -21,7 +21,7 @@ from quac_plugins.evaluate import evaluate
 from quac_plugins.evaluate.packed import unpack
 from quac_plugins.hub.check import check_registry
 from quac_plugins.hub.verify import sha256_of
-from quac_plugins.registry import Entry, published, read_entries
+from quac_plugins.registry import Entry, published, read_entries, write_entry
 from quac_plugins.timm import _add_published
 
 VALID = {"kind": '"model"', "sha256": f'"{"a" * 64}"', "size": "12", "license": '"mit"'}
@@ -297,3 +297,16 @@ def test_what_is_embedded_loads_with_no_network_and_predicts(name, monkeypatch, 
         torch.testing.assert_close(model((images[:1] - mean) / std), logits[:1])
     assert logits.shape == (4, model.num_classes)
     assert len(set(logits.argmax(dim=1).tolist())) > 1
+
+
+def test_an_entry_is_written_in_the_place_of_the_old_one(tmp_path):
+    path = tmp_path / "timm.toml"
+    path.write_text("# what it is\n\n" + toml() + "\n" + toml().replace(".tiny", ".other"))
+    values = {"kind": "model", "sha256": "b" * 64, "size": 7, "license": "mit", "base": None, "metrics": {"top1": 1.5}}
+    write_entry(path, "test_resnet_qacon.tiny", {**values, "input": {"mean": [0.5] * 3}, "model_args": {}})
+    assert path.read_text().startswith("# what it is\n")
+    entries = read_entries(path)
+    assert list(entries) == ["test_resnet_qacon.other", "test_resnet_qacon.tiny"]
+    written = entries["test_resnet_qacon.tiny"]
+    assert (written.size, written.metrics, written.input) == (7, {"top1": 1.5}, {"mean": [0.5] * 3})
+    assert [file.name for file in tmp_path.iterdir()] == ["timm.toml"]
