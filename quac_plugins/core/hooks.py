@@ -48,7 +48,7 @@ def _grid_of(layer: Any, args: tuple, kwargs: dict, output: Any) -> tuple[int, i
     for value in (*args[1:], *kwargs.values(), (getattr(layer, "H", None), getattr(layer, "W", None))):
         if isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_is_number, value)):
             height, width = (int(n) if isinstance(n, Tensor) else n for n in value)
-            if height * width <= output.shape[1]:
+            if 1 < height * width <= output.shape[1]:
                 return height, width
     return None
 

@@ -180,7 +180,8 @@ def _as_image(x: Tensor, site: PriorSite, grid: Grid | None) -> Tensor:
         return x
     if site.layout == "nhwc":
         return x.permute(0, 3, 1, 2)
-    height, width = grid or site.grid or (0, 0)
+    told = grid is not None and site.prefix + grid[0] * grid[1] == x.shape[1]  # else it is of something else
+    height, width = (grid if told else site.grid) or (0, 0)
     if x.shape[1] != site.prefix + height * width:
         raise ValueError(
             f"the prior after {site.name!r} was put in for {height}×{width} tokens and {site.prefix} in front, got "

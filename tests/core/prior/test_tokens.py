@@ -82,3 +82,29 @@ def test_a_host_that_does_not_tell_its_grid_takes_one_size():
     vit.patch_embed.strict_img_size = False
     with pytest.raises(ValueError, match=r"tokens and \d+ in front, got"):
         vit(torch.rand(1, 3, 128, 128))
+
+
+def test_a_pair_of_numbers_that_is_not_the_grid_is_not_taken_for_it():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = torch.nn.Linear(8, 8)
+
+        def forward(self, x, window):
+            return self.fc(x)
+
+    class Host(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = torch.nn.Conv2d(3, 8, 4, 4)
+            self.block = Block()
+
+        def forward(self, x):
+            return self.block(self.stem(x).flatten(2).transpose(1, 2), (7, 7))
+
+    host = Host().eval()
+    images = torch.rand(2, 3, 64, 96)
+    expected = host(images)
+    quac.inject(host, quac.PriorConfig(site="block"), example=torch.empty(1, 3, 64, 96))
+    assert quac.injection_of(host).prior.sites[0].grid == (16, 24)
+    assert torch.equal(host(images), expected)
