@@ -1,12 +1,14 @@
 """The restoration pipeline: degraded images → clean ones, in one step or a few, deterministic.
 
 The path is the straight line from the clean image x₀ to the degraded one y: x_t = (1 − t) x₀ + t y, so that its
-velocity is the degradation itself, v = y − x₀. The network sees x_t, t and the quality q of y, and predicts what is
-left of the degradation, x_t − x₀ = t v: the same task at every t, while v itself cannot be told from an image that is
-almost clean. v is what diffusers' ``FlowMatchEulerDiscreteScheduler`` integrates, with y in the place of the noise,
-from t = 1 to 0: one step is x₀ = y − v. It is the bridge of InDI (Delbracio & Milanfar, 2023), and starts at the
-degraded image as DiffUIR, ResShift and SinSR do, which is why few steps suffice. The network is not shown y itself
-beside x_t: from both it could read v off without looking at the image, and more steps would do what one does.
+velocity is the degradation itself, v = y − x₀. The network sees x_t, t and the quality q of y, and predicts v; in
+training its error counts t times, as that of the image it leads to. (With what is left, x_t − x₀ = t v, for its output
+a small error that is there at every t would come in again at every step: ten steps would make three times as much of
+it, and good images would not be left alone.) v is what diffusers' ``FlowMatchEulerDiscreteScheduler`` integrates, with
+y in the place of the noise, from t = 1 to 0: one step is x₀ = y − v. It is the bridge of InDI (Delbracio & Milanfar,
+2023), and starts at the degraded image as DiffUIR, ResShift and SinSR do, which is why few steps suffice. The network
+is not shown y itself beside x_t: from both it could read v off without looking at the image, and more steps would do
+what one does.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ class QuACRestorationPipeline(DiffusionPipeline):
     """Restores degraded images with a :class:`QuACUNet2DModel`.
 
     Args:
-        unet: from x_t (B, 3, H, W) in [−1, 1] to x_t − x₀, what is left of the degradation. Also a plain
+        unet: from x_t (B, 3, H, W) in [−1, 1] to v = y − x₀, what the degradation added. Also a plain
             ``UNet2DModel``, which is not told the quality.
         scheduler: ``FlowMatchEulerDiscreteScheduler``.
         start_noise: standard deviation, in the scale [−1, 1], of the noise that is added to the degraded image at the
@@ -197,8 +199,7 @@ class QuACRestorationPipeline(DiffusionPipeline):
         def function(part: Tensor) -> Tensor:
             return self.unet(part.to(self.unet.dtype), t, return_dict=False, **extra)[0].float()
 
-        left = tiled(function, x, tile, min(overlap, tile // 2), multiple)
-        return left * (self.scheduler.config.num_train_timesteps / t)
+        return tiled(function, x, tile, min(overlap, tile // 2), multiple)
 
 
 def _located(source: Any) -> Any:

@@ -18,20 +18,28 @@ def restored(pipe, image, **options):
 
 
 def test_a_network_that_predicts_the_degradation_restores_in_any_number_of_steps(pipeline, photographs):
-    """With the true x_t − x₀ the path is straight: one step and ten give the clean image."""
+    """With the true velocity the path is straight: one step and ten give the clean image."""
     clean = photographs(2, 64)
     degraded = (0.6 * clean + 0.2).clamp(0, 1)
     pipe = pipeline()
     truth = 2 * (degraded - clean)
 
-    def left(sample, timestep, return_dict=True, quality=None):
+    def velocity(sample, timestep, return_dict=True, quality=None):
         torch.testing.assert_close(sample, 2 * clean - 1 + truth * timestep / 1000)
-        return (truth * timestep / 1000,)
+        return (truth,)
 
-    pipe.unet.forward = left
+    pipe.unet.forward = velocity
     for steps in (1, 3, 10):
         found = restored(pipe, degraded, num_inference_steps=steps)
         torch.testing.assert_close(found, clean, rtol=0, atol=1e-5)
+
+
+def test_an_error_that_every_step_makes_is_made_once(pipeline, photographs):
+    image, pipe = photographs(1, 64), pipeline()
+    pipe.unet.forward = lambda sample, timestep, **kwargs: (torch.full_like(sample, 0.02),)
+    expected = (image - 0.01).clamp(0, 1)
+    for steps in (1, 10):
+        torch.testing.assert_close(restored(pipe, image, num_inference_steps=steps), expected, rtol=0, atol=1e-5)
 
 
 def test_times_go_from_the_degraded_image_to_the_clean_one(pipeline, photograph):
