@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from quac_plugins.core.activations.kernels import HOSTS, fused, use_fused
 from quac_plugins.core.activations.reference import per_channel
 from quac_plugins.core.quality.context import QualityContext
 
@@ -105,13 +106,25 @@ class ChannelActivation(nn.Module):
             Shape and dtype of x.
         """
         self._check(x)
-        y = self.equation(x, *self.values(x, q))
-        if self.host is not None:
-            start = [torch.full((1,), value, dtype=torch.float32, device=x.device) for value in self.neutral]
-            y = self.host(x) + (y - self.equation(x, *start))
+        values = self.values(x, q)
+        if use_fused(type(self).equation, x):
+            y = self._fused(x, values)
+        else:
+            y = self.equation(x, *values)
+            if self.host is not None:
+                start = [torch.full((1,), value, dtype=torch.float32, device=x.device) for value in self.neutral]
+                y = self.host(x) + (y - self.equation(x, *start))
         if self.context is not None:
             self.context.mark(y)
         return y
+
+    def _fused(self, x: Tensor, values: tuple[Tensor, ...]) -> Tensor:
+        equation = type(self).equation
+        if self.host is None:
+            return fused(equation, x, values, self.channel_dim)
+        inside = HOSTS.get(type(self.host), "")
+        y = fused(equation, x, values, self.channel_dim, self.neutral, inside)
+        return y if inside else self.host(x) + y
 
     def shaped(self, parameter: Tensor, x: Tensor) -> Tensor:
         """A (1, C, 1, 1) parameter, shaped to broadcast along the channels of x."""
