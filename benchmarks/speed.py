@@ -1,0 +1,290 @@
+"""Time and memory of what is put into a network, as ratios against the alternative in the same run.
+
+    python benchmarks/speed.py activation     # Q-ACON against SiLU, (8, 256, 56, 56)
+    python benchmarks/speed.py quality        # BRISQUE, 32 images of 224×224, against OpenCV's, one by one
+    python benchmarks/speed.py models         # networks with Q-ACON and BRISQUE against their hosts
+    python benchmarks/speed.py scale          # against batch, resolution and number of sites; with a plot
+
+The alternatives take turns, so that a busy machine slows all of them; figures are medians of --repeats. Each writes
+benchmarks/results/speed_NAME.{json,md}. With --device cuda it times with events; the fused kernel is then compared
+with a device copy, and with float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from tables import write_tables
+from torch import Tensor, nn
+
+import quac_plugins as quac
+from quac_plugins.core.activations import QACON
+from quac_plugins.core.activations.reference import acon
+from quac_plugins.core.quality.brisque import brisque
+
+RESULTS = Path(__file__).parent / "results"
+MODELS = ("resnet50", "convnext_tiny", "mobilenetv3_large_100")
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def measure(args: argparse.Namespace, runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """Median milliseconds of each, in turns."""
+    for run in runs.values():
+        run()
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(args.repeats):
+        for name, run in runs.items():
+            times[name].append(once(args.device, run))
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def once(device: str, run: Callable[[], Any]) -> float:
+    if device == "cpu":
+        start = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - start)
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    first.record()
+    run()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last)
+
+
+def kept(run: Callable[[], Any], without: nn.Module) -> int:
+    """Bytes that autograd keeps, but for parameters."""
+    own = {p.untyped_storage().data_ptr() for p in without.parameters()}
+    sizes: dict[int, int] = {}
+
+    def note(t: Tensor) -> Tensor:
+        sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        output = run()
+    del output
+    return sum(size for at, size in sizes.items() if at not in own)
+
+
+class Kernels:
+    """Inside, the kernels are those of a choice."""
+
+    def __init__(self, choice: str):
+        self.choice = choice
+
+    def __enter__(self) -> None:
+        self.before = os.environ.get("QUAC_KERNELS")
+        os.environ["QUAC_KERNELS"] = self.choice
+
+    def __exit__(self, *error: object) -> None:
+        os.environ.pop("QUAC_KERNELS")
+        if self.before is not None:
+            os.environ["QUAC_KERNELS"] = self.before
+
+
+def by_kernel(choice: str, run: Callable[..., Any], *inputs: Any) -> Callable[[], Any]:
+    def chosen() -> Any:
+        with Kernels(choice):
+            return run(*inputs)
+
+    return chosen
+
+
+def activation(args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for layout, memory_format in LAYOUTS.items():
+        x = torch.randn(8, 256, 56, 56, device=args.device).contiguous(memory_format=memory_format)
+        x.requires_grad_()
+        q, grad = torch.randn(8, 36, device=args.device), torch.randn_like(x)
+        for init, host, of in (("paper", None, F.silu), ("preserve", nn.ReLU(), F.relu)):
+            site = QACON(256, init=init, host=host).to(args.device)
+
+            def forward(function: Any, *inputs: Any) -> Any:
+                with torch.no_grad():
+                    return function(*inputs)
+
+            def both(function: Any, *inputs: Any, grad: Tensor = grad) -> Any:
+                return function(*inputs).backward(grad)
+
+            name = "SiLU" if init == "paper" else "ReLU"
+            found = {}
+            for way, run in (("forward", forward), ("forward + backward", both)):
+                found[way] = measure(
+                    args,
+                    {
+                        name: lambda run=run, of=of, x=x: run(of, x),
+                        "fused": by_kernel("fused", run, site, x, q),
+                        "plain": by_kernel("reference", run, site, x, q),
+                    },
+                )
+            with Kernels("fused"):
+                memory = kept(lambda site=site, x=x, q=q: site(x, q), site) / x.nbytes
+            with Kernels("reference"):
+                before = kept(lambda site=site, x=x, q=q: site(x, q), site) / x.nbytes
+            for way, times in found.items():
+                rows.append(
+                    {
+                        "what": f"{init}, {layout}, {way}", f"{name}, ms": times[name], "fused, ms": times["fused"],
+                        "fused / host": times["fused"] / times[name], "plain / host": times["plain"] / times[name],
+                        "kept / x, fused": memory, "kept / x, plain": before,
+                    }
+                )  # fmt: skip
+        if args.device != "cpu":
+            rows.append(bandwidth(args, x.detach(), layout))
+    return rows
+
+
+def bandwidth(args: argparse.Namespace, x: Tensor, layout: str) -> dict[str, Any]:
+    """The kernel alone against a copy, and its error against float64."""
+    from quac_plugins.core.activations.kernels import fused
+
+    p = tuple(torch.randn(8, 256, 1, 1, device=x.device) for _ in range(3))
+    times = measure(args, {"copy": x.clone, "fused": lambda: fused(acon, x, p)})
+    error = (fused(acon, x, p).double() - acon(x.double(), *(v.double() for v in p))).abs().max()
+    return {"what": f"kernel, {layout}", "copy / fused": times["copy"] / times["fused"], "error": float(error)}
+
+
+def quality(args: argparse.Namespace) -> list[dict[str, Any]]:
+    import cv2
+    from skimage import data
+
+    picture = torch.from_numpy(data.astronaut().copy()).permute(2, 0, 1)[None].float()
+    pictures = torch.cat([picture[:, :, 8 * i : 8 * i + 224, 7 * i : 7 * i + 224] for i in range(32)])
+    loop = [np.ascontiguousarray(p.permute(1, 2, 0).numpy().astype(np.uint8)[..., ::-1]) for p in pictures]
+    images = (pictures / 255).to(args.device)
+    times = measure(
+        args,
+        {
+            "cv2": lambda: [cv2.quality.QualityBRISQUE_computeFeatures(p) for p in loop],
+            "ours": lambda: brisque(images),
+        },
+    )
+    return [
+        {
+            "what": "BRISQUE, 32×3×224×224", "cv2 loop, ms": times["cv2"], "ours, ms": times["ours"],
+            "ours / cv2": times["ours"] / times["cv2"],
+        }
+    ]  # fmt: skip
+
+
+def models(args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for name in MODELS:
+        host = timm.create_model(name).to(args.device)
+        ours = timm.create_model(f"{name}_qacon").to(args.device)
+        images = torch.rand(args.batch_size, 3, 224, 224, device=args.device)
+
+        def infer(model: nn.Module, images: Tensor = images) -> Any:
+            with torch.no_grad():
+                return model.eval()(images)
+
+        def step(model: nn.Module, images: Tensor = images) -> None:
+            model.train()(images).square().mean().backward()
+            model.zero_grad()
+
+        for way, run in (("inference", infer), ("training step", step)):
+            times = measure(
+                args,
+                {
+                    "host": lambda run=run, host=host: run(host),
+                    "ours": by_kernel("auto", run, ours),
+                    "plain": by_kernel("reference", run, ours),
+                },
+            )
+            row = {
+                "what": f"{name}, {way}", "host, ms": times["host"], "ours, ms": times["ours"],
+                "ours / host": times["ours"] / times["host"], "plain / host": times["plain"] / times["host"],
+            }  # fmt: skip
+            if way != "inference":  # the models are in training by now
+                found = (kept(lambda m=model, i=images: m(i), model) for model in (ours, host))
+                row["kept, ours / host"] = next(found) / next(found)
+            rows.append(row)
+    return rows
+
+
+def scale(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """resnet50 with Q-ACON against its host, by batch, by side and by how many sites."""
+    cases = [("batch", b, b, 224, {}) for b in (1, 2, 4, 8)]
+    cases += [("side", s, 2, s, {}) for s in (128, 224, 320, 448)]
+    cases += [("sites", n, 2, 224, {"where": list(range(n))}) for n in (1, 12, 24, 49)]
+    names = [site.name for site in quac.injection_of(timm.create_model("resnet50_qacon", where="all")).sites]
+    rows = []
+    for axis, value, batch, side, options in cases:
+        if "where" in options:
+            options = {"where": [names[round(i * (len(names) - 1) / max(value - 1, 1))] for i in range(value)]}
+        host = timm.create_model("resnet50").to(args.device).eval()
+        ours = timm.create_model("resnet50_qacon", **options).to(args.device).eval()
+        images = torch.rand(batch, 3, side, side, device=args.device)
+        with torch.no_grad():
+            times = measure(args, {"host": lambda h=host, i=images: h(i), "ours": lambda o=ours, i=images: o(i)})
+        memory = kept(lambda o=ours, i=images: o(i), ours)
+        rows.append(
+            {
+                "what": f"{axis} {value}", "host, ms": times["host"], "ours, ms": times["ours"],
+                "ours / host": times["ours"] / times["host"], "kept, MB": memory / 1e6,
+            }
+        )  # fmt: skip
+    plot(rows)
+    return rows
+
+
+def plot(rows: list[dict[str, Any]]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    for axes, axis in zip(figure.subplots(1, 3), ("batch", "side", "sites"), strict=True):
+        found = [row for row in rows if row["what"].startswith(axis)]
+        at = [int(row["what"].split()[1]) ** (2 if axis == "side" else 1) for row in found]
+        for key in ("host, ms", "ours, ms"):
+            axes.plot(at, [row[key] for row in found], marker="o", label=key)
+        axes.set(xlabel="pixels" if axis == "side" else axis, ylim=(0, None), xlim=(0, None))
+        axes.legend()
+    figure.savefig(RESULTS / "speed_scale.png", dpi=100)
+
+
+def markdown(args: argparse.Namespace, rows: list[dict[str, Any]], machine: str) -> str:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [
+        f"# Speed: {args.what}", "", f"`python benchmarks/speed.py {args.what}`: medians of {args.repeats}; {machine}.",
+        "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns),
+    ]  # fmt: skip
+    for row in rows:
+        cells = (row.get(column, "") for column in columns)
+        lines.append("| " + " | ".join(f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    benchmarks = {"activation": activation, "quality": quality, "models": models, "scale": scale}
+    parser.add_argument("what", choices=list(benchmarks))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/speed_WHAT")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    rows = benchmarks[args.what](args)
+    where = f"{args.threads} CPU threads" if args.device == "cpu" else torch.cuda.get_device_name()
+    machine = f"{where}, python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
+    text = markdown(args, rows, machine)
+    write_tables(args.out or RESULTS / f"speed_{args.what}", {"machine": machine, "rows": rows}, text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
