@@ -4,7 +4,7 @@
     python benchmarks/restoration.py --data DIR --publish      # and the best seed of Q-ACON into hub/ and the registry
 
 DIR holds train/ and val/ with clean photographs; by default QUAC_DATA/bsds. Each training is
-``examples/train_restoration.py``, once with its defaults and once more from there; an interrupted run goes on (--work).
+``examples/train_restoration.py``, once with its defaults and twice more from there; an interrupted run goes on (--work).
 Judged is the middle 192×192 of every photograph of val/, degraded by each kind that was trained on: with one step at
 severities 1, 3 and 5, and with ten at severity 3. Writes benchmarks/results/restoration.{json,md}.
 """
@@ -29,16 +29,17 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results/restoration"
 ROWS = {"qacon": "Q-ACON", "meta_acon": "meta-ACON", "silu": "SiLU"}
 NAME = "restoration_qacon.bsds"
-# stage → options: many small patches until the degradations are told apart, then fewer larger ones, all weighed alike
+# stage → options: many small patches until the degradations are told apart, fewer larger ones, then all weighed alike
 STAGES = {
     "-first": ("--steps", 2500),
-    "": ("--steps", 900, "--lr", 5e-4, "--patch", 48, "--batch-size", 16, "--loss", "psnr"),
+    "-second": ("--steps", 2800, "--lr", 5e-4, "--patch", 48, "--batch-size", 16),
+    "": ("--steps", 700, "--lr", 3e-4, "--patch", 48, "--batch-size", 16, "--loss", "psnr"),
 }
 MOST = 6_000_000  # bytes that an embedded pipeline may have
 
 
 def train(job: tuple[argparse.Namespace, str, int]) -> dict[str, Any]:
-    """Both stages of one row and seed; what is there already is not done again."""
+    """The stages of one row and seed; what is there already is not done again."""
     args, row, seed = job
     scores = args.work / f"{row}-{seed}.json"
     previous: list[Any] = []

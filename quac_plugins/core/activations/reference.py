@@ -95,7 +95,10 @@ def global_average(x: Tensor, channel_dim: int = 1) -> Tensor:
     channel = channel_dim % x.ndim
     axes = [axis for axis in range(1, x.ndim) if axis != channel]
     dtype = torch.float32 if x.dtype in _HALF else x.dtype
-    return x.mean(dim=axes, dtype=dtype) if axes else x.to(dtype)
+    if not axes:
+        return x.to(dtype)
+    # not mean(): its backward writes a tensor as large as x, that of a sum a view
+    return x.sum(dim=axes, dtype=dtype) / math.prod([x.shape[axis] for axis in axes])
 
 
 def per_channel(values: Tensor, x: Tensor, channel_dim: int = 1) -> Tensor:
