@@ -4,7 +4,7 @@
     python benchmarks/restoration.py --data DIR --publish      # and the best seed of Q-ACON into hub/ and the registry
 
 DIR holds train/ and val/ with clean photographs; by default QUAC_DATA/bsds. Each training is
-``examples/train_restoration.py``, once with its defaults and twice more from there; interrupted, a run goes on (--work).
+``examples/train_restoration.py``, once with its defaults and twice more from there; runs go on if interrupted.
 Judged is the middle 192×192 of every photograph of val/, degraded by each kind that was trained on: with one step at
 severities 1, 3 and 5, and with ten at severity 3. Writes benchmarks/results/restoration.{json,md}.
 """
