@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import timm
@@ -78,25 +79,14 @@ def kept(run: Callable[[], Any], without: nn.Module) -> int:
     return sum(size for at, size in sizes.items() if at not in own)
 
 
-class Kernels:
+def kernels(choice: str) -> Any:
     """Inside, the kernels are those of a choice."""
-
-    def __init__(self, choice: str):
-        self.choice = choice
-
-    def __enter__(self) -> None:
-        self.before = os.environ.get("QUAC_KERNELS")
-        os.environ["QUAC_KERNELS"] = self.choice
-
-    def __exit__(self, *error: object) -> None:
-        os.environ.pop("QUAC_KERNELS")
-        if self.before is not None:
-            os.environ["QUAC_KERNELS"] = self.before
+    return mock.patch.dict(os.environ, QUAC_KERNELS=choice)
 
 
 def by_kernel(choice: str, run: Callable[..., Any], *inputs: Any) -> Callable[[], Any]:
     def chosen() -> Any:
-        with Kernels(choice):
+        with kernels(choice):
             return run(*inputs)
 
     return chosen
@@ -129,9 +119,9 @@ def activation(args: argparse.Namespace) -> list[dict[str, Any]]:
                         "plain": by_kernel("reference", run, site, x, q),
                     },
                 )
-            with Kernels("fused"):
+            with kernels("fused"):
                 memory = kept(lambda site=site, x=x, q=q: site(x, q), site) / x.nbytes
-            with Kernels("reference"):
+            with kernels("reference"):
                 before = kept(lambda site=site, x=x, q=q: site(x, q), site) / x.nbytes
             for way, times in found.items():
                 rows.append(

@@ -215,6 +215,8 @@ class _Loop:
             if not _Loop.broken:
                 try:
                     return self.compiled(*args)
+                except torch.OutOfMemoryError:  # uncompiled it would need more
+                    raise
                 except Exception as error:  # whatever a machine without a compiler raises
                     _Loop.broken = True
                     reason = (str(error).strip().splitlines() or [""])[0]
