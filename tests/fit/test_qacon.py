@@ -42,7 +42,7 @@ def test_only_the_activations_change(photos, quick, build, snapshot, put_in, equ
     losses = [entry["loss"] for entry in report.stages["qacon"]["curve"][1:]]
     assert losses[-1] < losses[0]
     stage = report.stages["qacon"]
-    assert stage["best"] <= stage["first"]
+    assert stage["best"] <= stage["first"] * (1 + 1e-6)  # summed in another order
     assert report.kinds == ["contrast", "fog"]
     assert report.sites == [site.name for site in injection_of(model).sites]
     buffers = {n for n, _ in model.named_buffers()}

@@ -148,7 +148,7 @@ def test_every_layout_computes_the_same(fdm, layout):
     x = features(site)
     y = module(x)
     assert y.shape == x.shape
-    torch.testing.assert_close(as_image(y, site), plain(as_image(x, site).contiguous()), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(as_image(y, site), plain(as_image(x, site).contiguous()), atol=1e-4, rtol=1e-4)
     if layout == "tokens":
         assert torch.equal(y[:, :3], x[:, :3])
 
