@@ -2,11 +2,13 @@
 
     python benchmarks/restoration.py --data DIR                # nine trainings of 25 to 45 minutes of one core
     python benchmarks/restoration.py --data DIR --publish      # and the best seed of Q-ACON into hub/ and the registry
+    python benchmarks/restoration.py --data DIR --steps 1000   # one short stage alone: under ten minutes of a core each
 
 DIR holds train/ and val/ with clean photographs; by default QUAC_DATA/bsds. Each training is
 ``examples/train_restoration.py``, once with its defaults and twice more from there; runs go on if interrupted.
 Judged is the middle 192×192 of every photograph of val/, degraded by each kind that was trained on: with one step at
-severities 1, 3 and 5, and with ten at severity 3. Writes benchmarks/results/restoration.{json,md}.
+severities 1, 3 and 5, and with ten at severity 3. Writes benchmarks/results/restoration.{json,md}, with --steps
+restoration_STEPS.{json,md}.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ def train(job: tuple[argparse.Namespace, str, int]) -> dict[str, Any]:
     args, row, seed = job
     scores = args.work / f"{row}-{seed}.json"
     previous: list[Any] = []
-    for stage, options in STAGES.items():
+    for stage, options in (STAGES if args.steps is None else {"": ("--steps", args.steps)}).items():
         out = args.work / f"{row}-{seed}{stage}"
         last = not stage
         if not (scores.exists() if last else (out / "model_index.json").exists()):
@@ -139,9 +141,14 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("restoration-work"), help="checkpoints, pipelines, scores")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--steps", type=int, help="one stage of so many steps, instead of all three")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--publish", action="store_true", help="write hub/ and registry/diffusers.toml")
     args = parser.parse_args()
+    short = "" if args.steps is None else f"_{args.steps}"
+    if short and args.publish:
+        parser.error("--publish takes the whole training, not --steps")
+    args.out = args.out or RESULTS.with_name(f"{RESULTS.name}{short}")
     args.seeds, rows = [int(seed) for seed in args.seeds.split(",")], args.rows.split(",")
     args.work.mkdir(parents=True, exist_ok=True)
     jobs = [(args, row, seed) for seed in args.seeds for row in rows]
@@ -151,7 +158,7 @@ def main() -> None:
     import torch
 
     table = {
-        "command": "python benchmarks/restoration.py",
+        "command": "python benchmarks/restoration.py" + (f" --steps {args.steps}" if short else ""),
         "seeds": args.seeds,
         "judged": len(list((args.data / "val").iterdir())),
         "versions": {
