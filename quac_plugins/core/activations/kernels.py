@@ -2,12 +2,13 @@
 
 What the kernels must do, and how:
 
-1. **one pass**: y = host(x) + f(x; θ) − f(x; θ⁰), or f(x; θ) alone, is one expression, which torch's own compiler makes
-   a loop of (C++ on a CPU, Triton on a GPU); backward computes the gradient of x and the sums for θ in one more.
+1. **one pass**: y = host(x) + f(x; θ) − f(x; θ⁰), or f(x; θ) alone, in the forms of :mod:`forms`: on a CPU in C++
+   (:mod:`cpu`), on a GPU in the Triton that torch.compile makes of the same expression. Backward computes the gradient
+   of x and the sums for θ in one more.
 2. **any layout**: NCHW as rows with a number each, channels_last and tokens as columns; other strides are copied.
 3. **half precision** is computed in float32, as in :mod:`reference`.
-4. **an operator** of torch.library, ``quac_plugins::activate``, so that graphs may hold it; its derivatives are written
-   in :mod:`partials`. Derivatives of derivatives use the plain expression.
+4. **an operator** of torch.library, ``quac_plugins::activate``, so that graphs may hold it. Derivatives of derivatives
+   use the plain expression.
 5. **no compiler, no error**: without one the same expression runs operation by operation, and still keeps x alone.
 6. Graphs that are being compiled, exported or traced get the plain expression, which their compiler fuses with its
    neighbours.
@@ -30,7 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quac_plugins.core.activations.partials import PARTIALS, equation_of
+from quac_plugins.core.activations import cpu
+from quac_plugins.core.activations.forms import FORMS, equation_of
 
 CHOICES = ("auto", "reference", "fused")
 MIN_NUMBERS = 1 << 20
@@ -59,7 +61,7 @@ def use_fused(equation: Any, x: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting():
         return False
     choice = kernels_choice()
-    if choice == "reference" or getattr(equation, "__name__", "") not in PARTIALS:
+    if choice == "reference" or getattr(equation, "__name__", "") not in FORMS:
         return False
     if equation is not equation_of(equation.__name__) or x.dtype not in _COMPUTED:
         return False
@@ -81,7 +83,7 @@ def fused(
     """f(x; θ), or with ``start`` host(x) + f(x; θ) − f(x; θ⁰).
 
     Args:
-        equation: one of :mod:`reference` that has its derivatives in :mod:`partials`.
+        equation: one of :mod:`reference` that has an entry in :mod:`forms`.
         x: floating point, channels at ``channel_dim``.
         parameters: θ, each broadcastable against x and constant along all but batch and channels.
         start: θ⁰, a number each.
@@ -132,28 +134,27 @@ def _dense(x: Tensor, channel_dim: int) -> Tensor:
 
 
 def _flat(x: Tensor, channel_dim: int) -> Tensor:
-    """A dense x as (B·C, 1, N) of rows, or (B, M, N, C) of columns."""
+    """A dense x as rows (B, C, N), or as columns (B, N, C)."""
     if _as_rows(x, channel_dim):
-        return x.reshape(x.shape[0] * x.shape[1], 1, math.prod(x.shape[2:]))
+        return x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
     last = x.permute(0, 2, 3, 1) if channel_dim % x.ndim == 1 and x.ndim == 4 else x
-    middle = math.prod(last.shape[2:-1]) if last.ndim > 3 else 1
-    return last.reshape(last.shape[0], last.shape[1] if last.ndim > 2 else 1, middle, last.shape[-1])
+    return last.reshape(x.shape[0], math.prod(last.shape[1:-1]), last.shape[-1])
 
 
-def _theta(theta: Tensor, by_rows: bool) -> list[Tensor]:
-    """θ (B, P, C) as P tensors that broadcast against :func:`_flat`."""
-    shape = (-1, 1, 1) if by_rows else (theta.shape[0], 1, 1, theta.shape[2])
-    return [part.reshape(shape) for part in theta.unbind(1)]
+def _coefficients(equation: str, theta: Tensor) -> Tensor:
+    """(K, B, C) of θ (B, P, C)."""
+    return torch.stack(FORMS[equation].coefficients(*theta.detach().unbind(1)))
 
 
-# -- expressions, over the flat forms
+# -- the expression, over flat forms
 
 
-def _value(name: str, x: Tensor, theta: list[Tensor], start: list[float], host: str) -> Tensor:
+def _value(name: str, x: Tensor, c: list[Tensor], neutral: list[float], host: str) -> Tensor:
     wide = x.to(_COMPUTED[x.dtype])
-    y = equation_of(name)(wide, *theta)
-    if start:
-        y = y - equation_of(name)(wide, *(torch.full((1,), v, dtype=wide.dtype, device=x.device) for v in start))
+    gate = FORMS[name].gate(wide, *c)
+    if neutral:
+        gate = gate - FORMS[name].gate(wide, *_numbers(neutral, wide))
+    y = wide * gate
     if host == "relu":
         y = wide.relu() + y
     elif host == "identity":
@@ -162,73 +163,85 @@ def _value(name: str, x: Tensor, theta: list[Tensor], start: list[float], host: 
 
 
 def _gradients(
-    name: str, grad: Tensor, x: Tensor, theta: list[Tensor], start: list[float], host: str
+    name: str, grad: Tensor, x: Tensor, c: list[Tensor], neutral: list[float], host: str
 ) -> tuple[Tensor, list[Tensor]]:
-    """Of flat x, and of θ still to be summed."""
+    """Of x, and the parts still to be summed."""
     wide, grad = x.to(_COMPUTED[x.dtype]), grad.to(_COMPUTED[x.dtype])
-    by_x, by_theta = PARTIALS[name](wide, *theta)
-    if start:
-        full = (torch.full((1,), v, dtype=wide.dtype, device=x.device) for v in start)
-        by_x = by_x - PARTIALS[name](wide, *full)[0]
+    by_x, parts = FORMS[name].partials(wide, *c)
+    if neutral:
+        by_x = by_x - FORMS[name].partials(wide, *_numbers(neutral, wide))[0]
     if host == "relu":
         by_x = by_x + (wide > 0).to(wide.dtype)
     elif host == "identity":
         by_x = by_x + 1
-    return (grad * by_x).to(x.dtype), [grad * part for part in by_theta]
+    return (grad * by_x).to(x.dtype), [grad * part for part in parts]
 
 
-def _summed(parts: list[Tensor], by_rows: bool) -> Tensor:
-    """Over everything but batch and channels: rows (B·C, P), columns (B, C, P)."""
-    return torch.stack([part.sum((1, 2)) if by_rows else part.sum(2).sum(1) for part in parts], -1)
+def _numbers(values: list[float], like: Tensor) -> list[Tensor]:
+    return [torch.full((1,), value, dtype=like.dtype, device=like.device) for value in values]
 
 
 @cache
-def _compiled(name: str, by_rows: bool, dtype: torch.dtype, start: tuple[float, ...], host: str, back: bool) -> Any:
+def _compiled(name: str, dtype: torch.dtype, neutral: tuple[float, ...], host: str, by_rows: bool, back: bool) -> Any:
     """A loop of one expression; each has a code object of its own, by which torch.compile counts its variants."""
     if back:
 
-        def expression(grad: Tensor, x: Tensor, *theta: Tensor) -> tuple[Tensor, Tensor]:
-            by_x, parts = _gradients(name, grad, x, list(theta), list(start), host)
-            return by_x, _summed(parts, by_rows)
+        def expression(grad: Tensor, x: Tensor, *c: Tensor) -> tuple[Tensor, Tensor]:
+            by_x, parts = _gradients(name, grad, x, list(c), list(neutral), host)
+            return by_x, torch.stack([part.sum(2 if by_rows else 1) for part in parts])
     else:
 
-        def expression(x: Tensor, *theta: Tensor) -> Tensor:  # type: ignore[misc]
-            return _value(name, x, list(theta), list(start), host)
+        def expression(x: Tensor, *c: Tensor) -> Tensor:  # type: ignore[misc]
+            return _value(name, x, list(c), list(neutral), host)
 
     own = types.FunctionType(
         expression.__code__.replace(), globals(), expression.__name__, None, expression.__closure__
     )
-    return _Loop(own)
+    return own, torch.compile(own, dynamic=True)
 
 
-class _Loop:
-    """A function, compiled where that works; the first failure is told once, and then it runs as it is."""
+_broken: set[str] = set()  # kinds of devices without a working compiler
 
-    broken = False
 
-    def __init__(self, function: Callable[..., Any]):
-        self.function = function
-        self.compiled = torch.compile(function, dynamic=True)
+def _run(
+    inputs: tuple[Tensor, ...], c: Tensor, equation: str, start: tuple[float, ...], host: str, by_rows: bool
+) -> Any:
+    """y of inputs (x,), or the gradient of x and the sums (parts, B, C) of inputs (grad, x); all of them flat.
 
-    def __call__(self, *args: Tensor) -> Any:
-        with torch.no_grad():
-            if not _Loop.broken:
-                try:
-                    return self.compiled(*args)
-                except torch.OutOfMemoryError:  # uncompiled it would need more
-                    raise
-                except Exception as error:  # whatever a machine without a compiler raises
-                    _Loop.broken = True
-                    reason = (str(error).strip().splitlines() or [""])[0]
-                    warnings.warn(
-                        "fused activations could not be compiled and run uncompiled, several times slower (is a C++ "
-                        f"compiler installed?): {type(error).__name__}: {reason}",
-                        stacklevel=2,
-                    )
-            return self.function(*args)
+    The first failure of a compiler is told once; from then on the expression runs as it is.
+    """
+    x, back = inputs[-1], len(inputs) == 2
+    neutral = neutral_of(equation, start)
+    own, compiled = _compiled(equation, x.dtype, neutral, host, by_rows, back)
+    columns = [part.unsqueeze(2 if by_rows else 1) for part in c]
+    with torch.no_grad():
+        if x.device.type not in _broken:
+            try:
+                if x.device.type == "cpu":
+                    return cpu.run(inputs, c, equation, neutral, host, by_rows)
+                return compiled(*inputs, *columns)
+            except torch.OutOfMemoryError:  # uncompiled it would need more
+                raise
+            except Exception as error:  # whatever a machine without a compiler raises
+                _broken.add(x.device.type)
+                reason = (str(error).strip().splitlines() or [""])[0]
+                warnings.warn(
+                    "fused activations could not be compiled and run uncompiled, several times slower (is a C++ "
+                    f"compiler installed?): {type(error).__name__}: {reason}",
+                    stacklevel=2,
+                )
+        return own(*inputs, *columns)
 
 
 # -- the operators
+
+
+@cache
+def neutral_of(equation: str, start: tuple[float, ...]) -> tuple[float, ...]:
+    """The coefficients of θ⁰."""
+    if not start:
+        return ()
+    return tuple(float(c) for c in FORMS[equation].coefficients(*torch.tensor(start, dtype=torch.float64)))
 
 
 def _like(x: Tensor, flat: Tensor, channel_dim: int) -> Tensor:
@@ -243,9 +256,9 @@ def _like(x: Tensor, flat: Tensor, channel_dim: int) -> Tensor:
 def activate(x: Tensor, theta: Tensor, equation: str, channel_dim: int, start: list[float], host: str) -> Tensor:
     """f(x; θ) of an equation by its name, θ (B, P, C); see :func:`fused`."""
     x = _dense(x.detach(), channel_dim)
-    by_rows = _as_rows(x, channel_dim)
-    loop = _compiled(equation, by_rows, x.dtype, tuple(start), host, False)
-    return _like(x, loop(_flat(x, channel_dim), *_theta(theta.detach(), by_rows)), channel_dim)
+    c = _coefficients(equation, theta)
+    y = _run((_flat(x, channel_dim),), c, equation, tuple(start), host, _as_rows(x, channel_dim))
+    return _like(x, y, channel_dim)
 
 
 @activate.register_fake
@@ -259,14 +272,13 @@ def activate_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and θ."""
     x = _dense(x.detach(), channel_dim)
-    by_rows = _as_rows(x, channel_dim)
-    if _channels_last(x):
-        grad = grad.contiguous(memory_format=torch.channels_last)
-    loop = _compiled(equation, by_rows, x.dtype, tuple(start), host, True)
-    by_x, sums = loop(_flat(grad.contiguous() if not _channels_last(x) else grad, channel_dim),
-                      _flat(x, channel_dim), *_theta(theta.detach(), by_rows))  # fmt: skip
-    sums = sums.reshape(theta.shape[0], theta.shape[2], theta.shape[1]).transpose(1, 2).contiguous()
-    return _like(x, by_x, channel_dim), sums
+    last = _channels_last(x)
+    grad = grad.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    c, by_rows = _coefficients(equation, theta), _as_rows(x, channel_dim)
+    flat = tuple(_flat(t, channel_dim) for t in (grad, x))
+    by_x, sums = _run(flat, c, equation, tuple(start), host, by_rows)
+    by_theta = FORMS[equation].gather(tuple(sums), theta.detach().unbind(1))
+    return _like(x, by_x, channel_dim), torch.stack(by_theta, 1)
 
 
 @activate_backward.register_fake
@@ -295,9 +307,12 @@ def _plain_backward(
 ) -> tuple[Tensor, Tensor]:
     channel = channel_dim % x.ndim
     shape = [x.shape[i] if i in (0, channel) else 1 for i in range(x.ndim)]
-    by_x, parts = _gradients(equation, grad, x, [p.reshape(shape) for p in theta.unbind(1)], start, host)
+    shaped = [p.reshape(shape) for p in theta.unbind(1)]
+    form, neutral = FORMS[equation], list(neutral_of(equation, tuple(start)))
+    by_x, parts = _gradients(equation, grad, x, list(form.coefficients(*shaped)), neutral, host)
     axes = [i for i in range(1, x.ndim) if i != channel]
-    return by_x, torch.stack([part.sum(axes) if axes else part for part in parts], 1)
+    sums = tuple(part.sum(axes) if axes else part for part in parts)
+    return by_x, torch.stack(form.gather(sums, theta.unbind(1)), 1)
 
 
 activate.register_autograd(_backward, setup_context=_keep)

@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from quac_plugins.core.activations import ACTIVATIONS, QACON, QPReLU
+from quac_plugins.core.activations.forms import FORMS, equation_of
 from quac_plugins.core.activations.kernels import MIN_NUMBERS, fused, kernels_choice, use_fused
-from quac_plugins.core.activations.partials import PARTIALS, equation_of
 
-LAYOUTS = [((2, 5, 7, 6), 1, False), ((2, 5, 7, 6), 1, True), ((2, 9, 5), -1, False), ((3, 5), 1, False)]
+pytestmark = pytest.mark.filterwarnings("error:fused activations could not be compiled")
+
+LAYOUTS = [((2, 5, 7, 6), 1, False), ((2, 5, 7, 6), 1, True), ((2, 150, 37), -1, False), ((3, 5), 1, False)]
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def case(equation, shape, channel_dim, last, dtype=torch.float64):
 
 
 @pytest.mark.parametrize(("shape", "channel_dim", "last"), LAYOUTS)
-@pytest.mark.parametrize("equation", PARTIALS)
+@pytest.mark.parametrize("equation", FORMS)
 def test_value_and_gradients_are_those_of_the_expression(equation, shape, channel_dim, last):
     x, parameters = case(equation, shape, channel_dim, last)
     y, expected = fused(equation_of(equation), x, tuple(parameters), channel_dim), equation_of(equation)(x, *parameters)
@@ -48,13 +50,31 @@ def test_derivatives_of_derivatives():
     assert torch.autograd.gradgradcheck(lambda x, *p: fused(equation_of("acon"), x, p), (x, *parameters))
 
 
+@pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_is_computed_in_float32(dtype):
-    x, parameters = case("acon", (2, 5, 7, 6), 1, False, dtype)
-    parameters = [p.detach().float() for p in parameters]
+def test_half_precision_is_computed_in_float32(dtype, last):
+    x, parameters = case("acon", (2, 37, 25, 23), 1, last, dtype)
+    parameters = [p.detach().float().requires_grad_() for p in parameters]
     y, expected = fused(equation_of("acon"), x, tuple(parameters)), equation_of("acon")(x, *parameters)
     assert y.dtype == dtype
     torch.testing.assert_close(y, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+    grad = torch.randn_like(x)
+    found = torch.autograd.grad(y, [x, *parameters], grad)
+    wide = torch.autograd.grad(equation_of("acon")(x.float(), *parameters), [x, *parameters], grad.float())
+    torch.testing.assert_close(found[0], wide[0].to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    torch.testing.assert_close(found[1:], wide[1:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_sums_do_not_depend_on_the_number_of_threads(last):
+    x, parameters = case("acon", (2, 40, 31, 29), 1, last, torch.float32)
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        y = fused(equation_of("acon"), x, tuple(parameters))
+        found.append(torch.autograd.grad(y.square().sum(), [x, *parameters]))
+    torch.set_num_threads(threads)
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize(

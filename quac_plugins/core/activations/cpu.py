@@ -1,0 +1,207 @@
+"""The fused kernels in C++, built by the compiler that torch.compile uses, for what its own loops are slow at.
+
+Where the numbers of a channel do not lie together (channels_last, tokens), torch.compile makes four passes of backward,
+one for each sum; these kernels make one. They are called without a graph's guards, which matters on small maps. x is
+(R, n) in rows, with a number of each coefficient for a row, or (B, M, C) in columns, with one for each b and c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quac_plugins.core.activations.forms import FORMS
+
+CHUNK = 64
+"""Rows of x whose sums one task makes; a constant, so that the sums do not depend on the number of threads."""
+_ALONE = 1 << 15  # numbers below which one thread does it
+_TYPES = {
+    torch.float32: ("float", "float"), torch.float64: ("double", "double"),
+    torch.float16: ("at::Half", "float"), torch.bfloat16: ("at::BFloat16", "float"),
+}  # fmt: skip
+
+_SOURCE = """
+#include <torch/csrc/inductor/cpp_prefix.h>
+using T = {stored};
+using S = {computed};
+using V = at::vec::Vectorized<S>;
+constexpr int64_t W = V::size(), COEFFICIENTS = {coefficients}, PARTS = {parts}, BLOCK = 512, CHUNK = {chunk};
+constexpr bool CONVERT = !std::is_same_v<T, S>;
+
+// y = host(x) + x (A(x) - A0(x)), or x A(x)
+static inline V gate(const V& x, const V* c) {{ return {gate_code}; }}
+static inline V value(const V& x, const V* c) {{ {value_code} }}
+static inline void partials(const V& x, const V* c, V& slope, V* part) {{ {partials_code} }}
+static inline V derivative(const V& x, const V* c, V* part) {{ {derivative_code} }}
+
+template <bool ROWS> static inline void pick(const S* coef, int64_t stride, int64_t i, int64_t count, V* c) {{
+  for (int64_t k = 0; k < COEFFICIENTS; ++k)
+    c[k] = ROWS ? V(coef[k * stride]) : V::loadu(coef + k * stride + i, count);
+}}
+
+template <bool ROWS> static inline void forward(const S* x, const S* coef, int64_t stride, S* y, int64_t n) {{
+  V c[COEFFICIENTS];
+  if (ROWS) pick<ROWS>(coef, stride, 0, W, c);
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {{
+    if (!ROWS) pick<ROWS>(coef, stride, i, W, c);
+    value(V::loadu(x + i), c).store(y + i);
+  }}
+  if (i < n) {{
+    if (!ROWS) pick<ROWS>(coef, stride, i, n - i, c);
+    value(V::loadu(x + i, n - i), c).store(y + i, n - i);
+  }}
+}}
+
+// the sums of rows are kept in `total`, those of columns are added to `sums`, `stride` apart as the coefficients
+template <bool ROWS>
+static inline void backward(
+    const S* g, const S* x, const S* coef, int64_t stride, S* by_x, int64_t n, V* total, S* sums, int64_t apart) {{
+  V c[COEFFICIENTS], part[PARTS];
+  if (ROWS) pick<ROWS>(coef, stride, 0, W, c);
+  int64_t i = 0;
+  for (; i + W <= n; i += W) {{
+    if (!ROWS) pick<ROWS>(coef, stride, i, W, c);
+    V grad = V::loadu(g + i);
+    (grad * derivative(V::loadu(x + i), c, part)).store(by_x + i);
+    for (int64_t p = 0; p < PARTS; ++p)
+      if (ROWS) total[p] = total[p] + grad * part[p];
+      else (V::loadu(sums + p * apart + i) + grad * part[p]).store(sums + p * apart + i);
+  }}
+  if (i < n) {{  // loads fill up with zeros
+    if (!ROWS) pick<ROWS>(coef, stride, i, n - i, c);
+    V grad = V::loadu(g + i, n - i);
+    (grad * derivative(V::loadu(x + i, n - i), c, part)).store(by_x + i, n - i);
+    for (int64_t p = 0; p < PARTS; ++p)
+      if (ROWS) total[p] = total[p] + grad * part[p];
+      else (V::loadu(sums + p * apart + i, n - i) + grad * part[p]).store(sums + p * apart + i, n - i);
+  }}
+}}
+
+template <bool ROWS> static inline void row_forward(const T* x, const S* coef, int64_t stride, T* y, int64_t n) {{
+  if constexpr (CONVERT) {{
+    S wide[BLOCK], out[BLOCK];
+    for (int64_t i = 0; i < n; i += BLOCK) {{
+      int64_t count = std::min(BLOCK, n - i);
+      at::vec::convert(x + i, wide, count);
+      forward<ROWS>(wide, ROWS ? coef : coef + i, stride, out, count);
+      at::vec::convert(out, y + i, count);
+    }}
+  }} else forward<ROWS>(x, coef, stride, y, n);
+}}
+
+template <bool ROWS>
+static inline void row_backward(
+    const T* g, const T* x, const S* coef, int64_t stride, T* by_x, int64_t n, V* total, S* sums, int64_t apart) {{
+  if constexpr (CONVERT) {{
+    S grad[BLOCK], wide[BLOCK], out[BLOCK];
+    for (int64_t i = 0; i < n; i += BLOCK) {{
+      int64_t count = std::min(BLOCK, n - i);
+      at::vec::convert(g + i, grad, count);
+      at::vec::convert(x + i, wide, count);
+      backward<ROWS>(grad, wide, ROWS ? coef : coef + i, stride, out, count, total, ROWS ? sums : sums + i, apart);
+      at::vec::convert(out, by_x + i, count);
+    }}
+  }} else backward<ROWS>(g, x, coef, stride, by_x, n, total, sums, apart);
+}}
+
+extern "C" void kernel({arguments}) {{
+{body}
+}}
+"""
+
+# batch · rows · n numbers; in rows, rows = channels and n numbers a row; in columns, rows of n = channels numbers
+_BODIES = {
+    (True, False): """
+#pragma omp parallel for num_threads(threads)
+  for (int64_t r = 0; r < batch * rows; ++r) row_forward<true>(x + r * n, coef + r, batch * rows, y + r * n, n);
+""",
+    (False, False): """
+#pragma omp parallel for num_threads(threads)
+  for (int64_t r = 0; r < batch * rows; ++r)
+    row_forward<false>(x + r * n, coef + r / rows * n, batch * n, y + r * n, n);
+""",
+    (True, True): """
+#pragma omp parallel for num_threads(threads)
+  for (int64_t r = 0; r < batch * rows; ++r) {
+    V total[PARTS];
+    for (int64_t p = 0; p < PARTS; ++p) total[p] = V(0);
+    row_backward<true>(g + r * n, x + r * n, coef + r, batch * rows, by_x + r * n, n, total, nullptr, 0);
+    for (int64_t p = 0; p < PARTS; ++p)
+      sums[p * batch * rows + r] = at::vec::vec_reduce_all([](V a, V b) { return a + b; }, total[p]);
+  }
+""",
+    (False, True): """
+  int64_t chunks = (rows + CHUNK - 1) / CHUNK;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t task = 0; task < batch * chunks; ++task) {
+    int64_t b = task / chunks, first = task % chunks * CHUNK;
+    S* own = sums + task * PARTS * n;
+    for (int64_t i = 0; i < PARTS * n; ++i) own[i] = 0;
+    for (int64_t r = b * rows + first; r < b * rows + std::min(first + CHUNK, rows); ++r)
+      row_backward<false>(g + r * n, x + r * n, coef + b * n, batch * n, by_x + r * n, n, nullptr, own, n);
+  }
+""",
+}
+
+_HOSTS = {"": None, "identity": ("x", "V(1)"), "relu": ("at::vec::maximum(x, V(0))", "V::blendv(V(0), V(1), x > V(0))")}
+
+
+@cache
+def kernel(
+    equation: str, dtype: torch.dtype, neutral: tuple[float, ...], host: str, by_rows: bool, back: bool
+) -> Callable[..., None]:
+    """A kernel, built at its first use and kept on disk by torch."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    form, (stored, computed) = FORMS[equation], _TYPES[dtype]
+    constant = f"const V n[] = {{{', '.join(f'V({value!r})' for value in neutral)}}}; "
+    own = _HOSTS[host]
+    if neutral:
+        value = f"{constant}return {own[0] + ' + ' if own else ''}x * (gate(x, c) - gate(x, n));"
+        derivative = (
+            f"{constant}V slope, before, unused[PARTS]; partials(x, n, before, unused); partials(x, c, slope, part); "
+            f"return slope - before{' + ' + own[1] if own else ''};"
+        )
+    else:
+        value, derivative = "return x * gate(x, c);", "V slope; partials(x, c, slope, part); return slope;"
+    tensors = [f"const {stored}* g"] * back + [f"const {stored}* x", f"const {computed}* coef"]
+    tensors += [f"{stored}* by_x", f"{computed}* sums"] if back else [f"{stored}* y"]
+    arguments = [*tensors, *(f"const int64_t {name}" for name in ("batch", "rows", "n", "threads"))]
+    source = _SOURCE.format(
+        stored=stored, computed=computed, chunk=CHUNK, parts=form.parts, body=_BODIES[by_rows, back],
+        coefficients=form.coefficients.__code__.co_argcount, gate_code=form.gate_code, value_code=value,
+        partials_code=form.partials_code, derivative_code=derivative, arguments=", ".join(arguments),
+    )  # fmt: skip
+    return CppPythonBindingsCodeCache.load_pybinding([a.rpartition(" ")[0] for a in arguments], source)
+
+
+def run(
+    inputs: tuple[Tensor, ...], c: Tensor, equation: str, neutral: tuple[float, ...], host: str, by_rows: bool
+) -> Any:
+    """y of inputs (x,), or the gradient of x and the sums (parts, B, C) of inputs (grad, x).
+
+    Args:
+        inputs: contiguous, rows (B, C, N) or columns (B, N, C).
+        c: coefficients (K, B, C).
+        equation: a name of ``FORMS``.
+        neutral: the coefficients of θ⁰, or none.
+        host: what is added: ``""``, ``"identity"`` or ``"relu"``.
+        by_rows: see ``inputs``.
+    """
+    x, back = inputs[-1], len(inputs) == 2
+    batch, rows, n = x.shape
+    sizes = (batch, rows, n, 1 if x.numel() < _ALONE else torch.get_num_threads())
+    code = kernel(equation, x.dtype, neutral, host, by_rows, back)
+    out = torch.empty_like(x)
+    if not back:
+        code(x, c, out, *sizes)
+        return out
+    parts = FORMS[equation].parts
+    sums = c.new_empty((parts, batch, rows) if by_rows else (batch, -(-rows // CHUNK), parts, n))
+    code(*inputs, c, out, sums, *sizes)
+    return out, sums if by_rows else sums.sum(1).transpose(0, 1)
