@@ -16,6 +16,6 @@ def full_precision(like: Tensor) -> AbstractContextManager[object]:
         ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
         torch.float32
     """
-    if like.device.type == "meta":
+    if like.device.type == "meta" or not torch.is_autocast_enabled(like.device.type):
         return nullcontext()
     return torch.autocast(device_type=like.device.type, enabled=False)

@@ -25,7 +25,11 @@ _TYPES = {
 }  # fmt: skip
 
 _SOURCE = """
-#include <torch/csrc/inductor/cpp_prefix.h>
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
 using T = {stored};
 using S = {computed};
 using V = at::vec::Vectorized<S>;

@@ -9,6 +9,7 @@ dicts of the published modules load.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quac_plugins.core.activations.base import ChannelActivation
@@ -36,6 +37,18 @@ def make_norm(norm: str, width: int) -> nn.Module:
 def _saturate(z: Tensor, dtype: torch.dtype) -> Tensor:
     """In ``dtype``; what leaves the range of float16 stays at its end, since a norm makes NaN of infinity."""
     return z.clamp(-65504, 65504).to(dtype) if dtype == torch.float16 else z.to(dtype)
+
+
+def _pointwise(layer: nn.Module, z: Tensor) -> Tensor:
+    """A 1×1 convolution of (B, C); as a matrix product, since a convolution of one pixel takes five times as long."""
+    if type(layer) is nn.Conv2d and not layer._forward_hooks and not layer._forward_pre_hooks:
+        return F.linear(z, layer.weight.flatten(1), layer.bias)
+    return layer(z[:, :, None, None]).flatten(1)  # parametrized, adapted, quantized or watched
+
+
+def _normed(norm: nn.Module, z: Tensor) -> Tensor:
+    """A norm of (B, C)."""
+    return z if type(norm) is nn.Identity else norm(z[:, :, None, None]).flatten(1)
 
 
 class DrivenActivation(ChannelActivation):
@@ -96,16 +109,16 @@ class DrivenActivation(ChannelActivation):
             )
 
     def hidden(self, z: Tensor) -> Tensor:
-        """h = σ(norm2(fc2 norm1(fc1 z))) of z (B, C + Q), as (B, C + Q, 1, 1)."""
+        """h = σ(norm2(fc2 norm1(fc1 z))) of z (B, C + Q), (B, C + Q)."""
         if self.norm == "batch" and self.training and z.shape[0] == 1:
             raise ValueError(
                 f"layer {self.layer!r}: norm='batch' cannot train on a batch of one (a variance needs two). Use "
                 "norm='layer', 'group' or 'none' (timm.create_model(…, norm='layer')), or model.eval()"
             )
         dtype = self.fc1.weight.dtype
-        z = _saturate(self.fc1(_saturate(z, dtype)[:, :, None, None]), dtype)
-        z = _saturate(self.fc2(_saturate(self.bn1(z), dtype)), dtype)
-        return torch.sigmoid(self.bn2(z))
+        z = _saturate(_pointwise(self.fc1, _saturate(z, dtype)), dtype)
+        z = _saturate(_pointwise(self.fc2, _saturate(_normed(self.bn1, z), dtype)), dtype)
+        return torch.sigmoid(_normed(self.bn2, z))
 
     def drive(self, x: Tensor, q: Tensor | None) -> tuple[Tensor, ...]:
         """The numbers for this x and q: ``numbers`` tensors that broadcast against x."""
@@ -114,12 +127,12 @@ class DrivenActivation(ChannelActivation):
             z = global_average(x, self.channel_dim)
             if self.quality_channels:
                 z = torch.cat((z, self.quality_for(x, q).to(z)), dim=1)
-            numbers = self.head(self.hidden(z)).flatten(1)
+            numbers = self.head(self.hidden(z))
         return tuple(per_channel(part, x, self.channel_dim) for part in numbers.chunk(self.numbers, dim=1))
 
     def head(self, h: Tensor) -> Tensor:
-        """The numbers of h, (B, numbers·C, 1, 1)."""
-        return self.fc3(h)
+        """The numbers of h, (B, numbers·C)."""
+        return _pointwise(self.fc3, h)
 
     def quality_for(self, x: Tensor, q: Tensor | None) -> Tensor:
         """The given q or the tap's, checked and with one row for every row of x: (B, Q)."""

@@ -252,7 +252,12 @@ def _like(x: Tensor, flat: Tensor, channel_dim: int) -> Tensor:
     return flat.reshape(x.shape)
 
 
-@torch.library.custom_op("quac_plugins::activate", mutates_args=())
+_OPTIONS = "str equation, int channel_dim, float[] start, str host"  # torch 2.6 does not infer it of list[float]
+
+
+@torch.library.custom_op(
+    "quac_plugins::activate", mutates_args=(), schema=f"(Tensor x, Tensor theta, {_OPTIONS}) -> Tensor"
+)
 def activate(x: Tensor, theta: Tensor, equation: str, channel_dim: int, start: list[float], host: str) -> Tensor:
     """f(x; θ) of an equation by its name, θ (B, P, C); see :func:`fused`."""
     x = _dense(x.detach(), channel_dim)
@@ -266,7 +271,11 @@ def _(x: Tensor, theta: Tensor, equation: str, channel_dim: int, start: list[flo
     return torch.empty_like(_dense(x, channel_dim))
 
 
-@torch.library.custom_op("quac_plugins::activate_backward", mutates_args=())
+@torch.library.custom_op(
+    "quac_plugins::activate_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor x, Tensor theta, {_OPTIONS}) -> (Tensor, Tensor)",
+)
 def activate_backward(
     grad: Tensor, x: Tensor, theta: Tensor, equation: str, channel_dim: int, start: list[float], host: str
 ) -> tuple[Tensor, Tensor]:
