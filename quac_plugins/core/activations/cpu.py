@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from quac_plugins.core.activations.forms import FORMS
+from quac_plugins.core.native import load
 
 CHUNK = 64
 """Rows of x whose sums one task makes; a constant, so that the sums do not depend on the number of threads."""
@@ -160,8 +161,6 @@ def kernel(
     equation: str, dtype: torch.dtype, neutral: tuple[float, ...], host: str, by_rows: bool, back: bool
 ) -> Callable[..., None]:
     """A kernel, built at its first use and kept on disk by torch."""
-    from torch._inductor.codecache import CppPythonBindingsCodeCache
-
     form, (stored, computed) = FORMS[equation], _TYPES[dtype]
     constant = f"const V n[] = {{{', '.join(f'V({value!r})' for value in neutral)}}}; "
     own = _HOSTS[host]
@@ -179,9 +178,9 @@ def kernel(
     source = _SOURCE.format(
         stored=stored, computed=computed, chunk=CHUNK, parts=form.parts, body=_BODIES[by_rows, back],
         coefficients=form.coefficients.__code__.co_argcount, gate_code=form.gate_code, value_code=value,
-        partials_code=form.partials_code, derivative_code=derivative, arguments=", ".join(arguments),
+        partials_code=form.partials_code, derivative_code=derivative, arguments="{arguments}",
     )  # fmt: skip
-    return CppPythonBindingsCodeCache.load_pybinding([a.rpartition(" ")[0] for a in arguments], source)
+    return load(arguments, source)
 
 
 def run(

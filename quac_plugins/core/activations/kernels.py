@@ -21,9 +21,7 @@ result on disk.
 from __future__ import annotations
 
 import math
-import os
 import types
-import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -33,27 +31,11 @@ from torch import Tensor, nn
 
 from quac_plugins.core.activations import cpu
 from quac_plugins.core.activations.forms import FORMS, equation_of
+from quac_plugins.core.native import compiled_or, kernels_choice
 
-CHOICES = ("auto", "reference", "fused")
 MIN_NUMBERS = 1 << 20
 HOSTS: dict[type[nn.Module], str] = {nn.Identity: "identity", nn.ReLU: "relu"}
 """Host activations that are computed inside the kernel, to the bit; others are computed before."""
-
-
-def kernels_choice() -> str:
-    """``QUAC_KERNELS``: ``"auto"``, ``"reference"`` or ``"fused"``.
-
-    Raises:
-        ValueError: it is something else.
-
-    Example:
-        >>> kernels_choice() in CHOICES
-        True
-    """
-    choice = os.environ.get("QUAC_KERNELS", "auto") or "auto"
-    if choice not in CHOICES:
-        raise ValueError(f"QUAC_KERNELS must be one of {', '.join(CHOICES)}, got {choice!r}")
-    return choice
 
 
 def use_fused(equation: Any, x: Tensor) -> bool:
@@ -200,37 +182,22 @@ def _compiled(name: str, dtype: torch.dtype, neutral: tuple[float, ...], host: s
     return own, torch.compile(own, dynamic=True)
 
 
-_broken: set[str] = set()  # kinds of devices without a working compiler
-
-
 def _run(
     inputs: tuple[Tensor, ...], c: Tensor, equation: str, start: tuple[float, ...], host: str, by_rows: bool
 ) -> Any:
-    """y of inputs (x,), or the gradient of x and the sums (parts, B, C) of inputs (grad, x); all of them flat.
-
-    The first failure of a compiler is told once; from then on the expression runs as it is.
-    """
+    """y of inputs (x,), or the gradient of x and the sums (parts, B, C) of inputs (grad, x); all of them flat."""
     x, back = inputs[-1], len(inputs) == 2
     neutral = neutral_of(equation, start)
     own, compiled = _compiled(equation, x.dtype, neutral, host, by_rows, back)
     columns = [part.unsqueeze(2 if by_rows else 1) for part in c]
+
+    def run() -> Any:
+        if x.device.type == "cpu":
+            return cpu.run(inputs, c, equation, neutral, host, by_rows)
+        return compiled(*inputs, *columns)
+
     with torch.no_grad():
-        if x.device.type not in _broken:
-            try:
-                if x.device.type == "cpu":
-                    return cpu.run(inputs, c, equation, neutral, host, by_rows)
-                return compiled(*inputs, *columns)
-            except torch.OutOfMemoryError:  # uncompiled it would need more
-                raise
-            except Exception as error:  # whatever a machine without a compiler raises
-                _broken.add(x.device.type)
-                reason = (str(error).strip().splitlines() or [""])[0]
-                warnings.warn(
-                    "fused activations could not be compiled and run uncompiled, several times slower (is a C++ "
-                    f"compiler installed?): {type(error).__name__}: {reason}",
-                    stacklevel=2,
-                )
-        return own(*inputs, *columns)
+        return compiled_or(x.device.type, "fused activations", run, lambda: own(*inputs, *columns))
 
 
 # -- the operators
@@ -326,4 +293,4 @@ def _plain_backward(
 
 activate.register_autograd(_backward, setup_context=_keep)
 
-__all__ = ["CHOICES", "HOSTS", "MIN_NUMBERS", "fused", "kernels_choice", "use_fused"]
+__all__ = ["HOSTS", "MIN_NUMBERS", "fused", "use_fused"]

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quac_plugins.core.native import compiled_or, kernels_choice
+from quac_plugins.core.quality.brisque_cpu import coefficients_and_sums
 from quac_plugins.core.quality.table import quality_function
 
 # Luminance of 8-bit RGB in fixed point, 15 bits after the point (Rec. 601). Sums stay below 2^24: exact in float32.
@@ -36,6 +38,8 @@ _SHIFTS = ((0, 1), (1, 0), (1, 1), (-1, 1))
 
 # Four images of 224×224: 0.8 MB in float32.
 _BLOCK_PIXELS = 4 * 224 * 224
+# Below, one pass in C++ saves less than it may take to build it.
+_MIN_PIXELS = 1 << 14
 
 
 @quality_function("brisque", channels=36)
@@ -245,19 +249,43 @@ def _shape_ratios(like: Tensor) -> Tensor:
 
 def _statistics(grey: Tensor, ratios: Tensor) -> Tensor:
     """The 18 features of one scale; (B, 18), in the dtype of ``ratios``."""
+    height, width = grey.shape[-2:]
+    if _in_one_pass(grey):
+        sums = compiled_or(
+            "cpu", "BRISQUE", lambda: coefficients_and_sums(grey, _WINDOW, _C)[1], lambda: _all_sums(grey, ratios.dtype)
+        )
+    else:
+        sums = _all_sums(grey, ratios.dtype)
+    # products over the border count as zeros: each mean is over all pixels
+    shape, mean, left, right_ = _fit(sums, height * width, ratios)
+    first = torch.stack([shape[:, 0], (left[:, 0] + right_[:, 0]) / 2], dim=1)
+    rest = torch.stack([shape[:, 1:], mean[:, 1:], left[:, 1:], right_[:, 1:]], dim=2)
+    return torch.cat([first, rest.flatten(1)], dim=1)
+
+
+def _in_one_pass(grey: Tensor) -> bool:
+    """Whether C++ computes the sums; by the size of an image alone, so that they do not depend on the batch."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting():
+        return False
+    if (torch.is_grad_enabled() and grey.requires_grad) or grey.device.type != "cpu" or type(grey) is not Tensor:
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(grey):
+        return False
+    choice = kernels_choice()
+    return choice == "fused" or (choice == "auto" and grey.shape[-2] * grey.shape[-1] >= _MIN_PIXELS)
+
+
+def _all_sums(grey: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums (B, 5, 5) of the normalized coefficients and of their products with four neighbours."""
     y = _normalized(grey)
     height, width = y.shape[-2:]
-    sums = [_sums(y, ratios.dtype)]
+    sums = [_sums(y, dtype)]
     for down, right in _SHIFTS:
         top, bottom = max(0, -down), max(0, down)
         here = y[:, top : height - bottom, : width - right]
         there = y[:, bottom : height - top, right:]
-        sums.append(_sums(here * there, ratios.dtype))
-    # products over the border count as zeros: each mean is over all pixels
-    shape, mean, left, right_ = _fit(torch.stack(sums, dim=1), height * width, ratios)
-    first = torch.stack([shape[:, 0], (left[:, 0] + right_[:, 0]) / 2], dim=1)
-    rest = torch.stack([shape[:, 1:], mean[:, 1:], left[:, 1:], right_[:, 1:]], dim=2)
-    return torch.cat([first, rest.flatten(1)], dim=1)
+        sums.append(_sums(here * there, dtype))
+    return torch.stack(sums, dim=1)
 
 
 def _sums(x: Tensor, dtype: torch.dtype) -> Tensor:

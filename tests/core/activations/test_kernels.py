@@ -11,7 +11,8 @@ from torch import nn
 
 from quac_plugins.core.activations import ACTIVATIONS, QACON, QPReLU
 from quac_plugins.core.activations.forms import FORMS, equation_of
-from quac_plugins.core.activations.kernels import MIN_NUMBERS, fused, kernels_choice, use_fused
+from quac_plugins.core.activations.kernels import MIN_NUMBERS, fused, use_fused
+from quac_plugins.core.native import kernels_choice
 
 pytestmark = pytest.mark.filterwarnings("error:fused activations could not be compiled")
 
@@ -134,8 +135,12 @@ def test_graphs_may_hold_the_operator():
     x, p = torch.randn(2, 3, 8, 8), tuple(torch.randn(1, 3, 1, 1) for _ in range(3))
 
     class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = nn.ParameterList(p)
+
         def forward(self, x):
-            return fused(equation_of("acon"), x, p)
+            return fused(equation_of("acon"), x, tuple(self.p))
 
     expected = equation_of("acon")(x, *p)
     torch.testing.assert_close(torch.compile(Model(), fullgraph=True)(x), expected)

@@ -62,6 +62,15 @@ def batch():
     return torch.cat([tensor(picture) for picture in pictures])
 
 
+@pytest.fixture(params=["reference", "fused"])
+def kernels(request, monkeypatch):
+    monkeypatch.setenv("QUAC_KERNELS", request.param)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "BRISQUE could not be compiled")
+        yield
+
+
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("how", ["clean", "noise", "blur", "jpeg", "saturated"])
 @pytest.mark.parametrize("name", ["astronaut", "coffee", "chelsea", "rocket", "camera"])
 def test_equals_opencv_on_photographs(name, how):
@@ -74,6 +83,7 @@ def test_equals_opencv_on_photographs(name, how):
     assert np.abs(actual - expected)[SHAPES].max() < 1.1e-3
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("size", [(223, 224), (224, 223), (181, 333), (64, 48), (7, 9), (5, 5), (3, 3)])
 def test_equals_opencv_at_other_sizes(size):
     for name in ("chelsea", "coffee", "astronaut"):
@@ -114,6 +124,7 @@ def test_dtypes(batch):
         assert torch.equal(brisque(batch), expected)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("size", [(40, 56), (33, 31), (1, 1), (224, 224)])
 def test_an_image_does_not_depend_on_its_batch(size):
     generator = torch.Generator().manual_seed(0)
@@ -122,6 +133,19 @@ def test_an_image_does_not_depend_on_its_batch(size):
     alone = torch.cat([brisque(image[None]) for image in images])
     assert torch.equal(together, alone)
     assert torch.equal(brisque(images.to(memory_format=torch.channels_last)), together)
+
+
+@pytest.mark.parametrize("name", ["astronaut", "rocket"])
+def test_one_pass_finds_the_sums_of_the_expression(name, monkeypatch):
+    image, found = tensor(photograph(name)), []
+    threads = torch.get_num_threads()
+    for choice, count in (("reference", 1), ("fused", 1), ("fused", 3)):
+        monkeypatch.setenv("QUAC_KERNELS", choice)
+        torch.set_num_threads(count)
+        found.append(brisque(image.double()))
+    torch.set_num_threads(threads)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+    assert torch.equal(found[1], found[2])
 
 
 def test_empty_batch():
@@ -149,6 +173,7 @@ ODD_IMAGES = {
 }
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("name", ODD_IMAGES)
 def test_always_finite_and_in_range(name):
     q = brisque(ODD_IMAGES[name])
@@ -159,6 +184,7 @@ def test_always_finite_and_in_range(name):
     assert (q[:, variances] >= 0).all()
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
 def test_constant_image(value):
     expected = torch.zeros(36)

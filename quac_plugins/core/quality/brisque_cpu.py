@@ -1,0 +1,141 @@
+"""The statistics of BRISQUE in one pass over an image, in C++; the same arithmetic as :mod:`brisque`'s, in its order.
+
+Coefficients differ by the rounding of the square root (here to the nearest, as the reference's), and sums by their
+order. The window's seven rows are kept in a ring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from quac_plugins.core.native import load
+
+CHUNK = 32
+"""Rows that one task works on; a constant, so that sums do not depend on the number of threads."""
+
+_SOURCE = """
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+using V = at::vec::Vectorized<float>;
+constexpr int64_t W = V::size(), CHUNK = {chunk}, R = 3;
+constexpr float WINDOW[] = {{window}}, C = {contrast};
+
+// the window along a padded row, from left to right; one rounding for each product and sum
+static void along(const float* padded, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; i += W) {
+    int64_t count = std::min(W, n - i);
+    V sum = V::loadu(padded + i, count) * V(WINDOW[3]);
+    for (int64_t k = 1; k < 7; ++k)
+      sum = at::vec::fmadd(V::loadu(padded + i + k, count), V(WINDOW[k < 3 ? 3 - k : k - 3]), sum);
+    sum.store(out + i, count);
+  }
+}
+
+// and across seven rows, from the centre outwards in pairs
+static V across(float* const* rows, int64_t i, int64_t count) {
+  V sum = V::loadu(rows[3] + i, count) * V(WINDOW[0]);
+  for (int64_t k = 1; k < 4; ++k)
+    sum = at::vec::fmadd(V::loadu(rows[3 - k] + i, count) + V::loadu(rows[3 + k] + i, count), V(WINDOW[k]), sum);
+  return sum;
+}
+
+static void normalize(const float* grey, float* y, int64_t height, int64_t width, int64_t first, int64_t last) {
+  std::vector<float> ring(14 * width), padded(2 * (width + 2 * R));
+  float *plain = padded.data(), *square = plain + width + 2 * R, *means[7], *squares[7];
+  for (int64_t row = first - R; row < last + R; ++row) {
+    const float* from = grey + std::clamp<int64_t>(row, 0, height - 1) * width;
+    for (int64_t i = 0; i < width + 2 * R; ++i) {
+      plain[i] = from[std::clamp<int64_t>(i - R, 0, width - 1)];
+      square[i] = plain[i] * plain[i];
+    }
+    int64_t slot = (row - first + R) % 7;
+    along(plain, ring.data() + slot * width, width);
+    along(square, ring.data() + (7 + slot) * width, width);
+    int64_t centre = row - R;
+    if (centre < first) continue;
+    for (int64_t k = 0; k < 7; ++k) {
+      int64_t at = (centre - first + k) % 7;
+      means[k] = ring.data() + at * width;
+      squares[k] = ring.data() + (7 + at) * width;
+    }
+    for (int64_t i = 0; i < width; i += W) {
+      int64_t count = std::min(W, width - i);
+      V mean = across(means, i, count), variance = across(squares, i, count) - mean * mean;
+      V deviation = at::vec::maximum(variance, V(1e-14f)).sqrt();
+      V out = (V::loadu(grey + centre * width + i, count) - mean) / (deviation + V(C));
+      V::blendv(out, V(0), variance < V(0)).store(y + centre * width + i, count);
+    }
+  }
+}
+
+// sums of squares left and right of 0, of magnitudes, numbers left, right
+static void add(const float* a, const float* b, int64_t n, double* sums) {
+  V total[5] = {V(0), V(0), V(0), V(0), V(0)}, one(1), zero(0);
+  for (int64_t i = 0; i < n; i += W) {
+    int64_t count = std::min(W, n - i);
+    V x = V::loadu(a + i, count);  // zeros behind the end, which count nowhere
+    if (b) x = x * V::loadu(b + i, count);
+    V left = at::vec::minimum(x, zero), right = at::vec::maximum(x, zero);
+    total[0] = total[0] + left * left;
+    total[1] = total[1] + right * right;
+    total[2] = total[2] + (right - left);
+    total[3] = total[3] + ((x < zero) & one);
+    total[4] = total[4] + ((x > zero) & one);
+  }
+  for (int64_t k = 0; k < 5; ++k) sums[k] += at::vec::vec_reduce_all([](V a, V b) { return a + b; }, total[k]);
+}
+
+extern "C" void kernel({arguments}) {
+  int64_t chunks = (height + CHUNK - 1) / CHUNK;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for
+    for (int64_t task = 0; task < batch * chunks; ++task) {
+      int64_t b = task / chunks, first = task % chunks * CHUNK, pixels = height * width;
+      normalize(grey + b * pixels, y + b * pixels, height, width, first, std::min(first + CHUNK, height));
+    }
+#pragma omp for
+    for (int64_t task = 0; task < batch * chunks; ++task) {
+      int64_t b = task / chunks, first = task % chunks * CHUNK, last = std::min(first + CHUNK, height);
+      double* own = sums + task * 25;
+      std::fill(own, own + 25, 0.0);
+      for (int64_t row = first; row < last; ++row) {
+        const float* x = y + (b * height + row) * width;
+        add(x, nullptr, width, own);
+        add(x, x + 1, width - 1, own + 5);
+        if (row + 1 < height) add(x, x + width, width, own + 10);
+        if (row + 1 < height) add(x, x + width + 1, width - 1, own + 15);
+        if (row > 0) add(x, x - width + 1, width - 1, own + 20);
+      }
+    }
+  }
+}
+"""
+
+
+@cache
+def _kernel(window: tuple[float, ...], contrast: float) -> Callable[..., None]:
+    numbers = ", ".join(f"{value!r}f" for value in window)
+    source = _SOURCE.replace("{chunk}", str(CHUNK)).replace("{window}", numbers).replace("{contrast}", f"{contrast!r}f")
+    tensors = ["const float* grey", "float* y", "double* sums"]
+    return load([*tensors, *(f"const int64_t {name}" for name in ("batch", "height", "width", "threads"))], source)
+
+
+def coefficients_and_sums(grey: Tensor, window: tuple[float, ...], contrast: float) -> tuple[Tensor, Tensor]:
+    """Of luminance (B, H, W) float32: normalized coefficients (B, H, W), and sums (B, 5, 5) in float64.
+
+    The sums are those of :func:`quac_plugins.core.quality.brisque._sums`, of the coefficients and of their products
+    with the neighbours H, V, D1, D2.
+    """
+    batch, height, width = grey.shape
+    grey = grey.detach().contiguous()
+    y, sums = torch.empty_like(grey), grey.new_empty((batch, -(-height // CHUNK), 5, 5), dtype=torch.float64)
+    _kernel(window, contrast)(grey, y, sums, batch, height, width, torch.get_num_threads())
+    return y, sums.sum(1)
