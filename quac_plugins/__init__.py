@@ -24,7 +24,7 @@ from quac_plugins.core.activations import (
     QSwish,
     QualityDriven,
 )
-from quac_plugins.core.inject import Injection, PriorConfig, QuACConfig, inject, injection_of, remove
+from quac_plugins.core.inject import Injection, PriorConfig, QuACConfig, fuse, inject, injection_of, remove
 from quac_plugins.core.inject.adapter import adapter_state, save_adapter
 from quac_plugins.core.prior.fdm import FDM, FDMS
 from quac_plugins.core.quality import QualityFunction, quality_function, quality_names, resolve_quality
@@ -69,6 +69,7 @@ __all__ = [
     "fit_prior",
     "fit_qacon",
     "functional",
+    "fuse",
     "inject",
     "injection_of",
     "load_adapter",

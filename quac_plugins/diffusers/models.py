@@ -146,9 +146,16 @@ class QuACMixin:
         """Write into the config what is inside; and when it is taken out, be the host again."""
         record = injection_of(self)
         assert record is not None
-        assert record.config is not None
-        self.register_to_config(quac=record.config.to_dict())
-        record.removed = _be_host
+        _write_config(self)
+        record.changed, record.removed = _write_config, _be_host
+
+
+def _write_config(model: Any) -> None:
+    """What is inside, into the network's config."""
+    record = injection_of(model)
+    assert record is not None
+    assert record.config is not None
+    model.register_to_config(quac=record.config.to_dict())
 
 
 def _be_host(model: Any) -> None:

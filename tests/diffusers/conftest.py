@@ -46,7 +46,7 @@ def unet():
         model = QuACUNet2DModel(**{**SMALL, **changes}, quac=quac_options).eval()
         with torch.no_grad():
             for tensor in quac.adapter_state(model).values():
-                tensor.add_(0.05 * torch.randn(tensor.shape))
+                tensor.add_((0.05 * torch.randn(tensor.shape)).to(tensor.dtype))
         return model
 
     return make

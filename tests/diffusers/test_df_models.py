@@ -324,3 +324,13 @@ def test_over_the_hub(unet, hub):
     model.push_to_hub("me/restorer")
     again = QuACUNet2DModel.from_pretrained("me/restorer")
     assert torch.equal(out(again), out(model))
+
+
+def test_a_fused_network_is_saved_as_it_is(unet, tmp_path):
+    model = unet({"norm": "batch"})
+    expected = out(model)
+    quac.fuse(model)
+    assert model.config["quac"]["norm"] == "none"
+    torch.testing.assert_close(out(model), expected, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(out(QuACUNet2DModel.from_pretrained(tmp_path).eval()), out(model))
