@@ -4,6 +4,7 @@
     python benchmarks/speed.py quality        # BRISQUE, 32 images of 224×224, against OpenCV's, one by one
     python benchmarks/speed.py models         # networks with Q-ACON and BRISQUE against their hosts
     python benchmarks/speed.py scale          # against batch, resolution and number of sites; with a plot
+    python benchmarks/speed.py evaluate --data DIR   # what an evaluation's time goes into; DIR of folders of classes
 
 The alternatives take turns, so that a busy machine slows all of them; figures are medians of --repeats. Each writes
 benchmarks/results/speed_NAME.{json,md}. With --device cuda it times with events; the fused kernel is then compared
@@ -204,6 +205,43 @@ def models(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def evaluation(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Milliseconds an image, of the 15 corruptions in turn: all of it, the network alone, the corruptions alone."""
+    from quac_plugins.evaluate import evaluate
+
+    rows = []
+    for name in ("mobilenetv3_large_100_qacon", "resnet50_qacon"):
+        model = timm.create_model(name, num_classes=1000).eval().to(args.device)
+        inside: list[float] = []
+        model.register_forward_pre_hook(lambda *_, note=inside.append: note(-time.perf_counter()))
+        model.register_forward_hook(lambda *_, note=inside.append: note(time.perf_counter()))
+
+        def run(workers: int, limit: int, model: nn.Module = model) -> Any:
+            return evaluate(
+                model, args.data, corruptions="all", limit=limit, num_workers=workers, clean=False,
+                progress=False, batch_size=args.batch_size, class_map=classes(args.data),
+            )  # fmt: skip
+
+        run(0, 1)  # builds the kernels
+        for workers in (0, 1, 2):
+            inside.clear()
+            start = time.perf_counter()
+            report = run(workers, args.repeats)
+            count = sum(found["3"]["n"] for found in report.corruptions.values())
+            whole, network = (1e3 * t / count for t in (time.perf_counter() - start, sum(inside)))
+            rows.append(
+                {
+                    "what": f"{name}, {workers} workers", "images": count, "ms an image": whole,
+                    "inside the network": network, "share of the network": network / whole,
+                }
+            )  # fmt: skip
+    return rows
+
+
+def classes(folder: Path) -> dict[str, int]:
+    return {child.name: i for i, child in enumerate(sorted(p for p in folder.iterdir() if p.is_dir()))}
+
+
 def scale(args: argparse.Namespace) -> list[dict[str, Any]]:
     """resnet50 with Q-ACON against its host, by batch, by side and by how many sites."""
     cases = [("batch", b, b, 224, {}) for b in (1, 2, 4, 8)]
@@ -258,12 +296,20 @@ def markdown(args: argparse.Namespace, rows: list[dict[str, Any]], machine: str)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    benchmarks = {"activation": activation, "quality": quality, "models": models, "scale": scale}
+    benchmarks = {
+        "activation": activation,
+        "quality": quality,
+        "models": models,
+        "scale": scale,
+        "evaluate": evaluation,
+    }
     parser.add_argument("what", choices=list(benchmarks))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--batch-size", type=int, default=8)
+    data = Path(os.environ.get("QUAC_DATA", "data")) / "imagenet_sample"
+    parser.add_argument("--data", type=Path, default=data, help="of evaluate: folders of classes")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/speed_WHAT")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

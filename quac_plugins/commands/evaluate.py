@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -43,7 +44,9 @@ def evaluate_command(
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
     device: common.Device = None,
     amp: Annotated[bool, typer.Option("--amp", help="Mixed precision.")] = False,
-    num_workers: common.NumWorkers = 0,
+    num_workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that read and corrupt. Default: 2, if there are as many cores.")
+    ] = None,
     json: common.Json = None,
     plot: common.Plot = None,
     debug: common.Debug = False,
@@ -85,7 +88,7 @@ def evaluate_command(
             interpolation=interpolation,
             device=device or common.default_device(),
             amp=amp,
-            num_workers=num_workers,
+            num_workers=min(2, os.cpu_count() or 1) if num_workers is None else num_workers,
             clean=clean,
             class_map=class_map,
             **images,
