@@ -7,7 +7,7 @@ one for each sum; these kernels make one. They are called without a graph's guar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -184,27 +184,29 @@ def kernel(
 
 
 def run(
-    inputs: tuple[Tensor, ...], c: Tensor, equation: str, neutral: tuple[float, ...], host: str, by_rows: bool
-) -> Any:
+    inputs: tuple[Tensor, ...], sizes: Sequence[int], c: Tensor, equation: str, neutral: tuple[float, ...],
+    host: str, by_rows: bool,
+) -> Any:  # fmt: skip
     """y of inputs (x,), or the gradient of x and the sums (parts, B, C) of inputs (grad, x).
 
     Args:
-        inputs: contiguous, rows (B, C, N) or columns (B, N, C).
+        inputs: dense and of the same strides; of any shape, which is that of the result.
+        sizes: of the rows (B, C, N) or of the columns (B, N, C) that they are in memory.
         c: coefficients (K, B, C).
         equation: a name of ``FORMS``.
         neutral: the coefficients of θ⁰, or none.
         host: what is added: ``""``, ``"identity"`` or ``"relu"``.
-        by_rows: see ``inputs``.
+        by_rows: see ``sizes``.
     """
     x, back = inputs[-1], len(inputs) == 2
-    batch, rows, n = x.shape
-    sizes = (batch, rows, n, 1 if x.numel() < _ALONE else torch.get_num_threads())
+    batch, rows, n = sizes
+    threads = 1 if x.numel() < _ALONE else torch.get_num_threads()
     code = kernel(equation, x.dtype, neutral, host, by_rows, back)
     out = torch.empty_like(x)
     if not back:
-        code(x, c, out, *sizes)
+        code(x, c, out, *sizes, threads)
         return out
     parts = FORMS[equation].parts
     sums = c.new_empty((parts, batch, rows) if by_rows else (batch, -(-rows // CHUNK), parts, n))
-    code(*inputs, c, out, sums, *sizes)
+    code(*inputs, c, out, sums, *sizes, threads)
     return out, sums if by_rows else sums.sum(1).transpose(0, 1)

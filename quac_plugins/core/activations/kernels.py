@@ -49,9 +49,13 @@ def use_fused(equation: Any, x: Tensor) -> bool:
         return False
     if choice == "fused":
         return True
-    # subclasses and transforms (fake tensors, fx proxies, vmap, grad) see the plain expression
-    plain = type(x) in (Tensor, nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-    return plain and x.device.type in ("cpu", "cuda") and x.numel() >= MIN_NUMBERS
+    # subclasses and transforms see the plain expression
+    return _is_plain(x) and x.device.type in ("cpu", "cuda") and x.numel() >= MIN_NUMBERS
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Neither fake, nor a proxy, nor inside vmap or grad."""
+    return type(x) in (Tensor, nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def fused(
@@ -82,7 +86,10 @@ def fused(
     batch, channels = x.shape[0], x.shape[channel_dim]
     wide = _COMPUTED[x.dtype]
     rows = [_rows(p, x, channel_dim).to(wide).expand(batch, channels) for p in parameters]
-    return torch.ops.quac_plugins.activate(x, torch.stack(rows, 1), equation.__name__, channel_dim, list(start), host)
+    theta = torch.stack(rows, 1)
+    if not torch.compiler.is_compiling() and _is_plain(x) and not torch._C._len_torch_dispatch_stack():
+        return _Activate.apply(x, theta, equation.__name__, channel_dim, start, host)
+    return torch.ops.quac_plugins.activate(x, theta, equation.__name__, channel_dim, list(start), host)
 
 
 _COMPUTED = {
@@ -121,11 +128,6 @@ def _flat(x: Tensor, channel_dim: int) -> Tensor:
         return x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
     last = x.permute(0, 2, 3, 1) if channel_dim % x.ndim == 1 and x.ndim == 4 else x
     return last.reshape(x.shape[0], math.prod(last.shape[1:-1]), last.shape[-1])
-
-
-def _coefficients(equation: str, theta: Tensor) -> Tensor:
-    """(K, B, C) of θ (B, P, C)."""
-    return torch.stack(FORMS[equation].coefficients(*theta.detach().unbind(1)))
 
 
 # -- the expression, over flat forms
@@ -183,21 +185,26 @@ def _compiled(name: str, dtype: torch.dtype, neutral: tuple[float, ...], host: s
 
 
 def _run(
-    inputs: tuple[Tensor, ...], c: Tensor, equation: str, start: tuple[float, ...], host: str, by_rows: bool
+    inputs: tuple[Tensor, ...], theta: Tensor, equation: str, channel_dim: int, start: tuple[float, ...], host: str
 ) -> Any:
-    """y of inputs (x,), or the gradient of x and the sums (parts, B, C) of inputs (grad, x); all of them flat."""
-    x, back = inputs[-1], len(inputs) == 2
-    neutral = neutral_of(equation, start)
-    own, compiled = _compiled(equation, x.dtype, neutral, host, by_rows, back)
-    columns = [part.unsqueeze(2 if by_rows else 1) for part in c]
+    """y of dense inputs (x,), or the gradient of x and the sums (parts, B, C) of dense inputs (grad, x)."""
+    x, back, neutral = inputs[-1], len(inputs) == 2, neutral_of(equation, start)
+    by_rows = _as_rows(x, channel_dim)
+    flat = [_flat(t, channel_dim) for t in inputs]
+    c = torch.stack(FORMS[equation].coefficients(*theta.detach().unbind(1)))
 
-    def run() -> Any:
-        if x.device.type == "cpu":
-            return cpu.run(inputs, c, equation, neutral, host, by_rows)
-        return compiled(*inputs, *columns)
+    def one_by_one(compiled: bool = False) -> Any:
+        loop = _compiled(equation, x.dtype, neutral, host, by_rows, back)[compiled]
+        found = loop(*flat, *(part.unsqueeze(2 if by_rows else 1) for part in c))
+        return (_like(x, found[0], channel_dim), found[1]) if back else _like(x, found, channel_dim)
+
+    def fast() -> Any:
+        if x.device.type == "cpu":  # x's own shape: a view would be held twice, and not added to in place
+            return cpu.run(inputs, flat[0].shape, c, equation, neutral, host, by_rows)
+        return one_by_one(compiled=True)
 
     with torch.no_grad():
-        return compiled_or(x.device.type, "fused activations", run, lambda: own(*inputs, *columns))
+        return compiled_or(x.device.type, "fused activations", fast, one_by_one)
 
 
 # -- the operators
@@ -227,10 +234,11 @@ _OPTIONS = "str equation, int channel_dim, float[] start, str host"  # torch 2.6
 )
 def activate(x: Tensor, theta: Tensor, equation: str, channel_dim: int, start: list[float], host: str) -> Tensor:
     """f(x; θ) of an equation by its name, θ (B, P, C); see :func:`fused`."""
-    x = _dense(x.detach(), channel_dim)
-    c = _coefficients(equation, theta)
-    y = _run((_flat(x, channel_dim),), c, equation, tuple(start), host, _as_rows(x, channel_dim))
-    return _like(x, y, channel_dim)
+    return _activate(x, theta, equation, channel_dim, tuple(start), host)
+
+
+def _activate(x: Tensor, theta: Tensor, equation: str, channel_dim: int, start: tuple[float, ...], host: str) -> Tensor:
+    return _run((_dense(x.detach(), channel_dim),), theta, equation, channel_dim, start, host)
 
 
 @activate.register_fake
@@ -247,14 +255,17 @@ def activate_backward(
     grad: Tensor, x: Tensor, theta: Tensor, equation: str, channel_dim: int, start: list[float], host: str
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and θ."""
+    return _activate_backward(grad, x, theta, equation, channel_dim, tuple(start), host)
+
+
+def _activate_backward(
+    grad: Tensor, x: Tensor, theta: Tensor, equation: str, channel_dim: int, start: tuple[float, ...], host: str
+) -> tuple[Tensor, Tensor]:
     x = _dense(x.detach(), channel_dim)
     last = _channels_last(x)
     grad = grad.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-    c, by_rows = _coefficients(equation, theta), _as_rows(x, channel_dim)
-    flat = tuple(_flat(t, channel_dim) for t in (grad, x))
-    by_x, sums = _run(flat, c, equation, tuple(start), host, by_rows)
-    by_theta = FORMS[equation].gather(tuple(sums), theta.detach().unbind(1))
-    return _like(x, by_x, channel_dim), torch.stack(by_theta, 1)
+    by_x, sums = _run((grad, x), theta, equation, channel_dim, start, host)
+    return by_x, torch.stack(FORMS[equation].gather(tuple(sums), theta.detach().unbind(1)), 1)
 
 
 @activate_backward.register_fake
@@ -262,6 +273,25 @@ def _(
     grad: Tensor, x: Tensor, theta: Tensor, equation: str, channel_dim: int, start: list[float], host: str
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(_dense(x, channel_dim)), torch.empty_like(theta, memory_format=torch.contiguous_format)
+
+
+class _Activate(torch.autograd.Function):
+    """The operator without its dispatcher, which takes 0.1 ms and keeps hold of the gradient of x.
+
+    What nobody holds, autograd adds the gradient of the driver to in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, theta: Tensor, *options: Any) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, theta)
+        ctx.options = options
+        return _activate(x, theta, *options)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        differentiable = torch.is_grad_enabled()  # to be differentiated once more
+        gradients = _plain_backward if differentiable else _activate_backward
+        return (*gradients(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
