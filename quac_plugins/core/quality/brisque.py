@@ -78,7 +78,12 @@ def brisque(images: Tensor) -> Tensor:
     """
     _check(images)
     ratios = _shape_ratios(images)
-    features = torch.cat([_two_scales(block, ratios) for block in _blocks(images)])
+    scales = [_two_scales(block, ratios.dtype) for block in _blocks(images)]
+    # fitted together: these are many small operations
+    parts = [
+        _features(torch.cat([sums for sums, _ in scale]), scale[0][1], ratios) for scale in zip(*scales, strict=True)
+    ]
+    features = torch.cat(parts, dim=1)
     return features.to(torch.float64 if images.dtype == torch.float64 else torch.float32)
 
 
@@ -112,9 +117,10 @@ def _blocks(images: Tensor) -> tuple[Tensor, ...]:
     return images.split(max(1, _BLOCK_PIXELS // (images.shape[2] * images.shape[3])))
 
 
-def _two_scales(images: Tensor, ratios: Tensor) -> Tensor:
+def _two_scales(images: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, int]]:
+    """Of the full and of half the size: sums (B, 5, 5), and how many pixels there are."""
     grey = _grey(images)
-    return torch.cat([_statistics(grey, ratios), _statistics(_halve(grey), ratios)], dim=1)
+    return [(_statistics(scale, dtype), scale.shape[-2] * scale.shape[-1]) for scale in (grey, _halve(grey))]
 
 
 def _wide(device: torch.device) -> torch.dtype:
@@ -247,17 +253,19 @@ def _shape_ratios(like: Tensor) -> Tensor:
     return (2.0 * torch.lgamma(2.0 * inverse) - torch.lgamma(inverse) - torch.lgamma(3.0 * inverse)).exp()
 
 
-def _statistics(grey: Tensor, ratios: Tensor) -> Tensor:
-    """The 18 features of one scale; (B, 18), in the dtype of ``ratios``."""
-    height, width = grey.shape[-2:]
+def _statistics(grey: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums (B, 5, 5) of the normalized coefficients and of their products with four neighbours."""
     if _in_one_pass(grey):
-        sums = compiled_or(
-            "cpu", "BRISQUE", lambda: coefficients_and_sums(grey, _WINDOW, _C)[1], lambda: _all_sums(grey, ratios.dtype)
+        return compiled_or(
+            "cpu", "BRISQUE", lambda: coefficients_and_sums(grey, _WINDOW, _C)[1], lambda: _all_sums(grey, dtype)
         )
-    else:
-        sums = _all_sums(grey, ratios.dtype)
+    return _all_sums(grey, dtype)
+
+
+def _features(sums: Tensor, pixels: int, ratios: Tensor) -> Tensor:
+    """The 18 features of one scale; (B, 18), in the dtype of ``ratios``."""
     # products over the border count as zeros: each mean is over all pixels
-    shape, mean, left, right_ = _fit(sums, height * width, ratios)
+    shape, mean, left, right_ = _fit(sums, pixels, ratios)
     first = torch.stack([shape[:, 0], (left[:, 0] + right_[:, 0]) / 2], dim=1)
     rest = torch.stack([shape[:, 1:], mean[:, 1:], left[:, 1:], right_[:, 1:]], dim=2)
     return torch.cat([first, rest.flatten(1)], dim=1)
@@ -276,7 +284,7 @@ def _in_one_pass(grey: Tensor) -> bool:
 
 
 def _all_sums(grey: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums (B, 5, 5) of the normalized coefficients and of their products with four neighbours."""
+    """The same, operation by operation."""
     y = _normalized(grey)
     height, width = y.shape[-2:]
     sums = [_sums(y, dtype)]
