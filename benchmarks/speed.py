@@ -271,14 +271,15 @@ def scale(args: argparse.Namespace) -> list[dict[str, Any]]:
 def plot(rows: list[dict[str, Any]]) -> None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    for axes, axis in zip(figure.subplots(1, 3), ("batch", "side", "sites"), strict=True):
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    for column, axis in zip(figure.subplots(2, 3).T, ("batch", "side", "sites"), strict=True):
         found = [row for row in rows if row["what"].startswith(axis)]
         at = [int(row["what"].split()[1]) ** (2 if axis == "side" else 1) for row in found]
-        for key in ("host, ms", "ours, ms"):
-            axes.plot(at, [row[key] for row in found], marker="o", label=key)
-        axes.set(xlabel="pixels" if axis == "side" else axis, ylim=(0, None), xlim=(0, None))
-        axes.legend()
+        for axes, keys in zip(column, (("host, ms", "ours, ms"), ("kept, MB",)), strict=True):
+            for key in keys:
+                axes.plot(at, [row[key] for row in found], marker="o", label=key)
+            axes.set(xlabel="pixels" if axis == "side" else axis, ylim=(0, None), xlim=(0, None))
+            axes.legend()
     figure.savefig(RESULTS / "speed_scale.png", dpi=100)
 
 
