@@ -87,6 +87,10 @@ def fused(
     wide = _COMPUTED[x.dtype]
     rows = [_rows(p, x, channel_dim).to(wide).expand(batch, channels) for p in parameters]
     theta = torch.stack(rows, 1)
+    if theta.device != x.device:  # kernels take addresses
+        raise RuntimeError(
+            f"x is on {x.device}, but the activation's parameters are on {theta.device}; move one of them"
+        )
     if not torch.compiler.is_compiling() and _is_plain(x) and not torch._C._len_torch_dispatch_stack():
         return _Activate.apply(x, theta, equation.__name__, channel_dim, start, host)
     return torch.ops.quac_plugins.activate(x, theta, equation.__name__, channel_dim, list(start), host)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from quac_plugins.core.activations import ACTIVATIONS, QACON, QPReLU
+from quac_plugins.core.activations import ACTIVATIONS, QACON, AconC, QPReLU
 from quac_plugins.core.activations.forms import FORMS, equation_of
 from quac_plugins.core.activations.kernels import MIN_NUMBERS, fused, use_fused
 from quac_plugins.core.native import kernels_choice
@@ -147,6 +147,22 @@ def test_graphs_may_hold_the_operator():
     torch.testing.assert_close(torch.export.export(Model(), (x,)).module()(x), expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert Model()(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.usefixtures("always")
+def test_parameters_elsewhere_are_an_error_and_no_crash():
+    site = AconC(4).to("meta")
+    with pytest.raises(RuntimeError, match="x is on cpu, but the activation's parameters are on meta"):
+        site(torch.randn(2, 4, 3, 3))
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (2, 4, 0, 3)])
+def test_nothing_is_activated_to_nothing(shape):
+    x = torch.randn(shape, requires_grad=True)
+    y = AconC(4)(x)
+    assert y.shape == shape
+    y.sum().backward()
 
 
 def test_threads_get_the_same(always):
