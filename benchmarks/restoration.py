@@ -5,7 +5,7 @@
     python benchmarks/restoration.py --data DIR --steps 1000   # one short stage alone: under ten minutes of a core each
 
 DIR holds train/ and val/ with clean photographs; by default QUAC_DATA/bsds. Each training is
-``examples/train_restoration.py``, once with its defaults and twice more from there; runs go on if interrupted.
+``examples/train_restoration.py``, once with its defaults and three times from there; runs go on if interrupted.
 Judged is the middle 192×192 of every photograph of val/, degraded by each kind that was trained on: with one step at
 severities 1, 3 and 5, and with ten at severity 3. Writes benchmarks/results/restoration.{json,md}, with --steps
 restoration_STEPS.{json,md}.
@@ -35,7 +35,8 @@ NAME = "restoration_qacon.bsds"
 STAGES = {
     "-first": ("--steps", 2500),
     "-second": ("--steps", 2800, "--lr", 5e-4, "--patch", 48, "--batch-size", 16),
-    "": ("--steps", 700, "--lr", 3e-4, "--patch", 48, "--batch-size", 16, "--loss", "psnr"),
+    "-third": ("--steps", 700, "--lr", 3e-4, "--patch", 48, "--batch-size", 16, "--loss", "psnr"),
+    "": ("--steps", 350, "--lr", 2e-4, "--patch", 48, "--batch-size", 16, "--loss", "psnr"),
 }
 MOST = 6_000_000  # bytes that an embedded pipeline may have
 
