@@ -1,6 +1,6 @@
 """A restoration pipeline with Q-ACON, with meta-ACON, and as diffusers has it (SiLU): PSNR and SSIM, three seeds.
 
-    python benchmarks/restoration.py --data DIR                # nine trainings of 25 to 45 minutes of one core
+    python benchmarks/restoration.py --data DIR                # nine trainings of about an hour of one core
     python benchmarks/restoration.py --data DIR --publish      # and the best seed of Q-ACON into hub/ and the registry
     python benchmarks/restoration.py --data DIR --steps 1000   # one short stage alone: under ten minutes of a core each
 
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("restoration-work"), help="checkpoints, pipelines, scores")
-    parser.add_argument("--steps", type=int, help="one stage of so many steps, instead of all three")
+    parser.add_argument("--steps", type=int, help="one stage of so many steps, instead of all four")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--publish", action="store_true", help="write hub/ and registry/diffusers.toml")
     args = parser.parse_args()

@@ -206,7 +206,7 @@ def models(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def evaluation(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Milliseconds an image, of the 15 corruptions in turn: all of it, the network alone, the corruptions alone."""
+    """Milliseconds an image, of the 15 corruptions in turn: all of it, and what is spent inside the network."""
     from quac_plugins.evaluate import evaluate
 
     rows = []

@@ -2,7 +2,7 @@
 
 Where the numbers of a channel do not lie together (channels_last, tokens), torch.compile makes four passes of backward,
 one for each sum; these kernels make one. They are called without a graph's guards, which matters on small maps. x is
-(R, n) in rows, with a number of each coefficient for a row, or (B, M, C) in columns, with one for each b and c.
+(B, C, N) in rows, with a number of each coefficient for a row, or (B, N, C) in columns, with one for each b and c.
 """
 
 from __future__ import annotations

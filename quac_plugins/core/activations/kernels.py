@@ -287,29 +287,28 @@ class _Activate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, theta: Tensor, *options: Any) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(x, theta)
-        ctx.options = options
+        _keep(ctx, (x, theta, *options), None)
         return _activate(x, theta, *options)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        differentiable = torch.is_grad_enabled()  # to be differentiated once more
-        gradients = _plain_backward if differentiable else _activate_backward
-        return (*gradients(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None)
+        return _differentiated(ctx, grad, _activate_backward)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, theta, *ctx.options = inputs
     ctx.save_for_backward(x, theta)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x, theta = ctx.saved_tensors
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated once more
-        by_x, by_theta = _plain_backward(grad, x, theta, *ctx.options)
-    else:
-        by_x, by_theta = torch.ops.quac_plugins.activate_backward(grad, x, theta, *ctx.options)
-    return by_x, by_theta, None, None, None, None
+    return _differentiated(ctx, grad, torch.ops.quac_plugins.activate_backward)
+
+
+def _differentiated(ctx: Any, grad: Tensor, once: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Any, ...]:
+    """The gradients by ``once``, or by the plain expression where they are to be differentiated again."""
+    again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    gradients = _plain_backward if again else once
+    return (*gradients(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None)
 
 
 def _plain_backward(

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quac_plugins.core.native import compiled_or, kernels_choice
-from quac_plugins.core.quality.brisque_cpu import coefficients_and_sums
+from quac_plugins.core.quality.brisque_cpu import sums_of
 from quac_plugins.core.quality.table import quality_function
 
 # Luminance of 8-bit RGB in fixed point, 15 bits after the point (Rec. 601). Sums stay below 2^24: exact in float32.
@@ -256,9 +256,7 @@ def _shape_ratios(like: Tensor) -> Tensor:
 def _statistics(grey: Tensor, dtype: torch.dtype) -> Tensor:
     """Sums (B, 5, 5) of the normalized coefficients and of their products with four neighbours."""
     if _in_one_pass(grey):
-        return compiled_or(
-            "cpu", "BRISQUE", lambda: coefficients_and_sums(grey, _WINDOW, _C)[1], lambda: _all_sums(grey, dtype)
-        )
+        return compiled_or("cpu", "BRISQUE", lambda: sums_of(grey, _WINDOW, _C), lambda: _all_sums(grey, dtype))
     return _all_sums(grey, dtype)
 
 

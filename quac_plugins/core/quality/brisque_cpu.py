@@ -128,14 +128,14 @@ def _kernel(window: tuple[float, ...], contrast: float) -> Callable[..., None]:
     return load([*tensors, *(f"const int64_t {name}" for name in ("batch", "height", "width", "threads"))], source)
 
 
-def coefficients_and_sums(grey: Tensor, window: tuple[float, ...], contrast: float) -> tuple[Tensor, Tensor]:
-    """Of luminance (B, H, W) float32: normalized coefficients (B, H, W), and sums (B, 5, 5) in float64.
+def sums_of(grey: Tensor, window: tuple[float, ...], contrast: float) -> Tensor:
+    """Sums (B, 5, 5) in float64 of luminance (B, H, W) float32.
 
-    The sums are those of :func:`quac_plugins.core.quality.brisque._sums`, of the coefficients and of their products
-    with the neighbours H, V, D1, D2.
+    They are those of :func:`quac_plugins.core.quality.brisque._sums`, of the normalized coefficients and of their
+    products with the neighbours H, V, D1, D2.
     """
     batch, height, width = grey.shape
     grey = grey.detach().contiguous()
     y, sums = torch.empty_like(grey), grey.new_empty((batch, -(-height // CHUNK), 5, 5), dtype=torch.float64)
     _kernel(window, contrast)(grey, y, sums, batch, height, width, torch.get_num_threads())
-    return y, sums.sum(1)
+    return sums.sum(1)
