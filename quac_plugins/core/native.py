@@ -57,7 +57,8 @@ def compiled_or(kind: str, what: str, compiled: Callable[[], Any], plain: Callab
             raise
         except Exception as error:  # whatever a machine without a compiler raises
             broken.add(kind)
-            reason = (str(error).strip().splitlines() or [""])[0]
+            lines = str(error).strip().splitlines() or [""]
+            reason = next((line for line in lines if "error:" in line), lines[0])
             warnings.warn(
                 f"{what} could not be compiled and run uncompiled, several times slower (is a C++ compiler "
                 f"installed?): {type(error).__name__}: {reason}",

@@ -35,7 +35,25 @@ using T = {stored};
 using S = {computed};
 using V = at::vec::Vectorized<S>;
 constexpr int64_t W = V::size(), COEFFICIENTS = {coefficients}, PARTS = {parts}, BLOCK = 512, CHUNK = {chunk};
+constexpr int64_t UNROLL = 4;  // chains that do not wait for one another
 constexpr bool CONVERT = !std::is_same_v<T, S>;
+
+// without a call, as that of V::exp() would be, which empties the registers: 2 ulp, by Cody and Waite's reduction
+template <class U, class V = at::vec::Vectorized<U>> static inline V fast_exp(const at::vec::Vectorized<U>& x) {{
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  if constexpr (std::is_same_v<U, float>) {{
+    V in = at::vec::minimum(at::vec::maximum(x, V(-88.f)), V(89.f));  // NaN stays
+    V n = (in * V(1.44269504088896341f)).round();
+    V r = at::vec::fmadd(n, V(-1.42860677e-06f), at::vec::fmadd(n, V(-0.693145752f), in));
+    V p = at::vec::fmadd(V(1.f / 720), r, V(1.f / 120));
+    p = at::vec::fmadd(at::vec::fmadd(p, r, V(1.f / 24)), r, V(1.f / 6));
+    p = at::vec::fmadd(at::vec::fmadd(p, r, V(0.5f)) * r, r, r) + V(1.f);
+    using I = at::vec::Vectorized<int32_t>;  // 2^n; of 128 it is infinity, of -127 zero
+    return p * at::vec::cast<float>((at::vec::convert_to_int_of_same_size(n) + I(127)) << I(23));
+  }}
+#endif
+  return x.exp();
+}}
 
 // y = host(x) + x (A(x) - A0(x)), or x A(x)
 static inline V gate(const V& x, const V* c) {{ return {gate_code}; }}
@@ -52,6 +70,14 @@ template <bool ROWS> static inline void forward(const S* x, const S* coef, int64
   V c[COEFFICIENTS];
   if (ROWS) pick<ROWS>(coef, stride, 0, W, c);
   int64_t i = 0;
+  for (; i + UNROLL * W <= n; i += UNROLL * W) {{
+    V found[UNROLL];
+    for (int64_t u = 0; u < UNROLL; ++u) {{
+      if (!ROWS) pick<ROWS>(coef, stride, i + u * W, W, c);
+      found[u] = value(V::loadu(x + i + u * W), c);
+    }}
+    for (int64_t u = 0; u < UNROLL; ++u) found[u].store(y + i + u * W);
+  }}
   for (; i + W <= n; i += W) {{
     if (!ROWS) pick<ROWS>(coef, stride, i, W, c);
     value(V::loadu(x + i), c).store(y + i);

@@ -29,7 +29,7 @@ class Form:
         partials: ∂y/∂x of x and c, and the parts that times ∂L/∂y are to be summed over all but batch and channels.
         gather: ∂L/∂θ of these sums and θ.
         parts: how many parts there are.
-        gate_code: C++ expression of A; ``x`` and ``c[0]``, ``c[1]``, … are vectors of the type V.
+        gate_code: C++ expression of A, with ``fast_exp``; ``x`` and ``c[0]``, ``c[1]``, … are vectors of the type V.
         partials_code: C++ statements that set ``slope`` and ``part[0]``, ….
     """
 
@@ -50,7 +50,7 @@ def _gate_and_slope(x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return g, s, g - t * s
 
 
-_GATE_AND_SLOPE = "V t = {c} * x, g = V(1) / (V(1) + t.exp()), s = g - g * g, w = g - t * s;"
+_GATE_AND_SLOPE = "V t = {c} * x, g = V(1) / (V(1) + fast_exp(t)), s = g - g * g, w = g - t * s;"
 
 
 def _acon(x: Tensor, a: Tensor, p2: Tensor, c: Tensor) -> tuple[Tensor, Tensors]:
@@ -82,7 +82,7 @@ FORMS: dict[str, Form] = {
         partials=_acon,
         gather=lambda sums, theta: (sums[1], sums[0] - sums[1], (theta[0] - theta[1]) ** 2 * sums[2]),
         parts=3,
-        gate_code="c[0] / (V(1) + (c[2] * x).exp()) + c[1]",
+        gate_code="c[0] / (V(1) + fast_exp(c[2] * x)) + c[1]",
         partials_code=_GATE_AND_SLOPE.format(c="c[2]")
         + "slope = c[0] * w + c[1]; part[0] = x; part[1] = x * w; part[2] = x * x * s;",
     ),
@@ -92,7 +92,7 @@ FORMS: dict[str, Form] = {
         partials=_swish,
         gather=lambda sums, theta: sums,
         parts=1,
-        gate_code="V(1) / (V(1) + (c[0] * x).exp())",
+        gate_code="V(1) / (V(1) + fast_exp(c[0] * x))",
         partials_code=_GATE_AND_SLOPE.format(c="c[0]") + "slope = w; part[0] = x * x * s;",
     ),
     "prelu": Form(
@@ -111,7 +111,7 @@ FORMS: dict[str, Form] = {
         gather=lambda sums, theta: sums,
         parts=1,
         gate_code=f"V(0.5) * (V(1) + (c[0] * x * V({math.sqrt(0.5)!r})).erf())",
-        partials_code=f"V z = c[0] * x, density = (V(-0.5) * z * z).exp() * V({1 / math.sqrt(2 * math.pi)!r}); "
+        partials_code=f"V z = c[0] * x, density = fast_exp(V(-0.5) * z * z) * V({1 / math.sqrt(2 * math.pi)!r}); "
         f"slope = V(0.5) * (V(1) + (z * V({math.sqrt(0.5)!r})).erf()) + z * density; part[0] = x * x * density;",
     ),
 }

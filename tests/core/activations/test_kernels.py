@@ -67,6 +67,29 @@ def test_half_precision_is_computed_in_float32(dtype, last):
 
 
 @pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize(("equation", "atol"), [("swish", 1e-35), ("gelu", 1e-6)])  # 1 + erf cancels
+def test_the_exponential_is_right_over_the_whole_range(equation, atol, last):
+    spread = torch.cat([torch.linspace(-95, 95, 8191), torch.logspace(-30, 18, 999), -torch.logspace(-30, 18, 999)])
+    x = torch.cat([spread, torch.tensor([0.0, -0.0])]).view(1, 1, -1, 1).repeat(1, 19, 1, 1)
+    x = (x.contiguous(memory_format=torch.channels_last) if last else x).requires_grad_()
+    p, wide = torch.ones(1, 19, 1, 1, requires_grad=True), x.detach().double().requires_grad_()
+    y, expected = fused(equation_of(equation), x, (p,)), equation_of(equation)(wide, p.double())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=atol)
+    found, truth = (torch.autograd.grad(t.sum(), [leaf, p]) for t, leaf in ((y, x), (expected, wide)))
+    torch.testing.assert_close(found[0].double(), truth[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1], truth[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_nan_and_infinity_are_as_in_the_expression(last):
+    x = torch.tensor([float("nan"), float("inf"), 1.0, -2.0]).view(2, 2, 1, 1).repeat(1, 20, 1, 5)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    p = torch.tensor([1.0, 0.25, 1.0]).view(3, 1, 1, 1, 1).unbind(0)
+    p = tuple(t.expand(1, 40, 1, 1) for t in p)
+    torch.testing.assert_close(fused(equation_of("acon"), x, p), equation_of("acon")(x, *p), equal_nan=True)
+
+
+@pytest.mark.parametrize("last", [False, True])
 def test_sums_do_not_depend_on_the_number_of_threads(last):
     x, parameters = case("acon", (2, 40, 31, 29), 1, last, torch.float32)
     threads, found = torch.get_num_threads(), []
