@@ -70,6 +70,7 @@ class QACON(DrivenActivation):
     """
 
     name = "qacon"
+    learned = ("p1", "p2")
     numbers = 1
     neutral = (1.0, 0.0, 1.0)
     needs_quality = True
@@ -89,11 +90,6 @@ class QACON(DrivenActivation):
         super().__init__(channels, quality_channels, reduction, norm, channel_dim, init, host, expand_q)
         self.p1, self.p2 = _slopes(self)
 
-    def values(self, x: Tensor, q: Tensor | None) -> tuple[Tensor, ...]:
-        """p1, p2 as learned, β from the driver."""
-        (beta,) = self.drive(x, q)
-        return self.shaped(self.p1, x), self.shaped(self.p2, x), beta
-
 
 class MetaACON(DrivenActivation):
     """Meta-ACON: ACON whose β comes from the features, β = σ(BN2(W2 BN1(W1 GAP(x)))).
@@ -111,6 +107,7 @@ class MetaACON(DrivenActivation):
     """
 
     name = "meta_acon"
+    learned = ("p1", "p2")
     numbers = 1
     neutral = (1.0, 0.0, 0.5)
     equation = staticmethod(reference.acon)
@@ -128,19 +125,10 @@ class MetaACON(DrivenActivation):
         self.p1, self.p2 = _slopes(self)
 
     def _build_head(self, width: int) -> None:
-        pass  # β is h itself
+        return None  # β is h itself
 
     def _preserve_head(self) -> None:
         """β = σ(0) = 0.5 exactly, by a last affine of zeros, which has a gradient at once."""
         last = self.fc2 if isinstance(self.bn2, nn.Identity) else self.bn2
         for parameter in last.parameters():
             nn.init.zeros_(parameter)
-
-    def head(self, h: Tensor) -> Tensor:
-        """β = h."""
-        return h
-
-    def values(self, x: Tensor, q: Tensor | None) -> tuple[Tensor, ...]:
-        """p1, p2 as learned, β from the driver."""
-        (beta,) = self.drive(x, q)
-        return self.shaped(self.p1, x), self.shaped(self.p2, x), beta

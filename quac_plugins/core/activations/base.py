@@ -106,10 +106,10 @@ class ChannelActivation(nn.Module):
             Shape and dtype of x.
         """
         self._check(x)
-        values = self.values(x, q)
         if use_fused(type(self).equation, x):
-            y = self._fused(x, values)
+            y = self._fused(x, q)
         else:
+            values = self.values(x, q)
             y = self.equation(x, *values)
             if self.host is not None:
                 start = [torch.full((1,), value, dtype=torch.float32, device=x.device) for value in self.neutral]
@@ -118,13 +118,15 @@ class ChannelActivation(nn.Module):
             self.context.mark(y)
         return y
 
-    def _fused(self, x: Tensor, values: tuple[Tensor, ...]) -> Tensor:
-        equation = type(self).equation
+    def _fused(self, x: Tensor, q: Tensor | None) -> Tensor:
         if self.host is None:
-            return fused(equation, x, values, self.channel_dim)
+            return self._kernel(x, q, (), "")
         inside = HOSTS.get(type(self.host), "")
-        y = fused(equation, x, values, self.channel_dim, self.neutral, inside)
+        y = self._kernel(x, q, self.neutral, inside)
         return y if inside else self.host(x) + y
+
+    def _kernel(self, x: Tensor, q: Tensor | None, start: tuple[float, ...], host: str) -> Tensor:
+        return fused(type(self).equation, x, self.values(x, q), self.channel_dim, start, host)
 
     def shaped(self, parameter: Tensor, x: Tensor) -> Tensor:
         """A (1, C, 1, 1) parameter, shaped to broadcast along the channels of x."""

@@ -15,45 +15,15 @@ import torch
 from torch import Tensor
 
 from quac_plugins.core.activations.forms import FORMS
+from quac_plugins.core.activations.vectors import TYPES, prelude
 from quac_plugins.core.native import load
 
 CHUNK = 64
 """Rows of x whose sums one task makes; a constant, so that the sums do not depend on the number of threads."""
 _ALONE = 1 << 15  # numbers below which one thread does it
-_TYPES = {
-    torch.float32: ("float", "float"), torch.float64: ("double", "double"),
-    torch.float16: ("at::Half", "float"), torch.bfloat16: ("at::BFloat16", "float"),
-}  # fmt: skip
 
 _SOURCE = """
-#include <algorithm>
-#include <cstdint>
-#include <type_traits>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
-using T = {stored};
-using S = {computed};
-using V = at::vec::Vectorized<S>;
-constexpr int64_t W = V::size(), COEFFICIENTS = {coefficients}, PARTS = {parts}, BLOCK = 512, CHUNK = {chunk};
-constexpr int64_t UNROLL = 4;  // chains that do not wait for one another
-constexpr bool CONVERT = !std::is_same_v<T, S>;
-
-// without a call, as that of V::exp() would be, which empties the registers: 2 ulp, by Cody and Waite's reduction
-template <class U, class V = at::vec::Vectorized<U>> static inline V fast_exp(const at::vec::Vectorized<U>& x) {{
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-  if constexpr (std::is_same_v<U, float>) {{
-    V in = at::vec::minimum(at::vec::maximum(x, V(-88.f)), V(89.f));  // NaN stays
-    V n = (in * V(1.44269504088896341f)).round();
-    V r = at::vec::fmadd(n, V(-1.42860677e-06f), at::vec::fmadd(n, V(-0.693145752f), in));
-    V p = at::vec::fmadd(V(1.f / 720), r, V(1.f / 120));
-    p = at::vec::fmadd(at::vec::fmadd(p, r, V(1.f / 24)), r, V(1.f / 6));
-    p = at::vec::fmadd(at::vec::fmadd(p, r, V(0.5f)) * r, r, r) + V(1.f);
-    using I = at::vec::Vectorized<int32_t>;  // 2^n; of 128 it is infinity, of -127 zero
-    return p * at::vec::cast<float>((at::vec::convert_to_int_of_same_size(n) + I(127)) << I(23));
-  }}
-#endif
-  return x.exp();
-}}
+constexpr int64_t COEFFICIENTS = {coefficients}, PARTS = {parts}, CHUNK = {chunk};
 
 // y = host(x) + x (A(x) - A0(x)), or x A(x)
 static inline V gate(const V& x, const V* c) {{ return {gate_code}; }}
@@ -187,7 +157,7 @@ def kernel(
     equation: str, dtype: torch.dtype, neutral: tuple[float, ...], host: str, by_rows: bool, back: bool
 ) -> Callable[..., None]:
     """A kernel, built at its first use and kept on disk by torch."""
-    form, (stored, computed) = FORMS[equation], _TYPES[dtype]
+    form, (stored, computed) = FORMS[equation], TYPES[dtype]
     constant = f"const V n[] = {{{', '.join(f'V({value!r})' for value in neutral)}}}; "
     own = _HOSTS[host]
     if neutral:
@@ -202,11 +172,11 @@ def kernel(
     tensors += [f"{stored}* by_x", f"{computed}* sums"] if back else [f"{stored}* y"]
     arguments = [*tensors, *(f"const int64_t {name}" for name in ("batch", "rows", "n", "threads"))]
     source = _SOURCE.format(
-        stored=stored, computed=computed, chunk=CHUNK, parts=form.parts, body=_BODIES[by_rows, back],
+        chunk=CHUNK, parts=form.parts, body=_BODIES[by_rows, back],
         coefficients=form.coefficients.__code__.co_argcount, gate_code=form.gate_code, value_code=value,
         partials_code=form.partials_code, derivative_code=derivative, arguments="{arguments}",
     )  # fmt: skip
-    return load(arguments, source)
+    return load(arguments, prelude(dtype) + source)
 
 
 def run(

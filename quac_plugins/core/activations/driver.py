@@ -8,11 +8,16 @@ dicts of the published modules load.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any, ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quac_plugins.core.activations import driver_cpu
 from quac_plugins.core.activations.base import ChannelActivation
+from quac_plugins.core.activations.kernels import at_once, by_coefficients
 from quac_plugins.core.activations.reference import global_average, per_channel
 from quac_plugins.core.precision import full_precision
 from quac_plugins.core.quality.context import QualityError
@@ -41,7 +46,7 @@ def _saturate(z: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _pointwise(layer: nn.Module, z: Tensor) -> Tensor:
     """A 1×1 convolution of (B, C); as a matrix product, since a convolution of one pixel takes five times as long."""
-    if type(layer) is nn.Conv2d and not layer._forward_hooks and not layer._forward_pre_hooks:
+    if type(layer) is nn.Conv2d and driver_cpu.unwatched(layer):
         return F.linear(z, layer.weight.flatten(1), layer.bias)
     return layer(z[:, :, None, None]).flatten(1)  # parametrized, adapted, quantized or watched
 
@@ -64,6 +69,15 @@ class DrivenActivation(ChannelActivation):
             lie together, as windows of an image do) or ``"tile"`` (the batch is repeated whole, as classifier-free
             guidance does).
     """
+
+    learned: ClassVar[tuple[str, ...]] = ()
+    """Names of the parameters that come before the driven ones in the equation."""
+    _as_here: ClassVar[bool] = False  # whether a class drives its numbers as this one does
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = ("values", "drive", "hidden", "head")
+        cls._as_here = all(getattr(cls, name) is getattr(DrivenActivation, name) for name in own)
 
     def __init__(
         self,
@@ -91,15 +105,17 @@ class DrivenActivation(ChannelActivation):
         self.bn1 = make_norm(norm, hidden)
         self.fc2 = nn.Conv2d(hidden, width, 1)
         self.bn2 = make_norm(norm, width)
-        self._build_head(width)
+        self.fc3: nn.Module | None = self._build_head(width)
         if init == "preserve":
             self._preserve_head()
 
-    def _build_head(self, width: int) -> None:
-        self.fc3 = nn.Conv2d(width, self.numbers * self.channels, 1)
+    def _build_head(self, width: int) -> nn.Module | None:
+        """fc3, or None where the numbers are h itself."""
+        return nn.Conv2d(width, self.numbers * self.channels, 1)
 
     def _preserve_head(self) -> None:
         """Weight 0 and bias θ⁰: the numbers are exactly θ⁰ whatever z is, and the weight has a gradient at once."""
+        assert isinstance(self.fc3, nn.Conv2d)
         assert self.fc3.bias is not None
         nn.init.zeros_(self.fc3.weight)
         driven = self.neutral[len(self.neutral) - self.numbers :]
@@ -107,6 +123,21 @@ class DrivenActivation(ChannelActivation):
             self.fc3.bias.view(self.numbers, self.channels).copy_(
                 self.fc3.bias.new_tensor(driven).unsqueeze(1).expand(-1, self.channels)
             )
+
+    def values(self, x: Tensor, q: Tensor | None) -> tuple[Tensor, ...]:
+        """The learned parameters, then those from the driver."""
+        driven = self.drive(x, q)
+        return (*(self.shaped(getattr(self, name), x) for name in self.learned), *driven)
+
+    def _kernel(self, x: Tensor, q: Tensor | None, start: tuple[float, ...], host: str) -> Tensor:
+        if self._as_here and at_once(x):
+            q = self.quality_for(x, q) if self.quality_channels else None
+            y = by_coefficients(
+                type(self).equation, x, partial(driver_cpu.coefficients, self, q), self.channel_dim, start, host
+            )
+            if y is not None:
+                return y
+        return super()._kernel(x, q, start, host)
 
     def hidden(self, z: Tensor) -> Tensor:
         """h = σ(norm2(fc2 norm1(fc1 z))) of z (B, C + Q), (B, C + Q)."""
@@ -132,7 +163,7 @@ class DrivenActivation(ChannelActivation):
 
     def head(self, h: Tensor) -> Tensor:
         """The numbers of h, (B, numbers·C)."""
-        return _pointwise(self.fc3, h)
+        return h if self.fc3 is None else _pointwise(self.fc3, h)
 
     def quality_for(self, x: Tensor, q: Tensor | None) -> Tensor:
         """The given q or the tap's, checked and with one row for every row of x: (B, Q)."""
@@ -168,7 +199,3 @@ class QualityDriven(DrivenActivation):
 
     numbers = 1
     needs_quality = True
-
-    def values(self, x: Tensor, q: Tensor | None) -> tuple[Tensor, ...]:
-        """Everything from the driver."""
-        return self.drive(x, q)

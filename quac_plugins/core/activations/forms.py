@@ -25,6 +25,7 @@ class Form:
 
     Attributes:
         coefficients: c of θ.
+        coefficients_code: the same in C++, of numbers ``t[0]``, ``t[1]``, …, comma-separated.
         gate: A of x and c.
         partials: ∂y/∂x of x and c, and the parts that times ∂L/∂y are to be summed over all but batch and channels.
         gather: ∂L/∂θ of these sums and θ.
@@ -34,6 +35,7 @@ class Form:
     """
 
     coefficients: Callable[..., Tensors]
+    coefficients_code: str
     gate: Callable[..., Tensor]
     partials: Callable[..., tuple[Tensor, Tensors]]
     gather: Callable[[Tensors, Tensors], Tensors]
@@ -78,6 +80,7 @@ FORMS: dict[str, Form] = {
     # with c = −β (p1 − p2), so that a number costs one multiplication before the exponential
     "acon": Form(
         coefficients=lambda p1, p2, beta: (p1 - p2, p2, beta * (p2 - p1)),
+        coefficients_code="t[0] - t[1], t[1], t[2] * (t[1] - t[0])",
         gate=lambda x, a, p2, c: a / (1 + torch.exp(c * x)) + p2,
         partials=_acon,
         gather=lambda sums, theta: (sums[1], sums[0] - sums[1], (theta[0] - theta[1]) ** 2 * sums[2]),
@@ -88,6 +91,7 @@ FORMS: dict[str, Form] = {
     ),
     "swish": Form(
         coefficients=lambda beta: (-beta,),
+        coefficients_code="-t[0]",
         gate=lambda x, c: 1 / (1 + torch.exp(c * x)),
         partials=_swish,
         gather=lambda sums, theta: sums,
@@ -97,6 +101,7 @@ FORMS: dict[str, Form] = {
     ),
     "prelu": Form(
         coefficients=lambda slope: (slope,),
+        coefficients_code="t[0]",
         gate=lambda x, slope: torch.where(x >= 0, 1.0, slope),
         partials=_prelu,
         gather=lambda sums, theta: sums,
@@ -106,6 +111,7 @@ FORMS: dict[str, Form] = {
     ),
     "gelu": Form(
         coefficients=lambda beta: (beta,),
+        coefficients_code="t[0]",
         gate=lambda x, beta: 0.5 * (1 + torch.erf(beta * x * math.sqrt(0.5))),
         partials=_gelu,
         gather=lambda sums, theta: sums,

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -91,9 +91,48 @@ def fused(
         raise RuntimeError(
             f"x is on {x.device}, but the activation's parameters are on {theta.device}; move one of them"
         )
-    if not torch.compiler.is_compiling() and _is_plain(x) and not torch._C._len_torch_dispatch_stack():
+    if _is_eager(x):
         return _Activate.apply(x, theta, equation.__name__, channel_dim, start, host)
     return torch.ops.quac_plugins.activate(x, theta, equation.__name__, channel_dim, list(start), host)
+
+
+def at_once(x: Tensor) -> bool:
+    """Whether :func:`by_coefficients` may compute the activation of x: on a CPU, without gradients."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and _is_eager(x)
+
+
+def _is_eager(x: Tensor) -> bool:
+    """Neither compiled nor seen by a mode or a transform, be it of the parameters alone."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return not torch.compiler.is_compiling() and _is_plain(x) and not torch._C._len_torch_dispatch_stack()
+
+
+def by_coefficients(
+    equation: Callable[..., Tensor],
+    x: Tensor,
+    find: Callable[[Tensor, Sequence[int], bool], Tensor | None],
+    channel_dim: int,
+    start: tuple[float, ...],
+    host: str,
+) -> Tensor | None:
+    """As :func:`fused`, without gradients, on a CPU, from the coefficients (K, B, C) themselves.
+
+    Args:
+        find: of x without gaps, its sizes as rows or columns, and which of the two, the coefficients, or None: then the
+            result is None, as it is without a compiler.
+    """
+    x, neutral = _dense(x, channel_dim), neutral_of(equation.__name__, start)
+    by_rows = _as_rows(x, channel_dim)
+    batch, channels = x.shape[0], x.shape[channel_dim]
+    pixels = x.numel() // max(batch * channels, 1)
+    sizes = (batch, channels, pixels) if by_rows else (batch, pixels, channels)
+
+    def both() -> Tensor | None:
+        c = find(x, sizes, by_rows)
+        return None if c is None else cpu.run((x,), sizes, c, equation.__name__, neutral, host, by_rows)
+
+    return compiled_or("cpu", "fused activations", both, lambda: None)
 
 
 _COMPUTED = {

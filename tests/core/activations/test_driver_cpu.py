@@ -1,0 +1,192 @@
+"""The driver in one call: the numbers and the statistics of the driver operation by operation."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from quac_plugins.core.activations import ACTIVATIONS, QACON, MetaACON, driver_cpu
+from quac_plugins.core.activations.driver import NORMS, DrivenActivation
+
+pytestmark = pytest.mark.filterwarnings("error:fused activations could not be compiled")
+
+DRIVEN = sorted(name for name, kind in ACTIVATIONS.items() if issubclass(kind, DrivenActivation))
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """What each call returned."""
+    results, real = [], driver_cpu.coefficients
+    monkeypatch.setattr(driver_cpu, "coefficients", lambda *args: results.append(real(*args)) or results[-1])
+    return results
+
+
+def both(monkeypatch, site, *inputs):
+    """By the kernels, and operation by operation; with the states that they leave."""
+    outputs = []
+    for choice in ("fused", "reference"):
+        monkeypatch.setenv("QUAC_KERNELS", choice)
+        own = copy.deepcopy(site)
+        with torch.no_grad():
+            outputs.append((own(*inputs), own.state_dict()))
+    return outputs
+
+
+def site_of(name, norm="batch", init="paper", **options):
+    torch.manual_seed(0)
+    host = nn.ReLU() if init == "preserve" else None
+    site = ACTIVATIONS[name](19, norm=norm, init=init, host=host, **options)
+    for parameter in site.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return site
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", DRIVEN)
+def test_the_numbers_are_those_of_the_driver(name, norm, training, found, monkeypatch):
+    for init, dtype, layout in (
+        ("paper", torch.float32, "rows"), ("preserve", torch.float64, "last"), ("paper", torch.float64, "tokens"),
+    ):  # fmt: skip
+        site = site_of(name, norm, init, channel_dim=-1 if layout == "tokens" else 1).to(dtype).train(training)
+        x = torch.randn(5, 19, 33, 31, dtype=dtype)
+        x = x.flatten(2).transpose(1, 2) if layout == "tokens" else x
+        x = x.contiguous(memory_format=torch.channels_last) if layout == "last" else x
+        inputs = (x, torch.randn(5, 36)) if site.needs_quality else (x,)
+        (y, state), (expected, expected_state) = both(monkeypatch, site, *inputs)
+        tolerance = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(y, expected, **tolerance)
+        torch.testing.assert_close(state, expected_state, **tolerance)
+    assert len(found) == 3
+    assert all(c is not None for c in found)
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_averaged_in_float32(dtype, last, found, monkeypatch):
+    site = site_of("qacon", "layer")
+    x = (torch.randn(2, 19, 120, 110) + 8).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    (y, _), (expected, _) = both(monkeypatch, site, x, torch.randn(2, 36))
+    assert y.dtype == dtype
+    assert found[0] is not None
+    torch.testing.assert_close(y, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-2)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_large_map_is_averaged_without_loss(last):
+    x = torch.rand(1, 3, 1500, 1400) + 1000
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    site = MetaACON(3, norm="none")
+    for parameter in site.parameters():
+        nn.init.zeros_(parameter)
+    nn.init.constant_(site.fc1.weight, 1 / 3)
+    nn.init.constant_(site.fc2.weight[:, 0], 1e-3)
+    nn.init.ones_(site.p1)
+    sizes = (1, 3, 1500 * 1400) if not last else (1, 1500 * 1400, 3)
+    means = -driver_cpu.coefficients(site, None, x, sizes, not last)[2]
+    expected = torch.sigmoid(x.double().mean() * 1e-3)
+    torch.testing.assert_close(means.double(), expected.expand(1, 3), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_threads_do_not_change_it(last, monkeypatch):
+    monkeypatch.setenv("QUAC_KERNELS", "fused")
+    x = torch.randn(2, 40, 130, 130)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    site, q, threads, outputs = QACON(40, norm="layer"), torch.randn(2, 36), torch.get_num_threads(), []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        with torch.no_grad():
+            outputs.append(site(x, q))
+    torch.set_num_threads(threads)
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.usefixtures("found")
+def test_preserve_is_the_host_to_the_bit(monkeypatch, found, photographs):
+    monkeypatch.setenv("QUAC_KERNELS", "fused")
+    x = photographs(3, 48) * 4 - 2
+    for name in DRIVEN:
+        site = ACTIVATIONS[name](3, init="preserve", host=nn.ReLU())
+        with torch.no_grad():
+            assert torch.equal(site(x, torch.randn(3, 36)) if site.needs_quality else site(x), x.relu()), name
+    assert len(found) == len(DRIVEN)
+    assert all(c is not None for c in found)
+
+
+class Shifted(QACON):
+    """A subclass that drives its numbers in a way of its own."""
+
+    def head(self, h):
+        return super().head(h) + 1
+
+
+def hooked(site):
+    site.fc3.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def replaced_forward(site):
+    plain = site.fc2.forward
+    site.fc2.forward = lambda z: plain(z) * 2
+
+
+def without_statistics(site):
+    site.bn1 = nn.BatchNorm2d(site.bn1.num_features, track_running_stats=False)
+
+
+def averaging(site):
+    site.bn2.momentum = None
+
+
+def parametrized(site):
+    nn.utils.parametrize.register_parametrization(site.fc1, "weight", nn.Identity())
+
+
+@pytest.mark.parametrize(
+    "change", [hooked, replaced_forward, without_statistics, averaging, parametrized, lambda site: site.bfloat16()]
+)
+def test_what_is_not_plain_is_driven_layer_by_layer(change, found, monkeypatch):
+    site = site_of("qacon")
+    change(site)
+    (y, state), (expected, expected_state) = both(monkeypatch, site, torch.randn(4, 19, 8, 8), torch.randn(4, 36))
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(state, expected_state)
+    assert found == [None]
+
+
+def test_a_subclass_keeps_its_own_head(found, monkeypatch):
+    torch.manual_seed(0)
+    (y, _), (expected, _) = both(monkeypatch, Shifted(8), torch.randn(4, 8, 8, 8), torch.randn(4, 36))
+    torch.testing.assert_close(y, expected)
+    assert not found
+
+
+def test_with_gradients_or_transforms_the_driver_is_as_ever(found, monkeypatch):
+    monkeypatch.setenv("QUAC_KERNELS", "fused")
+    site, x, q = site_of("qacon", "layer"), torch.randn(4, 19, 8, 8), torch.randn(4, 36)
+    assert site(x, q).requires_grad
+    assert not found
+    with torch.no_grad():
+        stacked = {name: torch.stack([p, 2 * p]) for name, p in site.named_parameters()}
+        together = torch.vmap(lambda p: torch.func.functional_call(site, p, (x, q)))(stacked)
+        for i in range(2):
+            own = torch.func.functional_call(site, {name: p[i] for name, p in stacked.items()}, (x, q))
+            torch.testing.assert_close(together[i], own, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_norm_refuses_one_image(monkeypatch):
+    monkeypatch.setenv("QUAC_KERNELS", "fused")
+    with torch.no_grad(), pytest.raises(ValueError, match="batch of one"):
+        QACON(8)(torch.randn(1, 8, 4, 4), torch.randn(1, 36))
+
+
+def test_autograd_knows_that_statistics_were_written(monkeypatch):
+    site, x, q = QACON(8).eval(), torch.randn(2, 8, 4, 4), torch.randn(2, 36)
+    loss = site(x, q).sum()
+    monkeypatch.setenv("QUAC_KERNELS", "fused")
+    with torch.no_grad():
+        site.train()(x, q)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
