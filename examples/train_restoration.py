@@ -10,8 +10,8 @@ checkpoint in --work. The three activations share the network, the pictures, the
 
 The path from the degraded image y to the clean one x₀ is a straight line, x_t = x₀ + t (y − x₀), and the network learns
 its velocity y − x₀ from x_t, t and the quality of y; what counts is the error of what is left of the degradation, t
-times the velocity's. For the first part of the steps t is 1, where every restoration begins. A fifth of the pictures
-are not degraded, so that good ones are left alone.
+times the velocity's. For the first part of the steps t is 1, where every restoration begins. A share of the pictures,
+``--clean``, are not degraded, so that good ones are left alone.
 """
 
 from __future__ import annotations
@@ -60,8 +60,17 @@ class Patches(Dataset[Any]):
     q is that of the degraded patch, as at inference it is that of the degraded image.
     """
 
-    def __init__(self, pictures: list[np.ndarray], side: int, count: int, seed: int):
+    def __init__(
+        self,
+        pictures: list[np.ndarray],
+        side: int,
+        count: int,
+        seed: int,
+        names: dict[str, float] | None = None,
+        clean: float = 0.2,
+    ):
         self.pictures, self.side, self.count, self.seed = pictures, side, count, seed
+        self.names, self.clean = names, clean
         if small := [p.shape[:2] for p in pictures if min(p.shape[:2]) < side]:
             raise SystemExit(f"a photograph of {small[0]} pixels is smaller than --patch {side}")
 
@@ -74,7 +83,7 @@ class Patches(Dataset[Any]):
         top, left = (rng.integers(size - self.side + 1) for size in picture.shape[:2])
         clean = np.rot90(picture[top : top + self.side, left : left + self.side], rng.integers(4))
         clean = np.ascontiguousarray(clean[:, ::-1] if rng.random() < 0.5 else clean)
-        degraded = Impair(clean=0.2, mixed=0.3, seed=int(rng.integers(2**31)))(clean)
+        degraded = Impair(self.names, clean=self.clean, mixed=0.3, seed=int(rng.integers(2**31)))(clean)
         return as_tensor(clean), as_tensor(degraded)
 
 
@@ -132,7 +141,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Any, EMAM
     schedule = get_cosine_schedule_with_warmup(
         optimizer, 100 * accelerator.num_processes, args.steps * accelerator.num_processes
     )
-    patches = Patches(photographs(args.data), args.patch, args.steps * args.batch_size, args.seed)
+    count = args.steps * args.batch_size
+    patches = Patches(photographs(args.data), args.patch, count, args.seed, args.degradations, args.clean)
     loader = DataLoader(patches, args.batch_size // accelerator.num_processes, num_workers=args.num_workers)
     ema = EMAModel(unet.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
     model, optimizer, loader, schedule = accelerator.prepare(unet, optimizer, loader, schedule)
@@ -194,7 +204,7 @@ def fixed(args: argparse.Namespace) -> dict[str, Any]:
     """What a run that goes on must share with the one it goes on from."""
     config = json.loads(Path(config_file(args.config)).read_text(encoding="utf-8"))
     start = None if args.start is None else args.start.name
-    names = ("activation", "steps", "batch_size", "patch", "lr", "loss", "seed", "ema_decay")
+    names = ("activation", "steps", "batch_size", "patch", "lr", "loss", "seed", "ema_decay", "degradations", "clean")
     return {"data": args.data.name, "config": config, "start": start, **{name: getattr(args, name) for name in names}}
 
 
@@ -268,6 +278,16 @@ def validate(args: argparse.Namespace, pipe: Any, done: int) -> None:
     Image.fromarray(np.concatenate(rows)).save(args.work / f"step-{done}.png")
 
 
+def weighted(text: str) -> dict[str, float]:
+    """``"jpeg=3,noise"``: name → weight."""
+    try:
+        found = {name: float(weight or 1) for name, _, weight in (part.partition("=") for part in text.split(","))}
+        Impair(found)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return found
+
+
 def main() -> None:
     data = Path(os.environ.get("QUAC_DATA", "data")) / "bsds"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -281,6 +301,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch-size", type=int, default=32, help="over all processes; many, of many degradations")
     parser.add_argument("--patch", type=int, default=32)
+    parser.add_argument(
+        "--degradations", type=weighted, help="NAME or NAME=WEIGHT, comma-separated: how often each is drawn"
+    )
+    parser.add_argument("--clean", type=float, default=0.2, help="share of the patches that are left as they are")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--loss", choices=("rmse", "psnr"), default="rmse", help="psnr: to go on with, after --start")
     parser.add_argument("--ema-decay", type=float, default=0.995)
@@ -303,6 +327,8 @@ def main() -> None:
         parser.error("--scores needs --val")
     several = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()  # which accelerate must be told
     accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=several)
+    if not 0 <= args.clean <= 1:
+        parser.error(f"--clean must be a share from 0 to 1, got {args.clean}")
     if args.batch_size % accelerator.num_processes:
         parser.error(f"--batch-size must be a multiple of the {accelerator.num_processes} processes")
     unet, ema = train(args, accelerator)

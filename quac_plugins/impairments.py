@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -170,21 +170,27 @@ class Impair:
     """Draws degradations for training: one, a mixture of two, or none.
 
     Args:
-        names: of ``IMPAIRMENTS``; None: all.
+        names: of ``IMPAIRMENTS``, or name → how often it is drawn, relative to the others; None: all alike.
         clean: share of the images that stay as they are.
         mixed: share of those that are degraded that get two.
         seed: of the draws. Workers of a loader each have a copy of this: to draw otherwise in each of them, and in
             each epoch, make one for every image, with a seed of its own.
 
     Raises:
-        ValueError: a name or a share cannot be.
+        ValueError: a name, a weight or a share cannot be.
 
     Example:
         >>> Impair(seed=1)(np.zeros((16, 16, 3), np.uint8)).shape
         (16, 16, 3)
     """
 
-    def __init__(self, names: Iterable[str] | None = None, clean: float = 0.1, mixed: float = 0.3, seed: int = 0):
+    def __init__(
+        self,
+        names: Iterable[str] | Mapping[str, float] | None = None,
+        clean: float = 0.1,
+        mixed: float = 0.3,
+        seed: int = 0,
+    ):
         self.names = list(names) if names is not None else list(IMPAIRMENTS)
         for name in self.names:
             one_of("degradation", name, list(IMPAIRMENTS))
@@ -192,6 +198,12 @@ class Impair:
         if not self.names or not (0 <= clean <= 1 and 0 <= mixed <= 1):
             raise ValueError(f"Impair needs a name, and shares from 0 to 1, got {self.names}, {clean}, {mixed}")
         self.clean, self.mixed = clean, mixed
+        self.shares: np.ndarray | None = None
+        if isinstance(names, Mapping):
+            weights = np.array([float(names[name]) for name in self.names])
+            if not (np.isfinite(weights).all() and (weights > 0).all()):
+                raise ValueError(f"how often a degradation is drawn must be a number above 0, got {dict(names)}")
+            self.shares = weights / weights.sum()
         self.rng = np.random.default_rng(seed)
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
@@ -199,5 +211,5 @@ class Impair:
         if self.rng.random() < self.clean:
             return image
         count = 2 if self.rng.random() < self.mixed and len(self.names) > 1 else 1
-        names = [str(name) for name in self.rng.choice(self.names, count, replace=False)]
+        names = [str(name) for name in self.rng.choice(self.names, count, replace=False, p=self.shares)]
         return impair(image, names, float(self.rng.uniform(1, 5)), int(self.rng.integers(2**31)))

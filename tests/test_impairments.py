@@ -57,6 +57,19 @@ def test_draws_are_seeded_and_some_stay_clean():
     assert all(np.array_equal(Impair(clean=1.0)(small), small) for _ in range(3))
 
 
+def test_some_degradations_are_drawn_more_often_than_others(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("quac_plugins.impairments.impair", lambda image, names, *rest: drawn.extend(names))
+    draw = Impair({"jpeg": 3, "noise": 1}, clean=0, mixed=0)
+    for _ in range(400):
+        draw(PHOTO)
+    assert 260 < drawn.count("jpeg") < 340
+    assert len(drawn) == 400
+    for weights, message in (({"jpeg": 0}, "above 0"), ({"jpeg": float("nan")}, "above 0"), ({"fog": 1}, "'fog'")):
+        with pytest.raises(ValueError, match=message):
+            Impair(weights)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

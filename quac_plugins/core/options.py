@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,15 +10,15 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from quac_plugins.core.names import unknown
+
 C = TypeVar("C", bound="QualityOptions")
 
 
 def one_of(what: str, value: Any, known: tuple[str, ...] | list[str]) -> None:
     """ValueError that lists the known values, and the nearest, unless ``value`` is one of them."""
     if value not in known:
-        close = difflib.get_close_matches(str(value), known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown {what} {value!r}{hint} Known: {', '.join(known)}")
+        raise unknown(f"unknown {what}", value, known)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ An activation is one class: ``name``, ``numbers`` (how many numbers a channel it
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from quac_plugins.core.activations.kernels import HOSTS, fused, use_fused
 from quac_plugins.core.activations.reference import per_channel
+from quac_plugins.core.names import unknown
 from quac_plugins.core.quality.context import QualityContext
 
 INITS = ("paper", "preserve")
@@ -32,9 +32,7 @@ def resolve_activation(name: str) -> type[ChannelActivation]:
     """
     if isinstance(name, str) and name in ACTIVATIONS:
         return ACTIVATIONS[name]
-    close = difflib.get_close_matches(str(name), ACTIVATIONS, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"unknown activation {name!r}{hint} Known: {', '.join(sorted(ACTIVATIONS))}")
+    raise unknown("unknown activation", name, sorted(ACTIVATIONS))
 
 
 class ChannelActivation(nn.Module):

@@ -9,7 +9,6 @@ residual, y = x + std · r(z). The last layer of r starts at zero, so a fresh mo
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quac_plugins.core.activations import ACTIVATIONS, ChannelActivation, DrivenActivation
+from quac_plugins.core.names import unknown
 from quac_plugins.core.prior.sites import Grid, PriorSite
 
 FDMS: dict[str, type[FDM]] = {}
@@ -288,6 +288,4 @@ def resolve_fdm(name: str) -> type[FDM]:
     """
     if isinstance(name, str) and name in FDMS:
         return FDMS[name]
-    close = difflib.get_close_matches(str(name), FDMS, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"unknown FDM {name!r}{hint} Known: {', '.join(FDMS)}")
+    raise unknown("unknown FDM", name, FDMS)

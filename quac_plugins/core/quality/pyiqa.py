@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from quac_plugins.core.names import unknown
 from quac_plugins.core.quality.table import QualityFunction, quality_family
 
 # Listed by pyiqa as no-reference, but of folders of images, or of images with captions.
@@ -116,9 +116,7 @@ def pyiqa_metric(name: str) -> QualityFunction:
             'quality "pyiqa" needs the name of a metric, such as "pyiqa:musiq". Known: ' + ", ".join(known)
         )
     if name not in configs:
-        close = difflib.get_close_matches(name, known, n=3)
-        hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
-        raise ValueError(f"pyiqa has no metric {name!r}{hint} Known: {', '.join(known)}")
+        raise unknown("pyiqa has no metric", name, known)
     if name not in known:
         why = "needs more than an image" if name in _NOT_OF_AN_IMAGE else "compares with a reference image"
         raise ValueError(f"the pyiqa metric {name!r} {why}. No-reference metrics: {', '.join(known)}")

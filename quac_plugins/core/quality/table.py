@@ -6,7 +6,6 @@ A file of this folder declares one function with :func:`quality_function` (a pla
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -15,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from quac_plugins.core.names import unknown
 
 QualityCallable = Callable[[Tensor], Tensor]
 
@@ -130,9 +131,7 @@ def resolve_quality(
                 "as quality=…, or register it under a name with quac_plugins.quality_function before it is used"
             )
         else:
-            close = difflib.get_close_matches(spec, [*_TABLE, *_FAMILIES], n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"unknown quality function {spec!r}{hint} Known: {', '.join(quality_names())}")
+            raise unknown("unknown quality function", spec, quality_names(), [*_TABLE, *_FAMILIES])
         return QualityFunction(found.name, found.channels, found.function, needs_grad, found.builtin)
     if callable(spec):
         if isinstance(spec, nn.Module):
