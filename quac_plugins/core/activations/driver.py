@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from quac_plugins.core.activations import driver_cpu
 from quac_plugins.core.activations.base import ChannelActivation
-from quac_plugins.core.activations.kernels import at_once, by_coefficients
+from quac_plugins.core.activations.kernels import MIN_DRIVEN, at_once, by_coefficients
 from quac_plugins.core.activations.reference import global_average, per_channel
 from quac_plugins.core.precision import full_precision
 from quac_plugins.core.quality.context import QualityError
@@ -129,8 +129,11 @@ class DrivenActivation(ChannelActivation):
         driven = self.drive(x, q)
         return (*(self.shaped(getattr(self, name), x) for name in self.learned), *driven)
 
+    def _least(self, x: Tensor) -> int | None:
+        return MIN_DRIVEN if self._as_here and at_once(x) else None
+
     def _kernel(self, x: Tensor, q: Tensor | None, start: tuple[float, ...], host: str) -> Tensor:
-        if self._as_here and at_once(x):
+        if self._least(x) is not None:
             q = self.quality_for(x, q) if self.quality_channels else None
             y = by_coefficients(
                 type(self).equation, x, partial(driver_cpu.coefficients, self, q), self.channel_dim, start, host

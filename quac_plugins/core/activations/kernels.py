@@ -14,8 +14,8 @@ What the kernels must do, and how:
    neighbours.
 
 ``QUAC_KERNELS=reference`` never uses them, ``fused`` always; else they are used from ``MIN_NUMBERS`` numbers on, since
-below a call costs more than it saves. The first call of a layout and dtype compiles for some seconds; torch keeps the
-result on disk.
+below a call costs more than it saves, or from ``MIN_DRIVEN`` on where one call drives the activation as well. The first
+call of a layout and dtype compiles for some seconds; torch keeps the result on disk.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ from quac_plugins.core.activations.forms import FORMS, equation_of
 from quac_plugins.core.native import compiled_or, kernels_choice
 
 MIN_NUMBERS = 1 << 20
+MIN_DRIVEN = 1 << 14
 HOSTS: dict[type[nn.Module], str] = {nn.Identity: "identity", nn.ReLU: "relu"}
 """Host activations that are computed inside the kernel, to the bit; others are computed before."""
 
 
-def use_fused(equation: Any, x: Tensor) -> bool:
-    """Whether the fused kernel computes this equation of x."""
+def use_fused(equation: Any, x: Tensor, least: int | None = None) -> bool:
+    """Whether the fused kernel computes this equation of x, which has so many numbers at least (``MIN_NUMBERS``)."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting():
         return False
     choice = kernels_choice()
@@ -50,7 +51,7 @@ def use_fused(equation: Any, x: Tensor) -> bool:
     if choice == "fused":
         return True
     # subclasses and transforms see the plain expression
-    return _is_plain(x) and x.device.type in ("cpu", "cuda") and x.numel() >= MIN_NUMBERS
+    return _is_plain(x) and x.device.type in ("cpu", "cuda") and x.numel() >= (least or MIN_NUMBERS)
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -365,4 +366,4 @@ def _plain_backward(
 
 activate.register_autograd(_backward, setup_context=_keep)
 
-__all__ = ["HOSTS", "MIN_NUMBERS", "fused", "use_fused"]
+__all__ = ["HOSTS", "MIN_DRIVEN", "MIN_NUMBERS", "at_once", "by_coefficients", "fused", "use_fused"]

@@ -8,6 +8,7 @@ from torch import nn
 
 from quac_plugins.core.activations import ACTIVATIONS, QACON, MetaACON, driver_cpu
 from quac_plugins.core.activations.driver import NORMS, DrivenActivation
+from quac_plugins.core.activations.kernels import MIN_DRIVEN
 
 pytestmark = pytest.mark.filterwarnings("error:fused activations could not be compiled")
 
@@ -190,3 +191,15 @@ def test_autograd_knows_that_statistics_were_written(monkeypatch):
         site.train()(x, q)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_it_is_used_on_small_maps_too(found, monkeypatch):
+    monkeypatch.delenv("QUAC_KERNELS", raising=False)
+    site, x, q = QACON(16), torch.randn(2, 16, 32, 16), torch.randn(2, 36)
+    assert x.numel() == MIN_DRIVEN
+    with torch.no_grad():
+        site(x, q)
+        assert len(found) == 1
+        site(x[:, :, 1:], q)
+    site(x, q)
+    assert len(found) == 1
