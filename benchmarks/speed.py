@@ -286,16 +286,21 @@ def plot(rows: list[dict[str, Any]]) -> None:
     figure.savefig(RESULTS / "speed_scale.png", dpi=100)
 
 
-def markdown(args: argparse.Namespace, rows: list[dict[str, Any]], machine: str) -> str:
+def markdown(title: str, command: str, machine: str, rows: list[dict[str, Any]]) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     lines = [
-        f"# Speed: {args.what}", "", f"`python benchmarks/speed.py {args.what}`: medians of {args.repeats}; {machine}.",
-        "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns),
+        f"# {title}", "", f"`python {command}`: {machine}.", "", "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
     ]  # fmt: skip
     for row in rows:
         cells = (row.get(column, "") for column in columns)
         lines.append("| " + " | ".join(f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def machine_of(device: str, threads: int) -> str:
+    where = f"{threads} CPU threads" if device == "cpu" else torch.cuda.get_device_name()
+    return f"{where}, python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
 
 
 def main() -> None:
@@ -319,9 +324,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     rows = benchmarks[args.what](args)
-    where = f"{args.threads} CPU threads" if args.device == "cpu" else torch.cuda.get_device_name()
-    machine = f"{where}, python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
-    text = markdown(args, rows, machine)
+    machine = machine_of(args.device, args.threads)
+    title = f"Speed: {args.what}"
+    text = markdown(title, f"benchmarks/speed.py {args.what}", f"medians of {args.repeats}; {machine}", rows)
     write_tables(args.out or RESULTS / f"speed_{args.what}", {"machine": machine, "rows": rows}, text)
     print(text)
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from quac_plugins.core.activations.kernels import HOSTS, fused, use_fused
+from quac_plugins.core.activations.kernels import HOSTS, fused, in_place, use_fused
 from quac_plugins.core.activations.reference import per_channel
 from quac_plugins.core.names import unknown
 from quac_plugins.core.quality.context import QualityContext
@@ -121,7 +121,10 @@ class ChannelActivation(nn.Module):
             return self._kernel(x, q, (), "")
         inside = HOSTS.get(type(self.host), "")
         y = self._kernel(x, q, self.neutral, inside)
-        return y if inside else self.host(x) + y
+        if inside:
+            return y
+        kept = self.host(x)
+        return y.add_(kept) if in_place(x) and kept.dtype == y.dtype else kept + y
 
     def _least(self, x: Tensor) -> int | None:
         """From how many numbers on a kernel is worth its call; None: as everywhere."""

@@ -97,9 +97,14 @@ def fused(
     return torch.ops.quac_plugins.activate(x, theta, equation.__name__, channel_dim, list(start), host)
 
 
+def in_place(x: Tensor) -> bool:
+    """Whether what is made of x may be written over: there are no gradients, and nobody watches."""
+    return not torch.is_grad_enabled() and _is_eager(x)
+
+
 def at_once(x: Tensor) -> bool:
     """Whether :func:`by_coefficients` may compute the activation of x: on a CPU, without gradients."""
-    return x.device.type == "cpu" and not torch.is_grad_enabled() and _is_eager(x)
+    return x.device.type == "cpu" and in_place(x)
 
 
 def _is_eager(x: Tensor) -> bool:
@@ -366,4 +371,4 @@ def _plain_backward(
 
 activate.register_autograd(_backward, setup_context=_keep)
 
-__all__ = ["HOSTS", "MIN_DRIVEN", "MIN_NUMBERS", "at_once", "by_coefficients", "fused", "use_fused"]
+__all__ = ["HOSTS", "MIN_DRIVEN", "MIN_NUMBERS", "at_once", "by_coefficients", "fused", "in_place", "use_fused"]
