@@ -149,7 +149,16 @@ _BODIES = {
 """,
 }
 
-_HOSTS = {"": None, "identity": ("x", "V(1)"), "relu": ("at::vec::maximum(x, V(0))", "V::blendv(V(0), V(1), x > V(0))")}
+_HOSTS = {  # with their slopes
+    "": None,
+    "identity": ("x", "V(1)"),
+    "relu": ("at::vec::maximum(x, V(0))", "V::blendv(V(0), V(1), x > V(0))"),
+    "relu6": ("at::vec::clamp(x, V(0), V(6))", "V::blendv(V(0), V(1), (x > V(0)) & (x < V(6)))"),
+    "hardswish": (  # the order is torch's, to the bit
+        "x * at::vec::clamp(x + V(3), V(0), V(6)) / V(6)",
+        "V::blendv(V::blendv(V(0), V(1), x > V(0)), x / V(3) + V(0.5), x.abs() < V(3))",
+    ),
+}
 
 
 @cache

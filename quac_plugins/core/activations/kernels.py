@@ -27,6 +27,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quac_plugins.core.activations import cpu
@@ -35,8 +36,10 @@ from quac_plugins.core.native import compiled_or, kernels_choice
 
 MIN_NUMBERS = 1 << 20
 MIN_DRIVEN = 1 << 14
-HOSTS: dict[type[nn.Module], str] = {nn.Identity: "identity", nn.ReLU: "relu"}
-"""Host activations that are computed inside the kernel, to the bit; others are computed before."""
+HOSTS: dict[type[nn.Module], str] = {
+    nn.Identity: "identity", nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish"
+}  # fmt: skip
+"""Host activations that are computed inside the kernel, to the bit; others are computed beside it."""
 
 
 def use_fused(equation: Any, x: Tensor, least: int | None = None) -> bool:
@@ -181,6 +184,13 @@ def _flat(x: Tensor, channel_dim: int) -> Tensor:
 
 # -- the expression, over flat forms
 
+_HOSTED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Any]]] = {  # with their slopes
+    "identity": (lambda x: x, lambda x: 1),
+    "relu": (torch.relu, lambda x: (x > 0).to(x.dtype)),
+    "relu6": (F.relu6, lambda x: ((x > 0) & (x < 6)).to(x.dtype)),
+    "hardswish": (F.hardswish, lambda x: torch.where(x.abs() < 3, x / 3 + 0.5, (x > 0).to(x.dtype))),
+}
+
 
 def _value(name: str, x: Tensor, c: list[Tensor], neutral: list[float], host: str) -> Tensor:
     wide = x.to(_COMPUTED[x.dtype])
@@ -188,11 +198,7 @@ def _value(name: str, x: Tensor, c: list[Tensor], neutral: list[float], host: st
     if neutral:
         gate = gate - FORMS[name].gate(wide, *_numbers(neutral, wide))
     y = wide * gate
-    if host == "relu":
-        y = wide.relu() + y
-    elif host == "identity":
-        y = wide + y
-    return y.to(x.dtype)
+    return (_HOSTED[host][0](wide) + y if host else y).to(x.dtype)
 
 
 def _gradients(
@@ -203,10 +209,8 @@ def _gradients(
     by_x, parts = FORMS[name].partials(wide, *c)
     if neutral:
         by_x = by_x - FORMS[name].partials(wide, *_numbers(neutral, wide))[0]
-    if host == "relu":
-        by_x = by_x + (wide > 0).to(wide.dtype)
-    elif host == "identity":
-        by_x = by_x + 1
+    if host:
+        by_x = by_x + _HOSTED[host][1](wide)
     return (grad * by_x).to(x.dtype), [grad * part for part in parts]
 
 

@@ -111,21 +111,27 @@ def test_other_strides(strided):
 
 
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("host", [nn.ReLU(inplace=True), nn.SiLU(), nn.GELU(), nn.Identity(), nn.PReLU(5)])
+@pytest.mark.parametrize(
+    "host",
+    [nn.ReLU(inplace=True), nn.SiLU(), nn.GELU(), nn.Identity(), nn.PReLU(5), nn.ReLU6(inplace=True), nn.Hardswish()],
+)
 def test_preserve_is_the_host_to_the_bit(host, last, always, photographs):
-    pictures = torch.cat([photographs(2, 32), photographs(2, 32)[:, :2]], 1) * 6 - 3
+    pictures = torch.cat([photographs(2, 32), photographs(2, 32)[:, :2]], 1) * 14 - 6
     x = pictures.contiguous(memory_format=torch.channels_last) if last else pictures
     site = QACON(5, norm="layer", init="preserve", host=host)
-    expected = host(x.clone())
-    assert torch.equal(site(x, torch.randn(2, 36)), expected)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        expected = host.to(dtype)(x.to(dtype, copy=True))
+        assert torch.equal(site(x.to(dtype), torch.randn(2, 36)), expected)
+    host.float()
 
 
-def test_under_preserve_the_gradients_are_those_of_the_expression(monkeypatch):
+@pytest.mark.parametrize("host", [nn.ReLU(), nn.ReLU6(), nn.Hardswish(), nn.Identity()])
+def test_under_preserve_the_gradients_are_those_of_the_expression(host, monkeypatch):
     torch.manual_seed(0)
-    site = QACON(6, norm="layer", init="preserve", host=nn.ReLU())
+    site = QACON(6, norm="layer", init="preserve", host=host)
     for p in site.parameters():
         nn.init.normal_(p, std=0.5)
-    x, q, found = torch.randn(3, 6, 9, 9), torch.randn(3, 36), {}
+    x, q, found = 4 * torch.randn(3, 6, 9, 9), torch.randn(3, 36), {}
     for choice in ("reference", "fused"):
         monkeypatch.setenv("QUAC_KERNELS", choice)
         leaf = x.clone().requires_grad_()
