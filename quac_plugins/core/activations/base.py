@@ -104,34 +104,40 @@ class ChannelActivation(nn.Module):
             Shape and dtype of x.
         """
         self._check(x)
-        if use_fused(type(self).equation, x, self._least(x)):
-            y = self._fused(x, q)
-        else:
-            values = self.values(x, q)
-            y = self.equation(x, *values)
-            if self.host is not None:
-                start = [torch.full((1,), value, dtype=torch.float32, device=x.device) for value in self.neutral]
-                y = self.host(x) + (y - self.equation(x, *start))
+        y = self._at_once(x, q)
+        if y is None:
+            y = self._fused(x, q) if use_fused(type(self).equation, x) else self._by_operation(x, q)
         if self.context is not None:
             self.context.mark(y)
         return y
 
+    def _at_once(self, x: Tensor, q: Tensor | None) -> Tensor | None:
+        """The activation in a way of its own, faster than :meth:`values` and the equation; None: there is none."""
+        return None
+
     def _fused(self, x: Tensor, q: Tensor | None) -> Tensor:
+        start, inside = self._start()
+        y = fused(type(self).equation, x, self.values(x, q), self.channel_dim, start, inside)
+        return self._beside(x, y, inside)
+
+    def _by_operation(self, x: Tensor, q: Tensor | None) -> Tensor:
+        values = self.values(x, q)
+        y = self.equation(x, *values)
         if self.host is None:
-            return self._kernel(x, q, (), "")
-        inside = HOSTS.get(type(self.host), "")
-        y = self._kernel(x, q, self.neutral, inside)
-        if inside:
+            return y
+        start = [torch.full((1,), value, dtype=torch.float32, device=x.device) for value in self.neutral]
+        return self.host(x) + (y - self.equation(x, *start))
+
+    def _start(self) -> tuple[tuple[float, ...], str]:
+        """θ⁰, and the host that a kernel computes inside."""
+        return ((), "") if self.host is None else (self.neutral, HOSTS.get(type(self.host), ""))
+
+    def _beside(self, x: Tensor, y: Tensor, inside: str) -> Tensor:
+        """Adds the host to a kernel's y, if it was not inside."""
+        if self.host is None or inside:
             return y
         kept = self.host(x)
         return y.add_(kept) if in_place(x) and kept.dtype == y.dtype else kept + y
-
-    def _least(self, x: Tensor) -> int | None:
-        """From how many numbers on a kernel is worth its call; None: as everywhere."""
-        return None
-
-    def _kernel(self, x: Tensor, q: Tensor | None, start: tuple[float, ...], host: str) -> Tensor:
-        return fused(type(self).equation, x, self.values(x, q), self.channel_dim, start, host)
 
     def shaped(self, parameter: Tensor, x: Tensor) -> Tensor:
         """A (1, C, 1, 1) parameter, shaped to broadcast along the channels of x."""

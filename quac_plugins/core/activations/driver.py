@@ -8,7 +8,6 @@ dicts of the published modules load.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from quac_plugins.core.activations import driver_cpu
 from quac_plugins.core.activations.base import ChannelActivation
-from quac_plugins.core.activations.kernels import MIN_DRIVEN, at_once, by_coefficients
+from quac_plugins.core.activations.kernels import at_once, has_form
 from quac_plugins.core.activations.reference import global_average, per_channel
 from quac_plugins.core.precision import full_precision
 from quac_plugins.core.quality.context import QualityError
@@ -78,6 +77,7 @@ class DrivenActivation(ChannelActivation):
         super().__init_subclass__(**kwargs)
         own = ("values", "drive", "hidden", "head")
         cls._as_here = all(getattr(cls, name) is getattr(DrivenActivation, name) for name in own)
+        cls._as_here &= has_form(getattr(cls, "equation", None))
 
     def __init__(
         self,
@@ -129,18 +129,13 @@ class DrivenActivation(ChannelActivation):
         driven = self.drive(x, q)
         return (*(self.shaped(getattr(self, name), x) for name in self.learned), *driven)
 
-    def _least(self, x: Tensor) -> int | None:
-        return MIN_DRIVEN if self._as_here and at_once(x) else None
-
-    def _kernel(self, x: Tensor, q: Tensor | None, start: tuple[float, ...], host: str) -> Tensor:
-        if self._least(x) is not None:
-            q = self.quality_for(x, q) if self.quality_channels else None
-            y = by_coefficients(
-                type(self).equation, x, partial(driver_cpu.coefficients, self, q), self.channel_dim, start, host
-            )
-            if y is not None:
-                return y
-        return super()._kernel(x, q, start, host)
+    def _at_once(self, x: Tensor, q: Tensor | None) -> Tensor | None:
+        if not self._as_here or not at_once(x):
+            return None
+        q = self.quality_for(x, q) if self.quality_channels else None
+        start, inside = self._start()
+        y = driver_cpu.activate(self, x, q, start, inside)
+        return None if y is None else self._beside(x, y, inside)
 
     def hidden(self, z: Tensor) -> Tensor:
         """h = σ(norm2(fc2 norm1(fc1 z))) of z (B, C + Q), (B, C + Q)."""
@@ -184,6 +179,8 @@ class DrivenActivation(ChannelActivation):
                 f"layer {self.layer!r} expects quality features (B, {self.quality_channels}), got {tuple(q.shape)}"
             )
         rows, images = x.shape[0], q.shape[0]
+        if rows == images:
+            return q
         if not can_expand(images, rows, self.expand_q):
             raise QualityError(
                 f"layer {self.layer!r} got {rows} rows (x {tuple(x.shape)}) but quality features of {images} images "

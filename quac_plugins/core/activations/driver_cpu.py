@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quac_plugins.core.activations import cpu
 from quac_plugins.core.activations.forms import FORMS
+from quac_plugins.core.activations.kernels import as_rows, dense, neutral_of
 from quac_plugins.core.activations.vectors import TYPES, prelude
-from quac_plugins.core.native import load
+from quac_plugins.core.native import compiled_or, load
 
 _SOURCE = """
 #include <cmath>
@@ -157,14 +159,16 @@ extern "C" void kernel({arguments}) {{
   const int64_t channels = by_rows ? rows : n, pixels = by_rows ? n : rows, width = channels + quality;
   std::vector<S> z(batch * width), inside(batch * hidden), h(batch * width), last(batch * numbers * channels);
   if (by_rows) {{
+    const int64_t block = std::max<int64_t>(1, (1 << 16) / n), blocks = (batch * rows + block - 1) / block;
 #pragma omp parallel for num_threads(threads)
-    for (int64_t r = 0; r < batch * rows; ++r)
-      z[r / rows * width + r % rows] = S(row_sum(x + r * n, n) / pixels);
+    for (int64_t k = blocks - 1; k >= 0; --k)
+      for (int64_t r = k * block; r < std::min((k + 1) * block, batch * rows); ++r)
+        z[r / rows * width + r % rows] = S(row_sum(x + r * n, n) / pixels);
   }} else {{  // in chunks of rows, so that the sums do not depend on the number of threads
     const int64_t chunks = (rows + SUMMED - 1) / SUMMED;
     std::vector<S> sums(batch * chunks * n);
 #pragma omp parallel for num_threads(threads)
-    for (int64_t task = 0; task < batch * chunks; ++task) {{
+    for (int64_t task = batch * chunks - 1; task >= 0; --task) {{
       int64_t first = task % chunks * SUMMED;
       column_sums(x + (task / chunks * rows + first) * n, std::min(SUMMED, rows - first), n, sums.data() + task * n);
     }}
@@ -234,22 +238,17 @@ def unwatched(layer: nn.Module) -> bool:
     return not layer._forward_hooks and not layer._forward_pre_hooks and "forward" not in layer.__dict__
 
 
-def _matrix(layer: Any) -> tuple[Any, ...] | None:
-    """Weight and bias of a plain 1×1 convolution."""
-    if type(layer) is not nn.Conv2d or not unwatched(layer):
-        return None
-    return layer._parameters.get("weight"), layer._parameters.get("bias")
+def _matrix(layer: Any) -> tuple[Any, ...]:
+    parameters = layer._parameters
+    return parameters.get("weight"), parameters.get("bias")
 
 
 def _norm(norm: Any, batch: int) -> tuple[tuple[Any, ...], int, int] | None:
     """Its tensors, its kind, and its number of groups."""
     if type(norm) is nn.Identity:
         return (), _NONE, 1
-    if not unwatched(norm):
-        return None
-    affine = norm._parameters.get("weight"), norm._parameters.get("bias")
     if type(norm) is nn.GroupNorm:
-        return affine, _GROUP, norm.num_groups
+        return _matrix(norm), _GROUP, norm.num_groups
     if type(norm) is not nn.BatchNorm2d:
         return None
     if norm.training and (batch == 1 or norm.momentum is None or not norm.track_running_stats):
@@ -258,54 +257,80 @@ def _norm(norm: Any, batch: int) -> tuple[tuple[Any, ...], int, int] | None:
     count = buffers["num_batches_tracked"]
     if count is None or count.dtype is not torch.int64 or not count.is_cpu:
         return None
-    return (*affine, buffers["running_mean"], buffers["running_var"]), _BATCH if norm.training else _FIXED, 1
+    statistics = buffers["running_mean"], buffers["running_var"]
+    return (*_matrix(norm), *statistics), _BATCH if norm.training else _FIXED, 1
 
 
-def _are_plain(tensors: Sequence[Any], dtype: torch.dtype) -> bool:
-    """Whether C++ may read what they point to."""
-    for t in tensors:  # a generator would cost as much as the dots
-        if type(t) not in _OWN or t.dtype is not dtype or not t.is_cpu or not t.is_contiguous():
-            return False
-    return True
-
-
-def coefficients(site: Any, q: Tensor | None, x: Tensor, sizes: Sequence[int], by_rows: bool) -> Tensor | None:
-    """The coefficients (K, B, C) of ``FORMS`` for this x and q; None where the driver is not plain.
+def activate(site: Any, x: Tensor, q: Tensor | None, start: tuple[float, ...], host: str) -> Tensor | None:
+    """The activation of x, on a CPU; None where the driver is not plain, or without a compiler.
 
     Args:
         site: a ``DrivenActivation`` that computes its numbers as that class does.
+        x: as :func:`kernels.at_once` lets through.
         q: (B, Q) or None, as ``site.quality_for`` returns it.
-        x: dense, on a CPU.
+        start, host: see :func:`kernels.fused`.
+    """
+    dim, equation = site.channel_dim, type(site).equation.__name__
+    x = dense(x, dim)
+    by_rows = as_rows(x, dim)
+    batch, channels = x.shape[0], x.shape[dim]
+    pixels = x.numel() // max(batch * channels, 1)
+    sizes = (batch, channels, pixels) if by_rows else (batch, pixels, channels)
+
+    def both() -> Tensor | None:
+        c = coefficients(site, x, q, sizes, by_rows)
+        return None if c is None else cpu.run((x,), sizes, c, equation, neutral_of(equation, start), host, by_rows)
+
+    return compiled_or("cpu", "fused activations", both, lambda: None)
+
+
+def coefficients(site: Any, x: Tensor, q: Tensor | None, sizes: Sequence[int], by_rows: bool) -> Tensor | None:
+    """The coefficients (K, B, C) of ``FORMS``; None where the driver is not plain. Arguments as :func:`activate`.
+
+    Args:
+        x: dense.
         sizes: of the rows (B, C, N) or the columns (B, N, C) that x is in memory.
         by_rows: see ``sizes``.
     """
+    # what is written out here would, in functions of its own, take a tenth of the activation's time
     batch, wide = sizes[0], torch.float64 if x.dtype is torch.float64 else torch.float32
     layers, parameters = site._modules, site._parameters
-    norms = layers["bn1"], layers["bn2"]
+    matrices, norms = [layers["fc1"], layers["fc2"]], (layers["bn1"], layers["bn2"])
+    if site.fc3 is not None:
+        matrices.append(site.fc3)
+    for layer in matrices:
+        if type(layer) is not nn.Conv2d:
+            return None
+    for layer in (*matrices, *norms):
+        if layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
+            return None
     norm1, norm2 = _norm(norms[0], batch), _norm(norms[1], batch)
-    first, second = _matrix(layers["fc1"]), _matrix(layers["fc2"])
-    third = () if site.fc3 is None else _matrix(layers["fc3"])
-    if first is None or second is None or third is None or norm1 is None or norm2 is None or not x.numel():
+    if norm1 is None or norm2 is None or not x.numel():
         return None
     learned = [parameters[name] for name in site.learned]
-    if not _are_plain((*first, *second, *third, *norm1[0], *norm2[0], *learned), wide):
-        return None
-    unused = first[0]
+    weights = [t for layer in matrices for t in _matrix(layer)]
+    for t in (*weights, *norm1[0], *norm2[0], *learned):
+        if type(t) not in _OWN or t.dtype is not wide or not t.is_cpu or not t.is_contiguous():
+            return None
+    unused = weights[0]
     q = unused if q is None else q.to("cpu", wide).contiguous()
     run, count = _kernel(type(site).equation.__name__, len(learned), site.numbers, x.dtype)
     c = torch.empty(count, batch, site.channels, dtype=wide)
     settings = [norm.__dict__.get(name) or 0.0 for norm in norms for name in ("eps", "momentum")]
     tracked = [norm._buffers.get("num_batches_tracked", unused) for norm in norms]
     run(
-        x, q, *first, *second, *(third or first), *(norm1[0] + (unused,) * 4)[:4], tracked[0],
+        x, q, *(weights + weights[:2])[:6], *(norm1[0] + (unused,) * 4)[:4], tracked[0],
         *(norm2[0] + (unused,) * 4)[:4], tracked[1], *learned, c, _settings(*settings), *sizes, int(by_rows),
-        site.quality_channels, len(first[1]), site.numbers if third else 0, *norm1[1:], *norm2[1:],
+        site.quality_channels, len(weights[1]), site.numbers if len(matrices) == 3 else 0, *norm1[1:], *norm2[1:],
         1 if x.numel() < _ALONE else torch.get_num_threads(),
     )  # fmt: skip
-    written = [
-        t for norm, (tensors, kind, _), count in zip(norms, (norm1, norm2), tracked, strict=True) if kind == _BATCH
-        for t in (*tensors[2:], count) if not t.is_inference()
-    ]  # fmt: skip
-    if written:  # without autograd's knowledge
-        torch.autograd.graph.increment_version(written)
+    if norm1[1] == _BATCH or norm2[1] == _BATCH:
+        _written(*(norm for norm in norms if norm.training))
     return c
+
+
+def _written(*norms: nn.Module) -> None:
+    """Tell autograd, without which they were written, of the statistics of batch norms."""
+    torch.autograd.graph.increment_version(
+        [t for norm in norms for t in norm._buffers.values() if t is not None and not t.is_inference()]
+    )

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -42,19 +42,23 @@ HOSTS: dict[type[nn.Module], str] = {
 """Host activations that are computed inside the kernel, to the bit; others are computed beside it."""
 
 
-def use_fused(equation: Any, x: Tensor, least: int | None = None) -> bool:
-    """Whether the fused kernel computes this equation of x, which has so many numbers at least (``MIN_NUMBERS``)."""
+def has_form(equation: Any) -> bool:
+    """Whether a function is an equation of ``FORMS``, and no other of that name."""
+    name = getattr(equation, "__name__", "")
+    return name in FORMS and equation is equation_of(name)
+
+
+def use_fused(equation: Any, x: Tensor) -> bool:
+    """Whether the fused kernel computes this equation of x."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting():
         return False
     choice = kernels_choice()
-    if choice == "reference" or getattr(equation, "__name__", "") not in FORMS:
-        return False
-    if equation is not equation_of(equation.__name__) or x.dtype not in _COMPUTED:
+    if choice == "reference" or not has_form(equation) or x.dtype not in _COMPUTED:
         return False
     if choice == "fused":
         return True
     # subclasses and transforms see the plain expression
-    return _is_plain(x) and x.device.type in ("cpu", "cuda") and x.numel() >= (least or MIN_NUMBERS)
+    return _is_plain(x) and x.device.type in ("cpu", "cuda") and x.numel() >= MIN_NUMBERS
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -106,43 +110,21 @@ def in_place(x: Tensor) -> bool:
 
 
 def at_once(x: Tensor) -> bool:
-    """Whether :func:`by_coefficients` may compute the activation of x: on a CPU, without gradients."""
-    return x.device.type == "cpu" and in_place(x)
+    """Whether one call is to drive and activate x: on a CPU, without gradients."""
+    if torch.is_grad_enabled() or not x.is_cpu or x.dtype not in _COMPUTED or not _is_eager(x):
+        return False
+    choice = kernels_choice()
+    return choice == "fused" or (choice == "auto" and x.numel() >= MIN_DRIVEN)
 
 
 def _is_eager(x: Tensor) -> bool:
-    """Neither compiled nor seen by a mode or a transform, be it of the parameters alone."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    """Neither compiled nor traced nor seen by a mode or a transform, be it of the parameters alone."""
+    if _transforms() is not None or _modes() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    return not torch.compiler.is_compiling() and _is_plain(x) and not torch._C._len_torch_dispatch_stack()
+    return _is_plain(x)
 
 
-def by_coefficients(
-    equation: Callable[..., Tensor],
-    x: Tensor,
-    find: Callable[[Tensor, Sequence[int], bool], Tensor | None],
-    channel_dim: int,
-    start: tuple[float, ...],
-    host: str,
-) -> Tensor | None:
-    """As :func:`fused`, without gradients, on a CPU, from the coefficients (K, B, C) themselves.
-
-    Args:
-        find: of x without gaps, its sizes as rows or columns, and which of the two, the coefficients, or None: then the
-            result is None, as it is without a compiler.
-    """
-    x, neutral = _dense(x, channel_dim), neutral_of(equation.__name__, start)
-    by_rows = _as_rows(x, channel_dim)
-    batch, channels = x.shape[0], x.shape[channel_dim]
-    pixels = x.numel() // max(batch * channels, 1)
-    sizes = (batch, channels, pixels) if by_rows else (batch, pixels, channels)
-
-    def both() -> Tensor | None:
-        c = find(x, sizes, by_rows)
-        return None if c is None else cpu.run((x,), sizes, c, equation.__name__, neutral, host, by_rows)
-
-    return compiled_or("cpu", "fused activations", both, lambda: None)
-
+_transforms, _modes = torch._C._functorch.peek_interpreter_stack, torch._C._len_torch_dispatch_stack
 
 _COMPUTED = {
     torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float32,
@@ -160,7 +142,7 @@ def _rows(parameter: Tensor, x: Tensor, channel_dim: int) -> Tensor:
 # -- layouts
 
 
-def _as_rows(x: Tensor, channel_dim: int) -> bool:
+def as_rows(x: Tensor, channel_dim: int) -> bool:
     """Whether the numbers of a channel lie together."""
     return channel_dim % x.ndim == 1 and x.ndim > 2 and not _channels_last(x)
 
@@ -169,14 +151,14 @@ def _channels_last(x: Tensor) -> bool:
     return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _dense(x: Tensor, channel_dim: int) -> Tensor:
+def dense(x: Tensor, channel_dim: int) -> Tensor:
     """Without gaps, in one of the layouts that the kernels know."""
     return x if channel_dim % x.ndim == 1 and _channels_last(x) else x.contiguous()
 
 
 def _flat(x: Tensor, channel_dim: int) -> Tensor:
     """A dense x as rows (B, C, N), or as columns (B, N, C)."""
-    if _as_rows(x, channel_dim):
+    if as_rows(x, channel_dim):
         return x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
     last = x.permute(0, 2, 3, 1) if channel_dim % x.ndim == 1 and x.ndim == 4 else x
     return last.reshape(x.shape[0], math.prod(last.shape[1:-1]), last.shape[-1])
@@ -242,7 +224,7 @@ def _run(
 ) -> Any:
     """y of dense inputs (x,), or the gradient of x and the sums (parts, B, C) of dense inputs (grad, x)."""
     x, back, neutral = inputs[-1], len(inputs) == 2, neutral_of(equation, start)
-    by_rows = _as_rows(x, channel_dim)
+    by_rows = as_rows(x, channel_dim)
     flat = [_flat(t, channel_dim) for t in inputs]
     c = torch.stack(FORMS[equation].coefficients(*theta.detach().unbind(1)))
 
@@ -291,12 +273,12 @@ def activate(x: Tensor, theta: Tensor, equation: str, channel_dim: int, start: l
 
 
 def _activate(x: Tensor, theta: Tensor, equation: str, channel_dim: int, start: tuple[float, ...], host: str) -> Tensor:
-    return _run((_dense(x.detach(), channel_dim),), theta, equation, channel_dim, start, host)
+    return _run((dense(x.detach(), channel_dim),), theta, equation, channel_dim, start, host)
 
 
 @activate.register_fake
 def _(x: Tensor, theta: Tensor, equation: str, channel_dim: int, start: list[float], host: str) -> Tensor:
-    return torch.empty_like(_dense(x, channel_dim))
+    return torch.empty_like(dense(x, channel_dim))
 
 
 @torch.library.custom_op(
@@ -314,7 +296,7 @@ def activate_backward(
 def _activate_backward(
     grad: Tensor, x: Tensor, theta: Tensor, equation: str, channel_dim: int, start: tuple[float, ...], host: str
 ) -> tuple[Tensor, Tensor]:
-    x = _dense(x.detach(), channel_dim)
+    x = dense(x.detach(), channel_dim)
     last = _channels_last(x)
     grad = grad.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     by_x, sums = _run((grad, x), theta, equation, channel_dim, start, host)
@@ -325,7 +307,7 @@ def _activate_backward(
 def _(
     grad: Tensor, x: Tensor, theta: Tensor, equation: str, channel_dim: int, start: list[float], host: str
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(_dense(x, channel_dim)), torch.empty_like(theta, memory_format=torch.contiguous_format)
+    return torch.empty_like(dense(x, channel_dim)), torch.empty_like(theta, memory_format=torch.contiguous_format)
 
 
 class _Activate(torch.autograd.Function):
@@ -375,4 +357,4 @@ def _plain_backward(
 
 activate.register_autograd(_backward, setup_context=_keep)
 
-__all__ = ["HOSTS", "MIN_DRIVEN", "MIN_NUMBERS", "at_once", "by_coefficients", "fused", "in_place", "use_fused"]
+__all__ = ["HOSTS", "MIN_DRIVEN", "MIN_NUMBERS", "at_once", "fused", "has_form", "in_place", "use_fused"]

@@ -86,7 +86,7 @@ def test_a_large_map_is_averaged_without_loss(last):
     nn.init.constant_(site.fc2.weight[:, 0], 1e-3)
     nn.init.ones_(site.p1)
     sizes = (1, 3, 1500 * 1400) if not last else (1, 1500 * 1400, 3)
-    means = -driver_cpu.coefficients(site, None, x, sizes, not last)[2]
+    means = -driver_cpu.coefficients(site, x, None, sizes, not last)[2]
     expected = torch.sigmoid(x.double().mean() * 1e-3)
     torch.testing.assert_close(means.double(), expected.expand(1, 3), rtol=1e-6, atol=0)
 
