@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from quac_plugins.core.activations.kernels import HOSTS, fused, in_place, use_fused
+from quac_plugins.core.activations.kernels import HOSTS, fused, use_fused
 from quac_plugins.core.activations.reference import per_channel
 from quac_plugins.core.names import unknown
 from quac_plugins.core.quality.context import QualityContext
@@ -118,7 +118,7 @@ class ChannelActivation(nn.Module):
     def _fused(self, x: Tensor, q: Tensor | None) -> Tensor:
         start, inside = self._start()
         y = fused(type(self).equation, x, self.values(x, q), self.channel_dim, start, inside)
-        return self._beside(x, y, inside)
+        return y if self.host is None or inside else self.host(x) + y
 
     def _by_operation(self, x: Tensor, q: Tensor | None) -> Tensor:
         values = self.values(x, q)
@@ -131,13 +131,6 @@ class ChannelActivation(nn.Module):
     def _start(self) -> tuple[tuple[float, ...], str]:
         """θ⁰, and the host that a kernel computes inside."""
         return ((), "") if self.host is None else (self.neutral, HOSTS.get(type(self.host), ""))
-
-    def _beside(self, x: Tensor, y: Tensor, inside: str) -> Tensor:
-        """Adds the host to a kernel's y, if it was not inside."""
-        if self.host is None or inside:
-            return y
-        kept = self.host(x)
-        return y.add_(kept) if in_place(x) and kept.dtype == y.dtype else kept + y
 
     def shaped(self, parameter: Tensor, x: Tensor) -> Tensor:
         """A (1, C, 1, 1) parameter, shaped to broadcast along the channels of x."""

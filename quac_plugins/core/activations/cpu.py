@@ -24,6 +24,7 @@ _ALONE = 1 << 15  # numbers below which one thread does it
 
 _SOURCE = """
 constexpr int64_t COEFFICIENTS = {coefficients}, PARTS = {parts}, CHUNK = {chunk};
+constexpr bool ONTO = {onto};  // y is added to what is there
 
 // y = host(x) + x (A(x) - A0(x)), or x A(x)
 static inline V gate(const V& x, const V* c) {{ return {gate_code}; }}
@@ -36,6 +37,11 @@ template <bool ROWS> static inline void pick(const S* coef, int64_t stride, int6
     c[k] = ROWS ? V(coef[k * stride]) : V::loadu(coef + k * stride + i, count);
 }}
 
+static inline void write(S* y, const V& found, int64_t count) {{
+  if constexpr (ONTO) (V::loadu(y, count) + found).store(y, count);
+  else found.store(y, count);
+}}
+
 template <bool ROWS> static inline void forward(const S* x, const S* coef, int64_t stride, S* y, int64_t n) {{
   V c[COEFFICIENTS];
   if (ROWS) pick<ROWS>(coef, stride, 0, W, c);
@@ -46,15 +52,15 @@ template <bool ROWS> static inline void forward(const S* x, const S* coef, int64
       if (!ROWS) pick<ROWS>(coef, stride, i + u * W, W, c);
       found[u] = value(V::loadu(x + i + u * W), c);
     }}
-    for (int64_t u = 0; u < UNROLL; ++u) found[u].store(y + i + u * W);
+    for (int64_t u = 0; u < UNROLL; ++u) write(y + i + u * W, found[u], W);
   }}
   for (; i + W <= n; i += W) {{
     if (!ROWS) pick<ROWS>(coef, stride, i, W, c);
-    value(V::loadu(x + i), c).store(y + i);
+    write(y + i, value(V::loadu(x + i), c), W);
   }}
   if (i < n) {{
     if (!ROWS) pick<ROWS>(coef, stride, i, n - i, c);
-    value(V::loadu(x + i, n - i), c).store(y + i, n - i);
+    write(y + i, value(V::loadu(x + i, n - i), c), n - i);
   }}
 }}
 
@@ -89,6 +95,7 @@ template <bool ROWS> static inline void row_forward(const T* x, const S* coef, i
     for (int64_t i = 0; i < n; i += BLOCK) {{
       int64_t count = std::min(BLOCK, n - i);
       at::vec::convert(x + i, wide, count);
+      if (ONTO) at::vec::convert(y + i, out, count);
       forward<ROWS>(wide, ROWS ? coef : coef + i, stride, out, count);
       at::vec::convert(out, y + i, count);
     }}
@@ -163,7 +170,7 @@ _HOSTS = {  # with their slopes
 
 @cache
 def kernel(
-    equation: str, dtype: torch.dtype, neutral: tuple[float, ...], host: str, by_rows: bool, back: bool
+    equation: str, dtype: torch.dtype, neutral: tuple[float, ...], host: str, by_rows: bool, back: bool, onto: bool
 ) -> Callable[..., None]:
     """A kernel, built at its first use and kept on disk by torch."""
     form, (stored, computed) = FORMS[equation], TYPES[dtype]
@@ -181,7 +188,7 @@ def kernel(
     tensors += [f"{stored}* by_x", f"{computed}* sums"] if back else [f"{stored}* y"]
     arguments = [*tensors, *(f"const int64_t {name}" for name in ("batch", "rows", "n", "threads"))]
     source = _SOURCE.format(
-        chunk=CHUNK, parts=form.parts, body=_BODIES[by_rows, back],
+        chunk=CHUNK, onto=str(onto).lower(), parts=form.parts, body=_BODIES[by_rows, back],
         coefficients=form.coefficients.__code__.co_argcount, gate_code=form.gate_code, value_code=value,
         partials_code=form.partials_code, derivative_code=derivative, arguments="{arguments}",
     )  # fmt: skip
@@ -190,7 +197,7 @@ def kernel(
 
 def run(
     inputs: tuple[Tensor, ...], sizes: Sequence[int], c: Tensor, equation: str, neutral: tuple[float, ...],
-    host: str, by_rows: bool,
+    host: str, by_rows: bool, onto: Tensor | None = None,
 ) -> Any:  # fmt: skip
     """y of inputs (x,), or the gradient of x and the sums (parts, B, C) of inputs (grad, x).
 
@@ -202,12 +209,13 @@ def run(
         neutral: the coefficients of θ⁰, or none.
         host: what is added: ``""``, ``"identity"`` or ``"relu"``.
         by_rows: see ``sizes``.
+        onto: y is added to this, in place; of shape, strides and dtype of x.
     """
     x, back = inputs[-1], len(inputs) == 2
     batch, rows, n = sizes
     threads = 1 if x.numel() < _ALONE else torch.get_num_threads()
-    code = kernel(equation, x.dtype, neutral, host, by_rows, back)
-    out = torch.empty_like(x)
+    code = kernel(equation, x.dtype, neutral, host, by_rows, back, onto is not None)
+    out = torch.empty_like(x) if onto is None else onto
     if not back:
         code(x, c, out, *sizes, threads)
         return out

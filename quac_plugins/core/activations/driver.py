@@ -8,6 +8,7 @@ dicts of the published modules load.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -134,8 +135,8 @@ class DrivenActivation(ChannelActivation):
             return None
         q = self.quality_for(x, q) if self.quality_channels else None
         start, inside = self._start()
-        y = driver_cpu.activate(self, x, q, start, inside)
-        return None if y is None else self._beside(x, y, inside)
+        beside = None if self.host is None or inside else partial(self.host, x)
+        return driver_cpu.activate(self, x, q, start, inside, beside)
 
     def hidden(self, z: Tensor) -> Tensor:
         """h = σ(norm2(fc2 norm1(fc1 z))) of z (B, C + Q), (B, C + Q)."""

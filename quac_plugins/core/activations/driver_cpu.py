@@ -8,6 +8,7 @@ watched by a hook, in another dtype) is left to that method.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -261,7 +262,14 @@ def _norm(norm: Any, batch: int) -> tuple[tuple[Any, ...], int, int] | None:
     return (*_matrix(norm), *statistics), _BATCH if norm.training else _FIXED, 1
 
 
-def activate(site: Any, x: Tensor, q: Tensor | None, start: tuple[float, ...], host: str) -> Tensor | None:
+def activate(
+    site: Any,
+    x: Tensor,
+    q: Tensor | None,
+    start: tuple[float, ...],
+    host: str,
+    onto: Callable[[], Tensor] | None = None,
+) -> Tensor | None:
     """The activation of x, on a CPU; None where the driver is not plain, or without a compiler.
 
     Args:
@@ -269,6 +277,7 @@ def activate(site: Any, x: Tensor, q: Tensor | None, start: tuple[float, ...], h
         x: as :func:`kernels.at_once` lets through.
         q: (B, Q) or None, as ``site.quality_for`` returns it.
         start, host: see :func:`kernels.fused`.
+        onto: makes what the activation is added to.
     """
     dim, equation = site.channel_dim, type(site).equation.__name__
     x = dense(x, dim)
@@ -279,9 +288,35 @@ def activate(site: Any, x: Tensor, q: Tensor | None, start: tuple[float, ...], h
 
     def both() -> Tensor | None:
         c = coefficients(site, x, q, sizes, by_rows)
-        return None if c is None else cpu.run((x,), sizes, c, equation, neutral_of(equation, start), host, by_rows)
+        if c is None:
+            return None
+        below = None if onto is None else onto()
+        ours = below is not None and _is_ours(below, x)
+        y = cpu.run((x,), sizes, c, equation, neutral_of(equation, start), host, by_rows, below if ours else None)
+        return y if below is None or ours else below + y
 
     return compiled_or("cpu", "fused activations", both, lambda: None)
+
+
+def _holders(t: Tensor) -> int:
+    return sys.getrefcount(t)
+
+
+def _holders_of_one() -> int:
+    """What :func:`_holders` says of what a single variable holds; versions of Python differ."""
+    t = torch.empty(0)
+    return _holders(t)
+
+
+_HELD = _holders_of_one()
+
+
+def _is_ours(t: Tensor, like: Tensor) -> bool:
+    """Whether a result may be written over: it is laid out alike, and nobody else holds it."""
+    alike = t.dtype == like.dtype and t.shape == like.shape and t.stride() == like.stride()
+    if not alike or type(t) is not Tensor or t._base is not None or sys.getrefcount(t) > _HELD:
+        return False
+    return t.untyped_storage().data_ptr() != like.untyped_storage().data_ptr()
 
 
 def coefficients(site: Any, x: Tensor, q: Tensor | None, sizes: Sequence[int], by_rows: bool) -> Tensor | None:

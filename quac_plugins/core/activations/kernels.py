@@ -104,11 +104,6 @@ def fused(
     return torch.ops.quac_plugins.activate(x, theta, equation.__name__, channel_dim, list(start), host)
 
 
-def in_place(x: Tensor) -> bool:
-    """Whether what is made of x may be written over: there are no gradients, and nobody watches."""
-    return not torch.is_grad_enabled() and _is_eager(x)
-
-
 def at_once(x: Tensor) -> bool:
     """Whether one call is to drive and activate x: on a CPU, without gradients."""
     if torch.is_grad_enabled() or not x.is_cpu or x.dtype not in _COMPUTED or not _is_eager(x):
@@ -357,4 +352,4 @@ def _plain_backward(
 
 activate.register_autograd(_backward, setup_context=_keep)
 
-__all__ = ["HOSTS", "MIN_DRIVEN", "MIN_NUMBERS", "at_once", "fused", "has_form", "in_place", "use_fused"]
+__all__ = ["HOSTS", "MIN_DRIVEN", "MIN_NUMBERS", "at_once", "fused", "has_form", "use_fused"]

@@ -203,3 +203,50 @@ def test_it_is_used_on_small_maps_too(found, monkeypatch):
         site(x[:, :, 1:], q)
     site(x, q)
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_host_that_is_not_inside_is_added_to_without_another_copy(dtype, last, found, monkeypatch):
+    torch.manual_seed(0)
+    site, q = QACON(8, norm="layer", init="preserve", host=nn.GELU()), torch.randn(2, 36)
+    x = torch.randn(2, 8, 67, 61, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    monkeypatch.setenv("QUAC_KERNELS", "fused")
+    with torch.no_grad():
+        assert torch.equal(site(x, q), nn.functional.gelu(x))
+        with torch.profiler.profile(profile_memory=True) as profile:
+            site(x, q)
+    large = [event.name for event in profile.events() if event.cpu_memory_usage >= x.nbytes]
+    assert large == ["aten::gelu"]
+    nn.init.normal_(site.fc3.weight)
+    (y, _), (expected, _) = both(monkeypatch, site, x, q)
+    torch.testing.assert_close(y, expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-5 if dtype.itemsize == 4 else 0.1)
+
+
+class Held(nn.Module):
+    """An activation that keeps what it returned, or returns what it was given."""
+
+    def __init__(self, itself):
+        super().__init__()
+        self.itself, self.kept = itself, None
+
+    def forward(self, x):
+        self.kept = x if self.itself else nn.functional.gelu(x)
+        return self.kept
+
+
+@pytest.mark.parametrize("itself", [False, True])
+def test_what_others_hold_is_not_written_over(itself, found, monkeypatch):
+    site, x, q = QACON(8, norm="layer", init="preserve", host=Held(itself)), torch.randn(2, 8, 9, 9), torch.randn(2, 36)
+    nn.init.normal_(site.fc3.weight)
+    before, seen = x.clone(), []
+    site.host.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    monkeypatch.setenv("QUAC_KERNELS", "fused")
+    with torch.no_grad():
+        y = site(x, q)
+    assert found[0] is not None
+    assert torch.equal(x, before)
+    host = before if itself else nn.functional.gelu(before)
+    assert torch.equal(seen[0], host)
+    assert not torch.equal(y, host)
