@@ -66,6 +66,7 @@ def peak(name: str, way: str, batch: int, threads: int) -> float:
 
 
 def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # in the processes: what is freed is given back at once
     rows = []
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for name in MODELS:
@@ -134,7 +135,7 @@ def main() -> None:
     what = {"memory": memory, "fit": fit}
     parser.add_argument("what", choices=list(what))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--steps", type=int, default=100, help="of a fit")
     data = Path(os.environ.get("QUAC_DATA", "data")) / "imagenet_sample"

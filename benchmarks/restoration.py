@@ -1,11 +1,11 @@
 """A restoration pipeline with Q-ACON, with meta-ACON, and as diffusers has it (SiLU): PSNR and SSIM, three seeds.
 
-    python benchmarks/restoration.py --data DIR                # nine trainings of about an hour of one core
+    python benchmarks/restoration.py --data DIR                # nine trainings of about three hours of one core
     python benchmarks/restoration.py --data DIR --publish      # and the best seed of Q-ACON into hub/ and the registry
     python benchmarks/restoration.py --data DIR --steps 1000   # one short stage alone: under ten minutes of a core each
 
 DIR holds train/ and val/ with clean photographs; by default QUAC_DATA/bsds. Each training is
-``examples/train_restoration.py``, once with its defaults and three times from there; runs go on if interrupted.
+``examples/train_restoration.py``, once with its defaults and five times from there; runs go on if interrupted.
 Judged is the middle 192×192 of every photograph of val/, degraded by each kind that was trained on: with one step at
 severities 1, 3 and 5, and with ten at severity 3. Writes benchmarks/results/restoration.{json,md}, with --steps
 restoration_STEPS.{json,md}.
@@ -31,13 +31,21 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results/restoration"
 ROWS = {"qacon": "Q-ACON", "meta_acon": "meta-ACON", "silu": "SiLU"}
 NAME = "restoration_qacon.bsds"
-# stage → options: many small patches until the degradations are told apart, fewer larger ones, then all weighed alike
+_LARGER = ("--patch", 64, "--batch-size", 16, "--loss", "psnr", "--degradations")
+# stage → options: many small patches until the degradations are told apart, fewer larger ones, then all weighed alike,
+# at last more of those that change a picture least, whose gradients the others drown
 STAGES = {
     "-first": ("--steps", 2500),
     "-second": ("--steps", 2800, "--lr", 5e-4, "--patch", 48, "--batch-size", 16),
     "-third": ("--steps", 700, "--lr", 3e-4, "--patch", 48, "--batch-size", 16, "--loss", "psnr"),
-    "": ("--steps", 350, "--lr", 2e-4, "--patch", 48, "--batch-size", 16, "--loss", "psnr"),
-}
+    "-fourth": ("--steps", 350, "--lr", 2e-4, "--patch", 48, "--batch-size", 16, "--loss", "psnr"),
+    "-fifth": ("--steps", 900, "--lr", 5e-4, *_LARGER, "haze,rain,low_light,noise,blur=2,downscale=2,jpeg=4"),
+    "": (
+        "--steps", 6000, "--lr", 4e-4, "--clean", 0.1, *_LARGER,
+        "haze,rain,low_light=2,noise,blur=2,downscale=2,jpeg=6",
+    ),
+}  # fmt: skip
+OTHERS = {"-fourth": 10, "-fifth": 11, "": 11}  # added to the seed, so that a stage draws other patches
 MOST = 6_000_000  # bytes that an embedded pipeline may have
 
 
@@ -46,14 +54,16 @@ def train(job: tuple[argparse.Namespace, str, int]) -> dict[str, Any]:
     args, row, seed = job
     scores = args.work / f"{row}-{seed}.json"
     previous: list[Any] = []
-    for stage, options in (STAGES if args.steps is None else {"": ("--steps", args.steps)}).items():
+    stages = STAGES if args.steps is None else {"": ("--steps", args.steps)}
+    for stage, options in stages.items():
         out = args.work / f"{row}-{seed}{stage}"
         last = not stage
         if not (scores.exists() if last else (out / "model_index.json").exists()):
             command = [
-                sys.executable, ROOT / "examples/train_restoration.py", "--activation", row, "--seed", seed, "--out",
-                out, "--data", args.data / "train", "--val", args.data / "val", "--compile", "--store-fp16", *previous,
-                *options, "--validate-every", options[1], *(["--scores", scores] if last else []),
+                sys.executable, ROOT / "examples/train_restoration.py", "--activation", row, "--out", out,
+                "--seed", seed + (OTHERS.get(stage, 0) if args.steps is None else 0), "--data", args.data / "train",
+                "--val", args.data / "val", "--compile", "--store-fp16", *previous, *options,
+                "--validate-every", options[1], *(["--scores", scores] if last else []),
             ]  # fmt: skip
             environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "PYTHONPATH": str(ROOT)}
             with open(out.with_suffix(".log"), "a", encoding="utf-8") as log:
@@ -120,7 +130,8 @@ def publish(args: argparse.Namespace, runs: list[dict[str, Any]]) -> None:
     )  # fmt: skip
     card = ModelCard.from_template(
         data, template_path=str(ROOT / "hub/pipeline_card_template.md"), name=NAME, seed=args.seeds[best],
-        seeds=len(runs), psnr=f"{psnr[best]:.2f}", rows=runs[best]["1 steps"], args=runs[best]["args"],
+        stages=len(STAGES), seeds=len(runs), psnr=f"{psnr[best]:.2f}", rows=runs[best]["1 steps"],
+        args=runs[best]["args"],
     )  # fmt: skip
     (target / "README.md").write_text(str(card), encoding="utf-8")
     figures = {
@@ -142,7 +153,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("restoration-work"), help="checkpoints, pipelines, scores")
-    parser.add_argument("--steps", type=int, help="one stage of so many steps, instead of all four")
+    parser.add_argument("--steps", type=int, help="one stage of so many steps, instead of all six")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--publish", action="store_true", help="write hub/ and registry/diffusers.toml")
     args = parser.parse_args()

@@ -10,8 +10,9 @@ checkpoint in --work. The three activations share the network, the pictures, the
 
 The path from the degraded image y to the clean one x₀ is a straight line, x_t = x₀ + t (y − x₀), and the network learns
 its velocity y − x₀ from x_t, t and the quality of y; what counts is the error of what is left of the degradation, t
-times the velocity's. For the first part of the steps t is 1, where every restoration begins. A share of the pictures,
-``--clean``, are not degraded, so that good ones are left alone.
+times the velocity's, or ``--late`` times it where t is less: each of several steps takes as large a part of the
+velocity. For the first part of the steps t is 1, where every restoration begins. A share of the pictures, ``--clean``,
+are not degraded, so that good ones are left alone.
 """
 
 from __future__ import annotations
@@ -108,7 +109,9 @@ def config_file(name: str) -> str:
     return name if name.endswith(".json") else quac.registry_file(f"diffusers/{name}.json")
 
 
-def loss_of(unet: Any, clean: Tensor, degraded: Tensor, quality: Any, times: Tensor, loss: str = "rmse") -> Tensor:
+def loss_of(
+    unet: Any, clean: Tensor, degraded: Tensor, quality: Any, times: Tensor, loss: str = "rmse", late: float = 0.0
+) -> Tensor:
     """Of each picture's mean square error in the scale [−1, 1], averaged: its root, or with ``"psnr"`` its logarithm.
 
     A mean square error would be that of dark and hazy pictures alone, and with an absolute one the network changes
@@ -120,7 +123,7 @@ def loss_of(unet: Any, clean: Tensor, degraded: Tensor, quality: Any, times: Ten
     q = quality(degraded)
     sample = 2 * clean - 1 + t * velocity
     found = unet(sample, 1000 * times, return_dict=False, **({} if q is None else {"quality": q}))[0]
-    error = (t * (found.float() - velocity)).square().mean((1, 2, 3))
+    error = (t.clamp(min=late) * (found.float() - velocity)).square().mean((1, 2, 3))
     # 1e-3 is 36 dB, 4e-4 is 40 dB: below, a picture that is almost as it was would count for all the others
     return (error + 1e-3).sqrt().mean() if loss == "rmse" else (error + 4e-4).log().mean() / 2
 
@@ -158,7 +161,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Any, EMAM
         times = draw_times(len(clean) * accelerator.num_processes, part, generator)
         times = times.chunk(accelerator.num_processes)[accelerator.process_index].to(clean)  # as one process has them
         with accelerator.autocast():
-            loss = loss_of(network, clean, degraded, pipe.quality_of, times, args.loss)
+            loss = loss_of(network, clean, degraded, pipe.quality_of, times, args.loss, args.late)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -204,8 +207,9 @@ def fixed(args: argparse.Namespace) -> dict[str, Any]:
     """What a run that goes on must share with the one it goes on from."""
     config = json.loads(Path(config_file(args.config)).read_text(encoding="utf-8"))
     start = None if args.start is None else args.start.name
-    names = ("activation", "steps", "batch_size", "patch", "lr", "loss", "seed", "ema_decay", "degradations", "clean")
-    return {"data": args.data.name, "config": config, "start": start, **{name: getattr(args, name) for name in names}}
+    names = ("activation", "steps", "batch_size", "patch", "lr", "loss", "seed", "ema_decay")
+    chosen = {name: getattr(args, name) for name in (*names, "degradations", "clean", "late")}
+    return {"data": args.data.name, "config": config, "start": start, **chosen}
 
 
 def resume(args: argparse.Namespace, accelerator: Accelerator) -> int:
@@ -305,6 +309,9 @@ def main() -> None:
         "--degradations", type=weighted, help="NAME or NAME=WEIGHT, comma-separated: how often each is drawn"
     )
     parser.add_argument("--clean", type=float, default=0.2, help="share of the patches that are left as they are")
+    parser.add_argument(
+        "--late", type=float, default=0.0, help="least weight of the velocity's error on the way, for several steps"
+    )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--loss", choices=("rmse", "psnr"), default="rmse", help="psnr: to go on with, after --start")
     parser.add_argument("--ema-decay", type=float, default=0.995)
@@ -327,8 +334,9 @@ def main() -> None:
         parser.error("--scores needs --val")
     several = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()  # which accelerate must be told
     accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=several)
-    if not 0 <= args.clean <= 1:
-        parser.error(f"--clean must be a share from 0 to 1, got {args.clean}")
+    for name in ("clean", "late"):
+        if not 0 <= getattr(args, name) <= 1:
+            parser.error(f"--{name} must be a number from 0 to 1, got {getattr(args, name)}")
     if args.batch_size % accelerator.num_processes:
         parser.error(f"--batch-size must be a multiple of the {accelerator.num_processes} processes")
     unet, ema = train(args, accelerator)

@@ -56,22 +56,28 @@ static inline double row_sum(const T* x, int64_t n) {{
 
 // row after row, a tile of the columns in registers: several rows at a time are read at half the speed
 static inline void column_sums(const T* x, int64_t rows, int64_t n, S* sums) {{
-  constexpr int64_t TILE = W >= 16 ? 16 : 8;
-  for (int64_t at = 0; at < n; at += TILE * W) {{
-    S wide[TILE * W];
-    V sum[TILE];
-    const int64_t count = std::min(TILE * W, n - at);
-    for (V& part : sum) part = V(0);
-    for (int64_t r = 0; r < rows; ++r) {{
-      const S* from = read(x + r * n + at, wide, count);
-      if (count == TILE * W)
-        for (int64_t k = 0; k < TILE; ++k) sum[k] = sum[k] + V::loadu(from + k * W);
-      else
-        for (int64_t k = 0; k * W < count; ++k)
-          sum[k] = sum[k] + V::loadu(from + k * W, std::min(W, count - k * W));
+  constexpr int64_t TILE = W >= 16 ? 16 : 8, PIECE = 128;  // rows: a long sum in float loses digits
+  std::fill(sums, sums + n, S(0));
+  for (int64_t first = 0; first < rows; first += PIECE)
+    for (int64_t at = 0; at < n; at += TILE * W) {{
+      S wide[TILE * W];
+      V sum[TILE];
+      const int64_t count = std::min(TILE * W, n - at);
+      for (V& part : sum) part = V(0);
+      for (int64_t r = first; r < std::min(first + PIECE, rows); ++r) {{
+        const S* from = read(x + r * n + at, wide, count);
+        if (count == TILE * W)
+          for (int64_t k = 0; k < TILE; ++k) sum[k] = sum[k] + V::loadu(from + k * W);
+        else
+          for (int64_t k = 0; k * W < count; ++k)
+            sum[k] = sum[k] + V::loadu(from + k * W, std::min(W, count - k * W));
+      }}
+      for (int64_t k = 0; k * W < count; ++k) {{
+        const int64_t last = std::min(W, count - k * W);
+        S* own = sums + at + k * W;
+        (V::loadu(own, last) + sum[k]).store(own, last);
+      }}
     }}
-    for (int64_t k = 0; k * W < count; ++k) sum[k].store(sums + at + k * W, std::min(W, count - k * W));
-  }}
 }}
 
 template <int64_t OUTPUTS, int64_t ROWS>
@@ -160,16 +166,14 @@ extern "C" void kernel({arguments}) {{
   const int64_t channels = by_rows ? rows : n, pixels = by_rows ? n : rows, width = channels + quality;
   std::vector<S> z(batch * width), inside(batch * hidden), h(batch * width), last(batch * numbers * channels);
   if (by_rows) {{
-    const int64_t block = std::max<int64_t>(1, (1 << 16) / n), blocks = (batch * rows + block - 1) / block;
 #pragma omp parallel for num_threads(threads)
-    for (int64_t k = blocks - 1; k >= 0; --k)
-      for (int64_t r = k * block; r < std::min((k + 1) * block, batch * rows); ++r)
-        z[r / rows * width + r % rows] = S(row_sum(x + r * n, n) / pixels);
+    for (int64_t r = 0; r < batch * rows; ++r)
+      z[r / rows * width + r % rows] = S(row_sum(x + r * n, n) / pixels);
   }} else {{  // in chunks of rows, so that the sums do not depend on the number of threads
     const int64_t chunks = (rows + SUMMED - 1) / SUMMED;
     std::vector<S> sums(batch * chunks * n);
 #pragma omp parallel for num_threads(threads)
-    for (int64_t task = batch * chunks - 1; task >= 0; --task) {{
+    for (int64_t task = 0; task < batch * chunks; ++task) {{
       int64_t first = task % chunks * SUMMED;
       column_sums(x + (task / chunks * rows + first) * n, std::min(SUMMED, rows - first), n, sums.data() + task * n);
     }}
@@ -200,7 +204,7 @@ extern "C" void kernel({arguments}) {{
     }}
 }}
 """
-_SUMMED = 256  # rows
+_SUMMED = 1024  # rows
 _ALONE = 1 << 15  # numbers, or products, below which one thread does it
 _NONE, _FIXED, _BATCH, _GROUP = range(4)  # as in the source
 _OWN = (Tensor, nn.Parameter)
