@@ -114,9 +114,9 @@ def at_once(x: Tensor) -> bool:
 
 def _is_eager(x: Tensor) -> bool:
     """Neither compiled nor traced nor seen by a mode or a transform, be it of the parameters alone."""
-    if _transforms() is not None or _modes() or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # first: compilers do not know what follows
         return False
-    return _is_plain(x)
+    return _transforms() is None and not _modes() and _is_plain(x)
 
 
 _transforms, _modes = torch._C._functorch.peek_interpreter_stack, torch._C._len_torch_dispatch_stack

@@ -250,3 +250,12 @@ def test_what_others_hold_is_not_written_over(itself, found, monkeypatch):
     host = before if itself else nn.functional.gelu(before)
     assert torch.equal(seen[0], host)
     assert not torch.equal(y, host)
+
+
+def test_compiled_without_gradients_it_is_one_graph(found):
+    site, x, q = site_of("qacon", "layer"), torch.randn(2, 19, 64, 64), torch.randn(2, 36)
+    with torch.no_grad():
+        y = torch.compile(site, fullgraph=True, backend="eager")(x, q)
+        assert not found
+        torch.testing.assert_close(y, site(x, q), rtol=1e-4, atol=1e-4)
+    assert len(found) == 1
