@@ -10,9 +10,9 @@ checkpoint in --work. The three activations share the network, the pictures, the
 
 The path from the degraded image y to the clean one x₀ is a straight line, x_t = x₀ + t (y − x₀), and the network learns
 its velocity y − x₀ from x_t, t and the quality of y; what counts is the error of what is left of the degradation, t
-times the velocity's, or ``--late`` times it where t is less: each of several steps takes as large a part of the
-velocity. For the first part of the steps t is 1, where every restoration begins. A share of the pictures, ``--clean``,
-are not degraded, so that good ones are left alone.
+times the velocity's. For the first part of the steps t is 1, where every restoration begins. A share of the pictures,
+``--clean``, are not degraded, so that good ones are left alone. Several steps of the pipeline are taken near t = 1
+(``--shift`` of its scheduler, s t / (1 + (s − 1) t)): at a lower t, what a step did not remove is taken for more of it.
 """
 
 from __future__ import annotations
@@ -109,9 +109,7 @@ def config_file(name: str) -> str:
     return name if name.endswith(".json") else quac.registry_file(f"diffusers/{name}.json")
 
 
-def loss_of(
-    unet: Any, clean: Tensor, degraded: Tensor, quality: Any, times: Tensor, loss: str = "rmse", late: float = 0.0
-) -> Tensor:
+def loss_of(unet: Any, clean: Tensor, degraded: Tensor, quality: Any, times: Tensor, loss: str = "rmse") -> Tensor:
     """Of each picture's mean square error in the scale [−1, 1], averaged: its root, or with ``"psnr"`` its logarithm.
 
     A mean square error would be that of dark and hazy pictures alone, and with an absolute one the network changes
@@ -123,7 +121,7 @@ def loss_of(
     q = quality(degraded)
     sample = 2 * clean - 1 + t * velocity
     found = unet(sample, 1000 * times, return_dict=False, **({} if q is None else {"quality": q}))[0]
-    error = (t.clamp(min=late) * (found.float() - velocity)).square().mean((1, 2, 3))
+    error = (t * (found.float() - velocity)).square().mean((1, 2, 3))
     # 1e-3 is 36 dB, 4e-4 is 40 dB: below, a picture that is almost as it was would count for all the others
     return (error + 1e-3).sqrt().mean() if loss == "rmse" else (error + 4e-4).log().mean() / 2
 
@@ -139,7 +137,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Any, EMAM
     unet = build(args)
     if args.start is not None:
         unet.load_state_dict(type(unet).from_pretrained(args.start / "unet").state_dict())
-    pipe = QuACRestorationPipeline(unet, FlowMatchEulerDiscreteScheduler())
+    pipe = QuACRestorationPipeline(unet, FlowMatchEulerDiscreteScheduler(shift=args.shift))
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(
         optimizer, 100 * accelerator.num_processes, args.steps * accelerator.num_processes
@@ -161,7 +159,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Any, EMAM
         times = draw_times(len(clean) * accelerator.num_processes, part, generator)
         times = times.chunk(accelerator.num_processes)[accelerator.process_index].to(clean)  # as one process has them
         with accelerator.autocast():
-            loss = loss_of(network, clean, degraded, pipe.quality_of, times, args.loss, args.late)
+            loss = loss_of(network, clean, degraded, pipe.quality_of, times, args.loss)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -181,7 +179,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Any, EMAM
         if args.val is not None and done % args.validate_every == 0 and accelerator.is_main_process:
             ema.store(unet.parameters())
             ema.copy_to(unet.parameters())
-            validate(args, QuACRestorationPipeline(unet.eval(), FlowMatchEulerDiscreteScheduler()), done)
+            validate(
+                args, QuACRestorationPipeline(unet.eval(), FlowMatchEulerDiscreteScheduler(shift=args.shift)), done
+            )
             ema.restore(unet.parameters())
             unet.train()
     return unet, ema
@@ -208,7 +208,7 @@ def fixed(args: argparse.Namespace) -> dict[str, Any]:
     config = json.loads(Path(config_file(args.config)).read_text(encoding="utf-8"))
     start = None if args.start is None else args.start.name
     names = ("activation", "steps", "batch_size", "patch", "lr", "loss", "seed", "ema_decay")
-    chosen = {name: getattr(args, name) for name in (*names, "degradations", "clean", "late")}
+    chosen = {name: getattr(args, name) for name in (*names, "degradations", "clean")}
     return {"data": args.data.name, "config": config, "start": start, **chosen}
 
 
@@ -309,12 +309,10 @@ def main() -> None:
         "--degradations", type=weighted, help="NAME or NAME=WEIGHT, comma-separated: how often each is drawn"
     )
     parser.add_argument("--clean", type=float, default=0.2, help="share of the patches that are left as they are")
-    parser.add_argument(
-        "--late", type=float, default=0.0, help="least weight of the velocity's error on the way, for several steps"
-    )
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--loss", choices=("rmse", "psnr"), default="rmse", help="psnr: to go on with, after --start")
     parser.add_argument("--ema-decay", type=float, default=0.995)
+    parser.add_argument("--shift", type=float, default=64.0, help="of the pipeline's scheduler, for several steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), default="no")
     parser.add_argument("--compile", action="store_true", help="with torch.compile: faster after two minutes")
@@ -334,15 +332,16 @@ def main() -> None:
         parser.error("--scores needs --val")
     several = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()  # which accelerate must be told
     accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=several)
-    for name in ("clean", "late"):
-        if not 0 <= getattr(args, name) <= 1:
-            parser.error(f"--{name} must be a number from 0 to 1, got {getattr(args, name)}")
+    if not 0 <= args.clean <= 1:
+        parser.error(f"--clean must be a share from 0 to 1, got {args.clean}")
+    if not 0 < args.shift < math.inf:
+        parser.error(f"--shift must be above 0, got {args.shift}")
     if args.batch_size % accelerator.num_processes:
         parser.error(f"--batch-size must be a multiple of the {accelerator.num_processes} processes")
     unet, ema = train(args, accelerator)
     if accelerator.is_main_process:
         ema.copy_to(unet.parameters())
-        pipe = QuACRestorationPipeline(unet.eval(), FlowMatchEulerDiscreteScheduler())
+        pipe = QuACRestorationPipeline(unet.eval(), FlowMatchEulerDiscreteScheduler(shift=args.shift))
         if args.store_fp16:
             pipe.unet.half()
         pipe.save_pretrained(args.out)

@@ -100,12 +100,14 @@ def test_the_twins(activation, tmp_path, photos):
 
 def test_degradations_are_chosen(tmp_path, photos):
     noisy = run(tmp_path, photos, "noisy", "--degradations", "noise=2,jpeg", "--clean", 0)
-    hazy = run(tmp_path, photos, "hazy", "--degradations", "haze", "--clean", 0, "--late", 0.5)
+    hazy = run(tmp_path, photos, "hazy", "--degradations", "haze", "--clean", 0, "--shift", 2)
+    assert json.loads((tmp_path / "hazy/scheduler/scheduler_config.json").read_text())["shift"] == 2
     assert any(not torch.equal(noisy[name], hazy[name]) for name in noisy)
     for option, value, message in (
         ("--degradations", "fog=1", "unknown degradation 'fog'"),
         ("--degradations", "jpeg=0", "must be a number above 0"),
         ("--degradations", "jpeg=much", "could not convert"),
-        ("--clean", 2, "--clean must be a number from 0 to 1"),
+        ("--clean", 2, "--clean must be a share from 0 to 1"),
+        ("--shift", 0, "--shift must be above 0"),
     ):
         assert message in run(tmp_path, photos, "wrong", option, value, check=False).stderr
