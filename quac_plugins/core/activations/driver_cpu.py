@@ -348,19 +348,27 @@ def coefficients(site: Any, x: Tensor, q: Tensor | None, sizes: Sequence[int], b
         return None
     learned = [parameters[name] for name in site.learned]
     weights = [t for layer in matrices for t in _matrix(layer)]
-    for t in (*weights, *norm1[0], *norm2[0], *learned):
+    tensors = (*weights, *norm1[0], *norm2[0], *learned)
+    for t in tensors:
         if type(t) not in _OWN or t.dtype is not wide or not t.is_cpu or not t.is_contiguous():
             return None
+    width, hidden, channels = site.channels + site.quality_channels, len(weights[1]), site.channels
+    expected = [hidden * width, hidden, width * hidden, width]
+    if len(matrices) == 3:
+        expected += [site.numbers * channels * width, site.numbers * channels]
+    expected += [hidden] * len(norm1[0]) + [width] * len(norm2[0]) + [channels] * len(learned)
+    if [t.numel() for t in tensors] != expected:  # C++ would read elsewhere
+        return None
     unused = weights[0]
     q = unused if q is None else q.to("cpu", wide).contiguous()
     run, count = _kernel(type(site).equation.__name__, len(learned), site.numbers, x.dtype)
-    c = torch.empty(count, batch, site.channels, dtype=wide)
+    c = torch.empty(count, batch, channels, dtype=wide)
     settings = [norm.__dict__.get(name) or 0.0 for norm in norms for name in ("eps", "momentum")]
     tracked = [norm._buffers.get("num_batches_tracked", unused) for norm in norms]
     run(
         x, q, *(weights + weights[:2])[:6], *(norm1[0] + (unused,) * 4)[:4], tracked[0],
         *(norm2[0] + (unused,) * 4)[:4], tracked[1], *learned, c, _settings(*settings), *sizes, int(by_rows),
-        site.quality_channels, len(weights[1]), site.numbers if len(matrices) == 3 else 0, *norm1[1:], *norm2[1:],
+        site.quality_channels, hidden, site.numbers if len(matrices) == 3 else 0, *norm1[1:], *norm2[1:],
         1 if x.numel() < _ALONE else torch.get_num_threads(),
     )  # fmt: skip
     if norm1[1] == _BATCH or norm2[1] == _BATCH:

@@ -259,3 +259,39 @@ def test_compiled_without_gradients_it_is_one_graph(found):
         assert not found
         torch.testing.assert_close(y, site(x, q), rtol=1e-4, atol=1e-4)
     assert len(found) == 1
+
+
+@pytest.mark.parametrize("layer", ["fc1", "fc2", "fc3"])
+def test_layers_of_another_size_are_refused_and_no_crash(layer, found, monkeypatch):
+    monkeypatch.setenv("QUAC_KERNELS", "fused")
+    site = QACON(8, norm="layer")
+    setattr(site, layer, nn.Conv2d(3, 5, 1))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="shape"):
+        site(torch.randn(2, 8, 4, 4), torch.randn(2, 36))
+    assert found == [None]
+
+
+@pytest.mark.parametrize("shape", [(6, 19), (6, 19, 11), (6, 19, 3, 4, 5), (0, 19, 4, 4), (6, 19, 0, 4)])
+@pytest.mark.parametrize("how", ["interleave", "tile"])
+def test_other_shapes_and_expanded_quality(shape, how, monkeypatch):
+    site = site_of("qacon", "group", expand_q=how)
+    x, q = torch.randn(shape), torch.randn(3, 36, 1, 1, dtype=torch.float64)
+    q = q if len(x) else q[:0]
+    (y, _), (expected, _) = both(monkeypatch, site, x, q)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+    (y, _), (expected, _) = both(
+        monkeypatch, site, torch.randn(shape).transpose(0, -1).contiguous().transpose(0, -1), q
+    )
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_in_inference_mode_and_under_autocast(monkeypatch):
+    with torch.inference_mode():
+        site = QACON(8).train()
+    x, q = torch.randn(4, 8, 16, 16), torch.randn(4, 36)
+    for choice in ("fused", "reference"):
+        monkeypatch.setenv("QUAC_KERNELS", choice)
+        with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+            y = site(x, q)
+    assert y.dtype == x.dtype
+    assert site.bn1.num_batches_tracked == 2
