@@ -23,6 +23,7 @@ from quac_plugins.core.precision import full_precision
 from quac_plugins.core.quality.context import QualityError
 from quac_plugins.core.quality.rows import EXPANSIONS, can_expand, expand_rows
 
+_DRIVEN = ("values", "drive", "hidden", "head")  # where another is put, one call does not do
 NORMS = ("batch", "layer", "group", "none")
 
 
@@ -76,8 +77,7 @@ class DrivenActivation(ChannelActivation):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        own = ("values", "drive", "hidden", "head")
-        cls._as_here = all(getattr(cls, name) is getattr(DrivenActivation, name) for name in own)
+        cls._as_here = all(getattr(cls, name) is getattr(DrivenActivation, name) for name in _DRIVEN)
         cls._as_here &= has_form(getattr(cls, "equation", None))
 
     def __init__(
@@ -131,7 +131,7 @@ class DrivenActivation(ChannelActivation):
         return (*(self.shaped(getattr(self, name), x) for name in self.learned), *driven)
 
     def _at_once(self, x: Tensor, q: Tensor | None) -> Tensor | None:
-        if not self._as_here or not at_once(x):
+        if not self._as_here or not at_once(x) or not self.__dict__.keys().isdisjoint(_DRIVEN):
             return None
         q = self.quality_for(x, q) if self.quality_channels else None
         start, inside = self._start()

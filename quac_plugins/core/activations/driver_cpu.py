@@ -26,7 +26,7 @@ _OWN = (Tensor, nn.Parameter)
 
 @lru_cache(maxsize=64)  # a schedule may change the momentum at every step
 def _settings(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def unwatched(layer: nn.Module) -> bool:
@@ -51,7 +51,7 @@ def _norm(norm: Any, batch: int) -> tuple[tuple[Any, ...], int, int] | None:
         return None
     buffers = norm._buffers
     count = buffers["num_batches_tracked"]
-    if count is None or count.dtype is not torch.int64 or not count.is_cpu:
+    if count is None or count.dtype is not torch.int64 or not count.is_cpu or count.numel() != 1:
         return None
     statistics = buffers["running_mean"], buffers["running_var"]
     return (*_matrix(norm), *statistics), BATCH if norm.training else FIXED, 1
@@ -81,25 +81,32 @@ def activate(
     pixels = x.numel() // max(batch * channels, 1)
     sizes = (batch, channels, pixels) if by_rows else (batch, pixels, channels)
 
-    def both() -> Tensor | None:
-        c = coefficients(site, x, q, sizes, by_rows)
-        if c is None:
-            return None
-        below = None if onto is None else onto()
-        ours = below is not None and _is_ours(below, x)
-        y = cpu.run((x,), sizes, c, equation, neutral_of(equation, start), host, by_rows, below if ours else None)
-        return y if below is None or ours else below + y
+    neutral = neutral_of(equation, start)
 
-    return compiled_or("cpu", "fused activations", both, lambda: None)
+    def build() -> Any:  # the builds alone: what a host or a hook raises is not a compiler's
+        drive = driver(equation, len(site.learned), site.numbers, x.dtype)
+        for onto_it in {False, onto is not None}:
+            cpu.kernel(equation, x.dtype, neutral, host, by_rows, False, onto_it)
+        return drive
+
+    drive = compiled_or("cpu", "fused activations", build, lambda: None)
+    c = None if drive is None else coefficients(site, x, q, sizes, by_rows, drive)
+    if c is None:
+        return None
+    below = None if onto is None else onto()
+    ours = below is not None and _is_ours(below, x)
+    y = cpu.run((x,), sizes, c, equation, neutral, host, by_rows, below if ours else None)
+    return y if below is None or ours else below + y
 
 
-def _holders(t: Tensor) -> int:
-    return sys.getrefcount(t)
+def _holders(t: Tensor) -> tuple[int, int]:
+    """How many hold a tensor, and its memory."""
+    return sys.getrefcount(t), torch._C._storage_Use_Count(t.untyped_storage()._cdata)
 
 
-def _holders_of_one() -> int:
-    """What :func:`_holders` says of what a single variable holds; versions of Python differ."""
-    t = torch.empty(0)
+def _holders_of_one() -> tuple[int, int]:
+    """What :func:`_holders` says of what a single variable holds; versions of Python and torch differ."""
+    t = torch.empty(1, device="cpu")
     return _holders(t)
 
 
@@ -107,20 +114,24 @@ _HELD = _holders_of_one()
 
 
 def _is_ours(t: Tensor, like: Tensor) -> bool:
-    """Whether a result may be written over: it is laid out alike, and nobody else holds it."""
-    alike = t.dtype == like.dtype and t.shape == like.shape and t.stride() == like.stride()
-    if not alike or type(t) is not Tensor or t._base is not None or sys.getrefcount(t) > _HELD:
+    """Whether a result may be written over: it is laid out alike, and nobody else holds it or a view of it."""
+    if type(t) is not Tensor or t.requires_grad or t.is_neg() or t._base is not None:
         return False
-    return t.untyped_storage().data_ptr() != like.untyped_storage().data_ptr()
+    alike = t.dtype == like.dtype and t.shape == like.shape and t.stride() == like.stride() and t.is_cpu
+    references, owners = sys.getrefcount(t), torch._C._storage_Use_Count(t.untyped_storage()._cdata)
+    return alike and references <= _HELD[0] and owners <= _HELD[1]
 
 
-def coefficients(site: Any, x: Tensor, q: Tensor | None, sizes: Sequence[int], by_rows: bool) -> Tensor | None:
+def coefficients(
+    site: Any, x: Tensor, q: Tensor | None, sizes: Sequence[int], by_rows: bool, drive: tuple[Callable[..., None], int]
+) -> Tensor | None:
     """The coefficients (K, B, C) of ``FORMS``; None where the driver is not plain. Arguments as :func:`activate`.
 
     Args:
         x: dense.
         sizes: of the rows (B, C, N) or the columns (B, N, C) that x is in memory.
         by_rows: see ``sizes``.
+        drive: of :mod:`driver_kernel`.
     """
     # what is written out here would, in functions of its own, take a tenth of the activation's time
     batch, wide = sizes[0], torch.float64 if x.dtype is torch.float64 else torch.float32
@@ -137,13 +148,15 @@ def coefficients(site: Any, x: Tensor, q: Tensor | None, sizes: Sequence[int], b
     norm1, norm2 = _norm(norms[0], batch), _norm(norms[1], batch)
     if norm1 is None or norm2 is None or not x.numel():
         return None
-    learned = [parameters[name] for name in site.learned]
+    learned = [parameters.get(name) for name in site.learned]
     weights = [t for layer in matrices for t in _matrix(layer)]
     tensors = (*weights, *norm1[0], *norm2[0], *learned)
     for t in tensors:
-        if type(t) not in _OWN or t.dtype is not wide or not t.is_cpu or not t.is_contiguous():
+        if type(t) not in _OWN or t.dtype is not wide or not t.is_cpu or not t.is_contiguous() or t.is_neg():
             return None
     width, hidden, channels = site.channels + site.quality_channels, len(weights[1]), site.channels
+    if site.fc3 is None and width != site.numbers * channels:  # h is the numbers
+        return None
     expected = [hidden * width, hidden, width * hidden, width]
     if len(matrices) == 3:
         expected += [site.numbers * channels * width, site.numbers * channels]
@@ -151,9 +164,14 @@ def coefficients(site: Any, x: Tensor, q: Tensor | None, sizes: Sequence[int], b
     if [t.numel() for t in tensors] != expected:  # C++ would read elsewhere
         return None
     unused = weights[0]
-    q = unused if q is None else q.to("cpu", wide).contiguous()
-    run, count = driver(type(site).equation.__name__, len(learned), site.numbers, x.dtype)
-    c = torch.empty(count, batch, channels, dtype=wide)
+    if q is None:
+        q = unused
+    elif type(q) not in _OWN or not q.is_cpu or q.layout is not torch.strided or q._is_zerotensor():
+        return None
+    else:
+        q = q.to(wide).contiguous().resolve_neg()
+    run, count = drive
+    c = torch.empty(count, batch, channels, dtype=wide, device="cpu")
     settings = [norm.__dict__.get(name) or 0.0 for norm in norms for name in ("eps", "momentum")]
     tracked = [norm._buffers.get("num_batches_tracked", unused) for norm in norms]
     run(

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from quac_plugins.core.activations import cpu
 from quac_plugins.core.activations.forms import FORMS, equation_of
@@ -52,6 +53,8 @@ def use_fused(equation: Any, x: Tensor) -> bool:
     """Whether the fused kernel computes this equation of x."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting():
         return False
+    if forward_ad._current_level >= 0:  # no_grad does not switch it off
+        return False
     choice = kernels_choice()
     if choice == "reference" or not has_form(equation) or x.dtype not in _COMPUTED:
         return False
@@ -63,7 +66,11 @@ def use_fused(equation: Any, x: Tensor) -> bool:
 
 def _is_plain(x: Tensor) -> bool:
     """Neither fake, nor a proxy, nor inside vmap or grad."""
-    return type(x) in (Tensor, nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and not x._is_zerotensor()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
 
 
 def fused(
@@ -116,7 +123,7 @@ def _is_eager(x: Tensor) -> bool:
     """Neither compiled nor traced nor seen by a mode or a transform, be it of the parameters alone."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # first: compilers do not know what follows
         return False
-    return _transforms() is None and not _modes() and _is_plain(x)
+    return _transforms() is None and not _modes() and _is_plain(x) and forward_ad._current_level < 0
 
 
 _transforms, _modes = torch._C._functorch.peek_interpreter_stack, torch._C._len_torch_dispatch_stack
@@ -147,7 +154,8 @@ def _channels_last(x: Tensor) -> bool:
 
 
 def dense(x: Tensor, channel_dim: int) -> Tensor:
-    """Without gaps, in one of the layouts that the kernels know."""
+    """Without gaps, in one of the layouts that the kernels know, and with the signs that it shows."""
+    x = x.resolve_neg()
     return x if channel_dim % x.ndim == 1 and _channels_last(x) else x.contiguous()
 
 
@@ -245,7 +253,9 @@ def neutral_of(equation: str, start: tuple[float, ...]) -> tuple[float, ...]:
     """The coefficients of θ⁰."""
     if not start:
         return ()
-    return tuple(float(c) for c in FORMS[equation].coefficients(*torch.tensor(start, dtype=torch.float64)))
+    return tuple(
+        float(c) for c in FORMS[equation].coefficients(*torch.tensor(start, dtype=torch.float64, device="cpu"))
+    )
 
 
 def _like(x: Tensor, flat: Tensor, channel_dim: int) -> Tensor:

@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
-from quac_plugins.core.activations import ACTIVATIONS, QACON, MetaACON, driver_cpu
+from quac_plugins.core import native
+from quac_plugins.core.activations import ACTIVATIONS, QACON, MetaACON, driver_cpu, driver_kernel
 from quac_plugins.core.activations.driver import NORMS, DrivenActivation
 from quac_plugins.core.activations.kernels import MIN_DRIVEN
 
@@ -86,7 +88,8 @@ def test_a_large_map_is_averaged_without_loss(last):
     nn.init.constant_(site.fc2.weight[:, 0], 1e-3)
     nn.init.ones_(site.p1)
     sizes = (1, 3, 1500 * 1400) if not last else (1, 1500 * 1400, 3)
-    means = -driver_cpu.coefficients(site, x, None, sizes, not last)[2]
+    drive = driver_kernel.driver("acon", 2, 1, x.dtype)
+    means = -driver_cpu.coefficients(site, x, None, sizes, not last, drive)[2]
     expected = torch.sigmoid(x.double().mean() * 1e-3)
     torch.testing.assert_close(means.double(), expected.expand(1, 3), rtol=1e-6, atol=0)
 
@@ -295,3 +298,84 @@ def test_in_inference_mode_and_under_autocast(monkeypatch):
             y = site(x, q)
     assert y.dtype == x.dtype
     assert site.bn1.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("keep", [torch.Tensor.detach, torch.Tensor.numpy, lambda t: t[:, :2]])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_views_that_others_hold_are_not_written_over(mode, keep, found, monkeypatch):
+    site, x, q = QACON(8, norm="layer", init="preserve", host=nn.SiLU()), torch.randn(2, 8, 9, 9), torch.randn(2, 36)
+    nn.init.normal_(site.fc3.weight)
+    seen = []
+    site.host.register_forward_hook(lambda module, inputs, output: seen.append(keep(output)))
+    monkeypatch.setenv("QUAC_KERNELS", "fused")
+    with mode():
+        site(x, q)
+        expected = keep(nn.functional.silu(x))
+    assert found[0] is not None
+    assert (torch.as_tensor(seen[0]) == torch.as_tensor(expected)).all()
+
+
+def test_another_default_device_does_not_matter(monkeypatch):
+    site, x, q = site_of("qacon", "layer"), torch.randn(2, 19, 8, 8), torch.randn(2, 36)
+    monkeypatch.setenv("QUAC_KERNELS", "fused")
+    with torch.no_grad():
+        expected = site(x, q)
+        with torch.device("meta"):
+            driver_cpu._settings.cache_clear()
+            assert torch.equal(site(x, q), expected)
+
+
+def test_what_a_host_raises_is_raised_and_the_kernels_stay(monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop(module, inputs, output):
+        raise Stop
+
+    site = QACON(8, init="preserve", host=nn.GELU())
+    site.host.register_forward_hook(stop)
+    monkeypatch.setenv("QUAC_KERNELS", "fused")
+    with torch.no_grad(), pytest.raises(Stop):
+        site(torch.randn(2, 8, 4, 4), torch.randn(2, 36))
+    assert site.bn1.num_batches_tracked == 1
+    assert "cpu" not in native.broken
+
+
+def test_pruned_slopes_and_heads_of_an_instance(found, monkeypatch):
+    x, q = torch.randn(4, 19, 8, 8), torch.randn(4, 36)
+    pruned, changed = site_of("qacon", "layer"), site_of("qacon", "layer")
+    prune.identity(pruned, "p1")
+    head = changed.head
+    changed.head = lambda h: head(h) + 1
+    for site in (pruned, changed):
+        outputs = []
+        for choice in ("fused", "reference"):
+            monkeypatch.setenv("QUAC_KERNELS", choice)
+            with torch.no_grad():
+                outputs.append(site(x, q))
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+    assert found == [None]
+    assert "cpu" not in native.broken
+
+
+def test_signs_and_tangents_are_kept(monkeypatch):
+    site, x, q = site_of("qacon", "layer"), torch.randn(2, 19, 8, 8), torch.randn(2, 36)
+    for inputs in ((torch._neg_view(x), q), (x, torch._neg_view(q))):
+        (y, _), (expected, _) = both(monkeypatch, site, *inputs)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    tangents = []
+    for choice in ("fused", "reference"):
+        monkeypatch.setenv("QUAC_KERNELS", choice)
+        with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+            y = site(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)), q)
+            tangents.append(torch.autograd.forward_ad.unpack_dual(y).tangent)
+    torch.testing.assert_close(*tangents)
+    assert tangents[0].abs().sum() > 0
+
+
+def test_a_head_that_gives_too_few_numbers_is_an_error(monkeypatch):
+    monkeypatch.setenv("QUAC_KERNELS", "fused")
+    site = MetaACON(8, norm="layer")
+    site.numbers = 3
+    with torch.no_grad(), pytest.raises((RuntimeError, ValueError)):
+        site(torch.randn(2, 8, 4, 4))
