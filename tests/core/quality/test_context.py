@@ -109,7 +109,7 @@ def test_quality_given_in_one_thread_is_not_seen_in_another(model, photographs):
         with quality_of(model, torch.full((2, 6), 7.0)):
             given = model(images)
             with ThreadPoolExecutor(1) as pool:
-                other = pool.submit(lambda: model(images).detach()).result()
+                other = pool.submit(torch.no_grad()(model), images).result()  # a thread starts with gradients
     assert torch.equal(other, alone)
     assert not torch.allclose(given, alone)
 
@@ -576,4 +576,4 @@ def test_padded_images_with_the_whole_model_checkpointed(kind, model, photograph
         output = checkpoint(model, images, use_reentrant=kind) if wrapped else model(images)
         output.square().sum().backward()
         found.append(images.grad)
-    assert torch.equal(*found)
+    close(*found)  # reentrant checkpointing begins without gradients, where the sums have another order
