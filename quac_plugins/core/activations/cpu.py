@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from quac_plugins.core.activations.forms import FORMS
-from quac_plugins.core.activations.vectors import TYPES, prelude
+from quac_plugins.core.activations.vectors import ALONE, TYPES, prelude
 from quac_plugins.core.native import load
 
 CHUNK = 64
 """Rows of x whose sums one task makes; a constant, so that the sums do not depend on the number of threads."""
-_ALONE = 1 << 15  # numbers below which one thread does it
 
 _SOURCE = """
 constexpr int64_t COEFFICIENTS = {coefficients}, PARTS = {parts}, CHUNK = {chunk};
@@ -207,13 +206,13 @@ def run(
         c: coefficients (K, B, C).
         equation: a name of ``FORMS``.
         neutral: the coefficients of θ⁰, or none.
-        host: what is added: ``""``, ``"identity"`` or ``"relu"``.
+        host: what is added inside: a key of ``_HOSTS``; ``""``: nothing.
         by_rows: see ``sizes``.
         onto: y is added to this, in place; of shape, strides and dtype of x.
     """
     x, back = inputs[-1], len(inputs) == 2
     batch, rows, n = sizes
-    threads = 1 if x.numel() < _ALONE else torch.get_num_threads()
+    threads = 1 if x.numel() < ALONE else torch.get_num_threads()
     code = kernel(equation, x.dtype, neutral, host, by_rows, back, onto is not None)
     out = torch.empty_like(x) if onto is None else onto
     if not back:

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from quac_plugins.core.activations import cpu
-from quac_plugins.core.activations.driver_kernel import ALONE, BATCH, FIXED, GROUP, NONE, driver
+from quac_plugins.core.activations.driver_kernel import BATCH, FIXED, GROUP, NONE, driver
 from quac_plugins.core.activations.kernels import as_rows, dense, neutral_of
+from quac_plugins.core.activations.vectors import ALONE
 from quac_plugins.core.native import compiled_or
 
 _OWN = (Tensor, nn.Parameter)

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from quac_plugins.core.activations.forms import FORMS
-from quac_plugins.core.activations.vectors import TYPES, prelude
+from quac_plugins.core.activations.vectors import ALONE, TYPES, prelude
 from quac_plugins.core.native import load
 
 _SOURCE = """
@@ -194,7 +194,6 @@ extern "C" void kernel({arguments}) {{
 }}
 """
 _SUMMED = 1024  # rows
-ALONE = 1 << 15  # numbers, or products, below which one thread does it
 NONE, FIXED, BATCH, GROUP = range(4)  # as in the source
 _INTEGERS = (
     "batch", "rows", "n", "by_rows", "quality", "hidden", "numbers", "kind1", "groups1", "kind2", "groups2", "threads",

@@ -10,6 +10,9 @@ TYPES = {
 }  # fmt: skip
 """dtype → as stored, as computed."""
 
+ALONE = 1 << 15
+"""Numbers, or products, below which one thread does it."""
+
 _PRELUDE = """
 #include <algorithm>
 #include <cstdint>

@@ -567,8 +567,9 @@ def test_given_quality_with_checkpointed_stages(cheap, photographs):
 
 
 @pytest.mark.parametrize("kind", [False, True])
-def test_padded_images_with_the_whole_model_checkpointed(kind, model, photographs):
+def test_padded_images_with_the_whole_model_checkpointed(kind, model, photographs, monkeypatch):
     """Reentrant checkpointing recomputes from a detached image, which knows nothing of the padding."""
+    monkeypatch.setenv("QUAC_KERNELS", "reference")  # it begins without gradients, where kernels sum in another order
     found = []
     for wrapped in (False, True):
         images = photographs(2, 64).clone().requires_grad_()
@@ -576,5 +577,4 @@ def test_padded_images_with_the_whole_model_checkpointed(kind, model, photograph
         output = checkpoint(model, images, use_reentrant=kind) if wrapped else model(images)
         output.square().sum().backward()
         found.append(images.grad)
-    # reentrant checkpointing begins without gradients, where the sums have another order
-    close(*({"images": grad} for grad in found))
+    assert torch.equal(*found)
