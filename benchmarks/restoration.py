@@ -3,12 +3,13 @@
     python benchmarks/restoration.py --data DIR                # nine trainings of about three hours of one core
     python benchmarks/restoration.py --data DIR --publish      # and the best seed of Q-ACON into hub/ and the registry
     python benchmarks/restoration.py --data DIR --steps 1000   # one short stage alone: under ten minutes of a core each
+    python benchmarks/restoration.py --data DIR --steps 1500,500   # a short first and a short last stage: twenty
 
 DIR holds train/ and val/ with clean photographs; by default QUAC_DATA/bsds. Each training is
 ``examples/train_restoration.py``, once with its defaults and five times from there; runs go on if interrupted.
 Judged is the middle 192×192 of every photograph of val/, degraded by each kind that was trained on: with one step at
 severities 1, 3 and 5, and with ten at severity 3. Writes benchmarks/results/restoration.{json,md}, with --steps
-restoration_STEPS.{json,md}.
+restoration_STEPS.{json,md}, of the sum of the steps.
 """
 
 from __future__ import annotations
@@ -54,14 +55,14 @@ def train(job: tuple[argparse.Namespace, str, int]) -> dict[str, Any]:
     args, row, seed = job
     scores = args.work / f"{row}-{seed}.json"
     previous: list[Any] = []
-    stages = STAGES if args.steps is None else {"": ("--steps", args.steps)}
+    stages = STAGES if args.steps is None else shortened(args.steps)
     for stage, options in stages.items():
         out = args.work / f"{row}-{seed}{stage}"
         last = not stage
         if not (scores.exists() if last else (out / "model_index.json").exists()):
             command = [
                 sys.executable, ROOT / "examples/train_restoration.py", "--activation", row, "--out", out,
-                "--seed", seed + (OTHERS.get(stage, 0) if args.steps is None else 0), "--data", args.data / "train",
+                "--seed", seed + (0 if len(stages) == 1 else OTHERS.get(stage, 0)), "--data", args.data / "train",
                 "--val", args.data / "val", "--compile", "--store-fp16", *previous, *options,
                 "--validate-every", options[1], *(["--scores", scores] if last else []),
             ]  # fmt: skip
@@ -71,6 +72,14 @@ def train(job: tuple[argparse.Namespace, str, int]) -> dict[str, Any]:
         previous = ["--start", out]
     print(f"{row} seed {seed}: {mean(json.loads(scores.read_text()), 'psnr'):.2f} dB", file=sys.stderr, flush=True)
     return json.loads(scores.read_text(encoding="utf-8"))
+
+
+def shortened(steps: list[int]) -> dict[str, tuple[Any, ...]]:
+    """The first stage alone, or the first and the last, of so many steps."""
+    if len(steps) == 1:
+        return {"": ("--steps", *steps)}
+    first, last = ("--steps", steps[0]), ("--steps", steps[1], *STAGES[""][2:])
+    return {"-first": first, "": last}
 
 
 def mean(run: dict[str, Any], score: str, steps: str = "1 steps", after: int = 1) -> float:
@@ -153,11 +162,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("restoration-work"), help="checkpoints, pipelines, scores")
-    parser.add_argument("--steps", type=int, help="one stage of so many steps, instead of all six")
+    parser.add_argument("--steps", help="of the first stage alone, or of the first and the last (1500,500)")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--publish", action="store_true", help="write hub/ and registry/diffusers.toml")
     args = parser.parse_args()
-    short = "" if args.steps is None else f"_{args.steps}"
+    if args.steps is not None:
+        args.steps = [int(steps) for steps in args.steps.split(",")]
+        if len(args.steps) > 2:
+            parser.error(f"--steps takes one or two numbers, got {len(args.steps)}")
+    short = "" if args.steps is None else f"_{sum(args.steps)}"
     if short and args.publish:
         parser.error("--publish takes the whole training, not --steps")
     args.out = args.out or RESULTS.with_name(f"{RESULTS.name}{short}")
@@ -170,7 +183,7 @@ def main() -> None:
     import torch
 
     table = {
-        "command": "python benchmarks/restoration.py" + (f" --steps {args.steps}" if short else ""),
+        "command": "python benchmarks/restoration.py" + (f" --steps {','.join(map(str, args.steps))}" if short else ""),
         "seeds": args.seeds,
         "judged": len(list((args.data / "val").iterdir())),
         "versions": {

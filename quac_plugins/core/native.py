@@ -24,7 +24,9 @@ def kernels_choice() -> str:
         >>> kernels_choice() in CHOICES
         True
     """
-    choice = os.environ.get("QUAC_KERNELS", "auto") or "auto"
+    if "QUAC_KERNELS" not in os.environ:  # asked at every activation, and the fastest to ask
+        return "auto"
+    choice = os.environ["QUAC_KERNELS"] or "auto"
     if choice not in CHOICES:
         raise ValueError(f"QUAC_KERNELS must be one of {', '.join(CHOICES)}, got {choice!r}")
     return choice

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -20,42 +20,15 @@ from quac_plugins.core.activations import cpu
 from quac_plugins.core.activations.driver_kernel import BATCH, FIXED, GROUP, NONE, driver
 from quac_plugins.core.activations.kernels import as_rows, dense, neutral_of
 from quac_plugins.core.activations.vectors import ALONE
-from quac_plugins.core.native import compiled_or
+from quac_plugins.core.native import broken, compiled_or
 
-_OWN = (Tensor, nn.Parameter)
-
-
-@lru_cache(maxsize=64)  # a schedule may change the momentum at every step
-def _settings(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device="cpu")
+_OWN = {Tensor, nn.Parameter}
+_DTYPE, _IS_CPU = Tensor.dtype.__get__, Tensor.is_cpu.__get__  # type: ignore[attr-defined]
 
 
 def unwatched(layer: nn.Module) -> bool:
     """Whether nobody would notice that a layer's forward is not called."""
     return not layer._forward_hooks and not layer._forward_pre_hooks and "forward" not in layer.__dict__
-
-
-def _matrix(layer: Any) -> tuple[Any, ...]:
-    parameters = layer._parameters
-    return parameters.get("weight"), parameters.get("bias")
-
-
-def _norm(norm: Any, batch: int) -> tuple[tuple[Any, ...], int, int] | None:
-    """Its tensors, its kind, and its number of groups."""
-    if type(norm) is nn.Identity:
-        return (), NONE, 1
-    if type(norm) is nn.GroupNorm:
-        return _matrix(norm), GROUP, norm.num_groups
-    if type(norm) is not nn.BatchNorm2d:
-        return None
-    if norm.training and (batch == 1 or norm.momentum is None or not norm.track_running_stats):
-        return None
-    buffers = norm._buffers
-    count = buffers["num_batches_tracked"]
-    if count is None or count.dtype is not torch.int64 or not count.is_cpu or count.numel() != 1:
-        return None
-    statistics = buffers["running_mean"], buffers["running_var"]
-    return (*_matrix(norm), *statistics), BATCH if norm.training else FIXED, 1
 
 
 def activate(
@@ -75,29 +48,59 @@ def activate(
         start, host: see :func:`kernels.fused`.
         onto: makes what the activation is added to.
     """
-    dim, equation = site.channel_dim, type(site).equation.__name__
-    x = dense(x, dim)
-    by_rows = as_rows(x, dim)
-    batch, channels = x.shape[0], x.shape[dim]
-    pixels = x.numel() // max(batch * channels, 1)
-    sizes = (batch, channels, pixels) if by_rows else (batch, pixels, channels)
-
-    neutral = neutral_of(equation, start)
-
-    def build() -> Any:  # the builds alone: what a host or a hook raises is not a compiler's
-        drive = driver(equation, len(site.learned), site.numbers, x.dtype)
-        for onto_it in {False, onto is not None}:
-            cpu.kernel(equation, x.dtype, neutral, host, by_rows, False, onto_it)
-        return drive
-
-    drive = compiled_or("cpu", "fused activations", build, lambda: None)
-    c = None if drive is None else coefficients(site, x, q, sizes, by_rows, drive)
+    dim = site.channel_dim
+    layout = None if x.is_neg() else _layout(x.shape, x.stride(), dim)
+    if layout is None:
+        x = dense(x, dim)
+        layout = _layout(x.shape, x.stride(), dim)
+        assert layout is not None
+    sizes, by_rows = layout
+    options = type(site).equation.__name__, len(site.learned), site.numbers, x.dtype, start, host, by_rows, onto is None
+    built = None if "cpu" in broken else _built.get(options)
+    if built is None:  # the builds alone: what a host or a hook raises is not a compiler's
+        built = compiled_or("cpu", "fused activations", partial(_build, *options), lambda: None)
+        if built is None:
+            return None
+        _built[options] = built
+    drive, kernel = built
+    threads = 1 if x.numel() < ALONE else torch.get_num_threads()
+    c = coefficients(site, x, q, sizes, by_rows, drive, threads)
     if c is None:
         return None
-    below = None if onto is None else onto()
-    ours = below is not None and _is_ours(below, x)
-    y = cpu.run((x,), sizes, c, equation, neutral, host, by_rows, below if ours else None)
-    return y if below is None or ours else below + y
+    if onto is None:
+        y = torch.empty_like(x)
+        kernel(x, c, y, *sizes, threads)
+        return y
+    below = onto()
+    ours = _is_ours(below, x)
+    y = cpu.run((x,), sizes, c, options[0], neutral_of(options[0], start), host, by_rows, below if ours else None)
+    return y if ours else below + y
+
+
+@lru_cache(maxsize=1024)
+def _layout(shape: torch.Size, stride: tuple[int, ...], channel_dim: int) -> tuple[tuple[int, int, int], bool] | None:
+    """The sizes of the rows (B, C, N), True or of the columns (B, N, C), False; None: there are gaps."""
+    x = torch.empty_strided(shape, stride, device="meta")
+    if dense(x, channel_dim) is not x:
+        return None
+    batch, channels = shape[0], shape[channel_dim]
+    pixels = x.numel() // max(batch * channels, 1)
+    by_rows = as_rows(x, channel_dim)
+    return ((batch, channels, pixels) if by_rows else (batch, pixels, channels)), by_rows
+
+
+_built: dict[tuple[Any, ...], tuple[tuple[Callable[..., None], int], Callable[..., None]]] = {}
+
+
+def _build(
+    equation: str, learned: int, driven: int, dtype: torch.dtype, start: tuple[float, ...], host: str, by_rows: bool,
+    alone: bool,
+) -> tuple[tuple[Callable[..., None], int], Callable[..., None]]:  # fmt: skip
+    """The driver and the kernel; also the one that adds, unless it is ``alone``."""
+    options = (equation, dtype, neutral_of(equation, start), host, by_rows, False)
+    if not alone:
+        cpu.kernel(*options, True)
+    return driver(equation, learned, driven, dtype), cpu.kernel(*options, False)
 
 
 def _holders(t: Tensor) -> tuple[int, int]:
@@ -124,8 +127,9 @@ def _is_ours(t: Tensor, like: Tensor) -> bool:
 
 
 def coefficients(
-    site: Any, x: Tensor, q: Tensor | None, sizes: Sequence[int], by_rows: bool, drive: tuple[Callable[..., None], int]
-) -> Tensor | None:
+    site: Any, x: Tensor, q: Tensor | None, sizes: Sequence[int], by_rows: bool,
+    drive: tuple[Callable[..., None], int], threads: int = 1,
+) -> Tensor | None:  # fmt: skip
     """The coefficients (K, B, C) of ``FORMS``; None where the driver is not plain. Arguments as :func:`activate`.
 
     Args:
@@ -133,61 +137,108 @@ def coefficients(
         sizes: of the rows (B, C, N) or the columns (B, N, C) that x is in memory.
         by_rows: see ``sizes``.
         drive: of :mod:`driver_kernel`.
+        threads: how many work.
     """
-    # what is written out here would, in functions of its own, take a tenth of the activation's time
+    # written out and mapped: every call of a function of Python costs 3 µs here, where x has emptied the caches
     batch, wide = sizes[0], torch.float64 if x.dtype is torch.float64 else torch.float32
     layers, parameters = site._modules, site._parameters
     matrices, norms = [layers["fc1"], layers["fc2"]], (layers["bn1"], layers["bn2"])
-    if site.fc3 is not None:
-        matrices.append(site.fc3)
+    head = layers.get("fc3")
+    if head is not None:
+        matrices.append(head)
     for layer in matrices:
         if type(layer) is not nn.Conv2d:
             return None
     for layer in (*matrices, *norms):
-        if layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
+        own = layer.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
             return None
-    norm1, norm2 = _norm(norms[0], batch), _norm(norms[1], batch)
-    if norm1 is None or norm2 is None or not x.numel():
-        return None
-    learned = [parameters.get(name) for name in site.learned]
-    weights = [t for layer in matrices for t in _matrix(layer)]
-    tensors = (*weights, *norm1[0], *norm2[0], *learned)
-    for t in tensors:
-        if type(t) not in _OWN or t.dtype is not wide or not t.is_cpu or not t.is_contiguous() or t.is_neg():
+    tensors: list[Any] = []
+    for layer in matrices:
+        weight = layer._parameters
+        tensors += (weight.get("weight"), weight.get("bias"))
+    weights = tensors[:]
+    passed: list[Any] = []  # five of each norm
+    kinds: list[int] = []  # with the groups
+    settings: list[float] = []
+    written: list[Tensor] = []
+    for norm in norms:
+        found = _norm(norm, batch)
+        if found is None:
             return None
-    width, hidden, channels = site.channels + site.quality_channels, len(weights[1]), site.channels
-    if site.fc3 is None and width != site.numbers * channels:  # h is the numbers
+        held, kind, groups, its = found
+        tensors += held[:4]  # the counter is a whole number
+        passed += held
+        passed += [weights[0]] * (5 - len(held))  # not read
+        kinds += (kind, groups)
+        settings += its
+        if kind == BATCH:
+            written += held[2:]
+    for name in site.learned:
+        tensors.append(parameters.get(name))
+    if not _OWN.issuperset(map(type, tensors)) or {*map(_DTYPE, tensors)} != {wide}:
         return None
-    expected = [hidden * width, hidden, width * hidden, width]
-    if len(matrices) == 3:
-        expected += [site.numbers * channels * width, site.numbers * channels]
-    expected += [hidden] * len(norm1[0]) + [width] * len(norm2[0]) + [channels] * len(learned)
-    if [t.numel() for t in tensors] != expected:  # C++ would read elsewhere
+    if not all(map(_IS_CPU, tensors)) or any(map(Tensor.is_neg, tensors)):
         return None
-    unused = weights[0]
+    if not x.numel() or not all(map(Tensor.is_contiguous, tensors)):
+        return None
+    hidden, numbers = weights[1].numel(), site.numbers if head is not None else 0
+    expected = _numbers_in(site.channels, site.quality_channels, hidden, site.numbers, len(matrices), *kinds[::2])
+    if expected is None or [*map(Tensor.numel, tensors)] != [*expected, *[site.channels] * len(site.learned)]:
+        return None  # C++ would read elsewhere
     if q is None:
-        q = unused
+        q = weights[0]  # not read
     elif type(q) not in _OWN or not q.is_cpu or q.layout is not torch.strided or q._is_zerotensor():
         return None
-    else:
+    elif q.dtype is not wide or not q.is_contiguous() or q.is_neg():
         q = q.to(wide).contiguous().resolve_neg()
     run, count = drive
-    c = torch.empty(count, batch, channels, dtype=wide, device="cpu")
-    settings = [norm.__dict__.get(name) or 0.0 for norm in norms for name in ("eps", "momentum")]
-    tracked = [norm._buffers.get("num_batches_tracked", unused) for norm in norms]
+    c = torch.empty(count, batch, site.channels, dtype=wide, device="cpu")
     run(
-        x, q, *(weights + weights[:2])[:6], *(norm1[0] + (unused,) * 4)[:4], tracked[0],
-        *(norm2[0] + (unused,) * 4)[:4], tracked[1], *learned, c, _settings(*settings), *sizes, int(by_rows),
-        site.quality_channels, hidden, site.numbers if len(matrices) == 3 else 0, *norm1[1:], *norm2[1:],
-        1 if x.numel() < ALONE else torch.get_num_threads(),
+        x, q, *(weights + weights[:2])[:6], *passed, *tensors[len(tensors) - len(site.learned) :], c,
+        _settings(*settings), *sizes, int(by_rows), site.quality_channels, hidden, numbers, *kinds, threads,
     )  # fmt: skip
-    if norm1[1] == BATCH or norm2[1] == BATCH:
-        _written(*(norm for norm in norms if norm.training))
+    if written:  # tell autograd, without which they were
+        torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
     return c
 
 
-def _written(*norms: nn.Module) -> None:
-    """Tell autograd, without which they were written, of the statistics of batch norms."""
-    torch.autograd.graph.increment_version(
-        [t for norm in norms for t in norm._buffers.values() if t is not None and not t.is_inference()]
-    )
+def _norm(norm: Any, batch: int) -> tuple[tuple[Any, ...], int, int, tuple[float, float]] | None:
+    """Its tensors, its kind, its number of groups, its ε and momentum; None: C++ has none like it."""
+    if type(norm) is nn.Identity:
+        return (), NONE, 1, (0.0, 0.0)
+    own = norm.__dict__
+    parameters = own["_parameters"]
+    matrix = parameters.get("weight"), parameters.get("bias")
+    if type(norm) is nn.GroupNorm:
+        return matrix, GROUP, norm.num_groups, (norm.eps, 0.0)
+    if type(norm) is not nn.BatchNorm2d:
+        return None
+    training, momentum, buffers = own["training"], own["momentum"], own["_buffers"]
+    if training and (batch == 1 or momentum is None or not own["track_running_stats"]):
+        return None
+    count = buffers["num_batches_tracked"]
+    if count is None or count.dtype is not torch.int64 or not count.is_cpu or count.numel() != 1:
+        return None
+    held = (*matrix, buffers["running_mean"], buffers["running_var"], count)
+    return held, BATCH if training else FIXED, 1, (own["eps"], momentum or 0.0)
+
+
+@lru_cache(maxsize=1024)
+def _numbers_in(
+    channels: int, quality: int, hidden: int, numbers: int, matrices: int, kind1: int, kind2: int
+) -> tuple[int, ...] | None:
+    """How many numbers each matrix, bias and norm's tensor has; None: the widths do not fit."""
+    width = channels + quality
+    expected = [hidden * width, hidden, width * hidden, width]
+    if matrices == 3:
+        expected += [numbers * channels * width, numbers * channels]
+    elif width != numbers * channels:  # h is the numbers
+        return None
+    held = {NONE: 0, GROUP: 2, FIXED: 4, BATCH: 4}
+    return (*expected, *[hidden] * held[kind1], *[width] * held[kind2])
+
+
+@lru_cache(maxsize=64)  # a schedule may change the momentum at every step
+def _settings(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device="cpu")

@@ -121,12 +121,13 @@ def at_once(x: Tensor) -> bool:
 
 def _is_eager(x: Tensor) -> bool:
     """Neither compiled nor traced nor seen by a mode or a transform, be it of the parameters alone."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # first: compilers do not know what follows
+    if torch.compiler.is_compiling() or _tracing():  # first: compilers do not know what follows
         return False
     return _transforms() is None and not _modes() and _is_plain(x) and forward_ad._current_level < 0
 
 
-_transforms, _modes = torch._C._functorch.peek_interpreter_stack, torch._C._len_torch_dispatch_stack
+_tracing, _transforms = torch._C._is_tracing, torch._C._functorch.peek_interpreter_stack
+_modes = torch._C._len_torch_dispatch_stack
 
 _COMPUTED = {
     torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float32,
