@@ -198,7 +198,9 @@ def run(
     inputs: tuple[Tensor, ...], sizes: Sequence[int], c: Tensor, equation: str, neutral: tuple[float, ...],
     host: str, by_rows: bool, onto: Tensor | None = None,
 ) -> Any:  # fmt: skip
-    """y of inputs (x,), or the gradient of x and the sums (parts, B, C) of inputs (grad, x).
+    """y of inputs (x,), or the gradient of x and the sums of inputs (grad, x).
+
+    The sums are (parts, B, C) in rows; in columns (B, chunks, parts, C), still to be summed over the chunks.
 
     Args:
         inputs: dense and of the same strides; of any shape, which is that of the result.
@@ -221,4 +223,4 @@ def run(
     parts = FORMS[equation].parts
     sums = c.new_empty((parts, batch, rows) if by_rows else (batch, -(-rows // CHUNK), parts, n))
     code(*inputs, c, out, sums, *sizes, threads)
-    return out, sums if by_rows else sums.sum(1).transpose(0, 1)
+    return out, sums

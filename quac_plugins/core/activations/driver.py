@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from quac_plugins.core.activations import driver_cpu
 from quac_plugins.core.activations.base import ChannelActivation
+from quac_plugins.core.activations.driver_parts import unwatched
 from quac_plugins.core.activations.kernels import at_once, has_form
 from quac_plugins.core.activations.reference import global_average, per_channel
 from quac_plugins.core.precision import full_precision
@@ -47,7 +48,7 @@ def _saturate(z: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _pointwise(layer: nn.Module, z: Tensor) -> Tensor:
     """A 1×1 convolution of (B, C); as a matrix product, since a convolution of one pixel takes five times as long."""
-    if type(layer) is nn.Conv2d and driver_cpu.unwatched(layer):
+    if type(layer) is nn.Conv2d and unwatched(layer):
         return F.linear(z, layer.weight.flatten(1), layer.bias)
     return layer(z[:, :, None, None]).flatten(1)  # parametrized, adapted, quantized or watched
 

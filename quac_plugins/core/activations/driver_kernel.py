@@ -8,28 +8,27 @@ from functools import cache
 import torch
 
 from quac_plugins.core.activations.forms import FORMS
-from quac_plugins.core.activations.vectors import ALONE, TYPES, prelude
+from quac_plugins.core.activations.vectors import TYPES, prelude
 from quac_plugins.core.native import load
 
-_SOURCE = """
+COMMON = """
 #include <cmath>
 #include <vector>
-constexpr int64_t SUMMED = {summed}, ALONE = {alone};
-enum {{ NONE, FIXED, BATCH, GROUP }};
+enum { NONE, FIXED, BATCH, GROUP };
 
-template <class U> static inline const S* read(const U* x, S* wide, int64_t count) {{
-  if constexpr (!std::is_same_v<U, S>) {{
+template <class U> static inline const S* read(const U* x, S* wide, int64_t count) {
+  if constexpr (!std::is_same_v<U, S>) {
     at::vec::convert(x, wide, count);
     return wide;
-  }} else return x;
-}}
+  } else return x;
+}
 
-static inline S total(const V& v) {{ return at::vec::vec_reduce_all([](V a, V b) {{ return a + b; }}, v); }}
+static inline S total(const V& v) { return at::vec::vec_reduce_all([](V a, V b) { return a + b; }, v); }
 
-static inline double row_sum(const T* x, int64_t n) {{
+static inline double row_sum(const T* x, int64_t n) {
   double found = 0;
   constexpr int64_t PIECE = CONVERT ? BLOCK : 8 * BLOCK;
-  for (int64_t at = 0; at < n; at += PIECE) {{  // since a long sum in float loses digits
+  for (int64_t at = 0; at < n; at += PIECE) {  // since a long sum in float loses digits
     S wide[BLOCK];
     int64_t count = std::min(PIECE, n - at), i = 0;
     const S* from = read(x + at, wide, count);
@@ -39,35 +38,45 @@ static inline double row_sum(const T* x, int64_t n) {{
       for (int64_t u = 0; u < UNROLL; ++u) sum[u] = sum[u] + V::loadu(from + i + u * W);
     for (; i < count; i += W) sum[0] = sum[0] + V::loadu(from + i, std::min(W, count - i));
     found += total((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  }}
+  }
   return found;
-}}
+}
+
+constexpr int64_t COLUMNS = W >= 16 ? 16 : 8;  // vectors, as many as there are registers for
+
+template <bool FULL, class U>
+static inline void tile_sums(const U* x, int64_t rows, int64_t n, int64_t count, S* sums) {
+  constexpr int64_t PIECE = 128;  // rows: a long sum in float loses digits
+  for (int64_t first = 0; first < rows; first += PIECE) {
+    S wide[COLUMNS * W];
+    V sum[COLUMNS];
+    for (V& part : sum) part = V(0);
+    for (int64_t r = first; r < std::min(first + PIECE, rows); ++r) {
+      const S* from = read(x + r * n, wide, count);
+      if constexpr (FULL)
+        for (int64_t k = 0; k < COLUMNS; ++k) sum[k] = sum[k] + V::loadu(from + k * W);
+      else
+        for (int64_t k = 0; k * W < count; ++k) sum[k] = sum[k] + V::loadu(from + k * W, std::min(W, count - k * W));
+    }
+    for (int64_t k = 0; k * W < count; ++k) {
+      const int64_t last = std::min(W, count - k * W);
+      (V::loadu(sums + k * W, last) + sum[k]).store(sums + k * W, last);
+    }
+  }
+}
 
 // row after row, a tile of the columns in registers: several rows at a time are read at half the speed
-static inline void column_sums(const T* x, int64_t rows, int64_t n, S* sums) {{
-  constexpr int64_t TILE = W >= 16 ? 16 : 8, PIECE = 128;  // rows: a long sum in float loses digits
+template <class U> static inline void column_sums(const U* x, int64_t rows, int64_t n, S* sums) {
   std::fill(sums, sums + n, S(0));
-  for (int64_t first = 0; first < rows; first += PIECE)
-    for (int64_t at = 0; at < n; at += TILE * W) {{
-      S wide[TILE * W];
-      V sum[TILE];
-      const int64_t count = std::min(TILE * W, n - at);
-      for (V& part : sum) part = V(0);
-      for (int64_t r = first; r < std::min(first + PIECE, rows); ++r) {{
-        const S* from = read(x + r * n + at, wide, count);
-        if (count == TILE * W)
-          for (int64_t k = 0; k < TILE; ++k) sum[k] = sum[k] + V::loadu(from + k * W);
-        else
-          for (int64_t k = 0; k * W < count; ++k)
-            sum[k] = sum[k] + V::loadu(from + k * W, std::min(W, count - k * W));
-      }}
-      for (int64_t k = 0; k * W < count; ++k) {{
-        const int64_t last = std::min(W, count - k * W);
-        S* own = sums + at + k * W;
-        (V::loadu(own, last) + sum[k]).store(own, last);
-      }}
-    }}
-}}
+  int64_t at = 0;
+  for (; at + COLUMNS * W <= n; at += COLUMNS * W) tile_sums<true>(x + at, rows, n, COLUMNS * W, sums + at);
+  if (at < n) tile_sums<false>(x + at, rows, n, n - at, sums + at);
+}
+"""
+"""What the driver and its gradients share: sums over rows and columns."""
+
+_SOURCE = """
+constexpr int64_t SUMMED = {summed};
 
 template <int64_t OUTPUTS, int64_t ROWS>
 static inline void dots(const S* w, const S* bias, const S* in, S* out, int64_t from, int64_t to) {{
@@ -151,9 +160,13 @@ static void sigmoid(S* z, int64_t n) {{
   }}
 }}
 
+// what backward needs lies one after the other in `kept`: z, what the norms were given and returned, h, the numbers
 extern "C" void kernel({arguments}) {{
   const int64_t channels = by_rows ? rows : n, pixels = by_rows ? n : rows, width = channels + quality;
-  std::vector<S> z(batch * width), inside(batch * hidden), h(batch * width), last(batch * numbers * channels);
+  std::vector<S> own(keep ? 0 : batch * (3 * width + 2 * hidden + numbers * channels));
+  S* z = keep ? kept : own.data();
+  S *given1 = z + batch * width, *inside = given1 + batch * hidden, *given2 = inside + batch * hidden;
+  S *h = given2 + batch * width, *last = h + batch * width;
   if (by_rows) {{
 #pragma omp parallel for num_threads(threads)
     for (int64_t r = 0; r < batch * rows; ++r)
@@ -174,16 +187,17 @@ extern "C" void kernel({arguments}) {{
       for (int64_t i = 0; i < n; ++i) z[b * width + i] = S(found[i] / pixels);
     }}
   }}
-  for (int64_t b = 0; b < batch; ++b)
-    std::copy(q + b * quality, q + (b + 1) * quality, z.data() + b * width + channels);
+  for (int64_t b = 0; b < batch; ++b) std::copy(q + b * quality, q + (b + 1) * quality, z + b * width + channels);
   const double* s = settings;
-  linear(w1, b1, z.data(), inside.data(), batch, width, hidden, threads);
-  norm(inside.data(), batch, hidden, kind1, groups1, s[0], s[1], weight1, bias1, mean1, variance1, tracked1);
-  linear(w2, b2, inside.data(), h.data(), batch, hidden, width, threads);
-  norm(h.data(), batch, width, kind2, groups2, s[2], s[3], weight2, bias2, mean2, variance2, tracked2);
-  sigmoid(h.data(), batch * width);
-  if (numbers) linear(w3, b3, h.data(), last.data(), batch, width, numbers * channels, threads);
-  const S* driven = numbers ? last.data() : h.data();
+  linear(w1, b1, z, given1, batch, width, hidden, threads);
+  std::copy(given1, given1 + batch * hidden, inside);
+  norm(inside, batch, hidden, kind1, groups1, s[0], s[1], weight1, bias1, mean1, variance1, tracked1);
+  linear(w2, b2, inside, given2, batch, hidden, width, threads);
+  std::copy(given2, given2 + batch * width, h);
+  norm(h, batch, width, kind2, groups2, s[2], s[3], weight2, bias2, mean2, variance2, tracked2);
+  sigmoid(h, batch * width);
+  if (numbers) linear(w3, b3, h, last, batch, width, numbers * channels, threads);
+  const S* driven = numbers ? last : h;
   const int64_t driven_stride = numbers ? numbers * channels : width;
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t i = 0; i < channels; ++i) {{
@@ -196,7 +210,8 @@ extern "C" void kernel({arguments}) {{
 _SUMMED = 1024  # rows
 NONE, FIXED, BATCH, GROUP = range(4)  # as in the source
 _INTEGERS = (
-    "batch", "rows", "n", "by_rows", "quality", "hidden", "numbers", "kind1", "groups1", "kind2", "groups2", "threads",
+    "batch", "rows", "n", "by_rows", "quality", "hidden", "numbers", "kind1", "groups1", "kind2", "groups2", "keep",
+    "threads",
 )  # fmt: skip
 
 
@@ -216,12 +231,13 @@ def driver(equation: str, learned: int, driven: int, dtype: torch.dtype) -> tupl
     affine = [f"const {computed}* {name}" for name in ("weight", "bias")]
     norm = [*affine, f"{computed}* mean", f"{computed}* variance", "int64_t* tracked"]
     arguments = [f"const {stored}* x", *read, *(f"{name}{i}" for i in (1, 2) for name in norm)]
-    arguments += [*(f"const {computed}* p{i}" for i in range(learned)), f"{computed}* c", "const double* settings"]
+    arguments += [*(f"const {computed}* p{i}" for i in range(learned)), f"{computed}* c", f"{computed}* kept"]
+    arguments += ["const double* settings"]
     arguments += [f"const int64_t {name}" for name in _INTEGERS]
     theta = [f"p{i}[i]" for i in range(learned)]
     theta += [f"driven[b * driven_stride + {k} * channels + i]" for k in range(driven)]
     source = _SOURCE.format(
-        summed=_SUMMED, alone=ALONE, theta=", ".join(theta), coefficients=form.coefficients_code, count=count,
+        summed=_SUMMED, theta=", ".join(theta), coefficients=form.coefficients_code, count=count,
         arguments="{arguments}",
     )  # fmt: skip
-    return load(arguments, prelude(dtype) + source), count
+    return load(arguments, prelude(dtype) + COMMON + source), count

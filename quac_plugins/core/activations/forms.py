@@ -29,6 +29,7 @@ class Form:
         gate: A of x and c.
         partials: ∂y/∂x of x and c, and the parts that times ∂L/∂y are to be summed over all but batch and channels.
         gather: ∂L/∂θ of these sums and θ.
+        gather_code: the same in C++, of ``s[0]``, … and ``t[0]``, …, comma-separated.
         parts: how many parts there are.
         gate_code: C++ expression of A, with ``fast_exp``; ``x`` and ``c[0]``, ``c[1]``, … are vectors of the type V.
         partials_code: C++ statements that set ``slope`` and ``part[0]``, ….
@@ -39,6 +40,7 @@ class Form:
     gate: Callable[..., Tensor]
     partials: Callable[..., tuple[Tensor, Tensors]]
     gather: Callable[[Tensors, Tensors], Tensors]
+    gather_code: str
     parts: int
     gate_code: str
     partials_code: str
@@ -84,6 +86,7 @@ FORMS: dict[str, Form] = {
         gate=lambda x, a, p2, c: a / (1 + torch.exp(c * x)) + p2,
         partials=_acon,
         gather=lambda sums, theta: (sums[1], sums[0] - sums[1], (theta[0] - theta[1]) ** 2 * sums[2]),
+        gather_code="s[1], s[0] - s[1], (t[0] - t[1]) * (t[0] - t[1]) * s[2]",
         parts=3,
         gate_code="c[0] / (V(1) + fast_exp(c[2] * x)) + c[1]",
         partials_code=_GATE_AND_SLOPE.format(c="c[2]")
@@ -95,6 +98,7 @@ FORMS: dict[str, Form] = {
         gate=lambda x, c: 1 / (1 + torch.exp(c * x)),
         partials=_swish,
         gather=lambda sums, theta: sums,
+        gather_code="s[0]",
         parts=1,
         gate_code="V(1) / (V(1) + fast_exp(c[0] * x))",
         partials_code=_GATE_AND_SLOPE.format(c="c[0]") + "slope = w; part[0] = x * x * s;",
@@ -105,6 +109,7 @@ FORMS: dict[str, Form] = {
         gate=lambda x, slope: torch.where(x >= 0, 1.0, slope),
         partials=_prelu,
         gather=lambda sums, theta: sums,
+        gather_code="s[0]",
         parts=1,
         gate_code="V::blendv(c[0], V(1), x >= V(0))",
         partials_code="slope = V::blendv(c[0], V(1), x >= V(0)); part[0] = V::blendv(x, V(0), x >= V(0));",
@@ -115,6 +120,7 @@ FORMS: dict[str, Form] = {
         gate=lambda x, beta: 0.5 * (1 + torch.erf(beta * x * math.sqrt(0.5))),
         partials=_gelu,
         gather=lambda sums, theta: sums,
+        gather_code="s[0]",
         parts=1,
         gate_code=f"V(0.5) * (V(1) + (c[0] * x * V({math.sqrt(0.5)!r})).erf())",
         partials_code=f"V z = c[0] * x, density = fast_exp(V(-0.5) * z * z) * V({1 / math.sqrt(2 * math.pi)!r}); "

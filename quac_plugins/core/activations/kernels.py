@@ -56,7 +56,7 @@ def use_fused(equation: Any, x: Tensor) -> bool:
     if forward_ad._current_level >= 0:  # no_grad does not switch it off
         return False
     choice = kernels_choice()
-    if choice == "reference" or not has_form(equation) or x.dtype not in _COMPUTED:
+    if choice == "reference" or not has_form(equation) or x.dtype not in COMPUTED:
         return False
     if choice == "fused":
         return True
@@ -66,11 +66,16 @@ def use_fused(equation: Any, x: Tensor) -> bool:
 
 def _is_plain(x: Tensor) -> bool:
     """Neither fake, nor a proxy, nor inside vmap or grad."""
-    return (
-        type(x) in (Tensor, nn.Parameter)
-        and not x._is_zerotensor()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-    )
+    return type(x) in _OWN and not x._is_zerotensor() and not _wrapped(x)
+
+
+def is_transformed(x: Tensor) -> bool:
+    """Whether x is one of vmap, grad or jvp, or of several gradients at once."""
+    return _wrapped(x) or _of_several(x)
+
+
+_wrapped, _of_several = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.is_legacy_batchedtensor
+_OWN = (Tensor, nn.Parameter)
 
 
 def fused(
@@ -99,7 +104,7 @@ def fused(
         0.5
     """
     batch, channels = x.shape[0], x.shape[channel_dim]
-    wide = _COMPUTED[x.dtype]
+    wide = COMPUTED[x.dtype]
     rows = [_rows(p, x, channel_dim).to(wide).expand(batch, channels) for p in parameters]
     theta = torch.stack(rows, 1)
     if theta.device != x.device:  # kernels take addresses
@@ -112,8 +117,8 @@ def fused(
 
 
 def at_once(x: Tensor) -> bool:
-    """Whether one call is to drive and activate x: on a CPU, without gradients."""
-    if torch.is_grad_enabled() or not x.is_cpu or x.dtype not in _COMPUTED or not _is_eager(x):
+    """Whether one call is to drive and activate x: on a CPU."""
+    if not x.is_cpu or x.dtype not in COMPUTED or not _is_eager(x):
         return False
     choice = kernels_choice()
     return choice == "fused" or (choice == "auto" and x.numel() >= MIN_DRIVEN)
@@ -129,7 +134,7 @@ def _is_eager(x: Tensor) -> bool:
 _tracing, _transforms = torch._C._is_tracing, torch._C._functorch.peek_interpreter_stack
 _modes = torch._C._len_torch_dispatch_stack
 
-_COMPUTED = {
+COMPUTED = {
     torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float32,
     torch.float64: torch.float64,
 }  # fmt: skip
@@ -160,6 +165,12 @@ def dense(x: Tensor, channel_dim: int) -> Tensor:
     return x if channel_dim % x.ndim == 1 and _channels_last(x) else x.contiguous()
 
 
+def laid_out_as(x: Tensor, grad: Tensor) -> Tensor:
+    """A gradient in the layout of a dense x."""
+    last = torch.channels_last if _channels_last(x) else torch.contiguous_format
+    return grad.resolve_neg().contiguous(memory_format=last)
+
+
 def _flat(x: Tensor, channel_dim: int) -> Tensor:
     """A dense x as rows (B, C, N), or as columns (B, N, C)."""
     if as_rows(x, channel_dim):
@@ -170,7 +181,7 @@ def _flat(x: Tensor, channel_dim: int) -> Tensor:
 
 # -- the expression, over flat forms
 
-_HOSTED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Any]]] = {  # with their slopes
+HOSTED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Any]]] = {  # with their slopes
     "identity": (lambda x: x, lambda x: 1),
     "relu": (torch.relu, lambda x: (x > 0).to(x.dtype)),
     "relu6": (F.relu6, lambda x: ((x > 0) & (x < 6)).to(x.dtype)),
@@ -179,24 +190,24 @@ _HOSTED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Any]]] =
 
 
 def _value(name: str, x: Tensor, c: list[Tensor], neutral: list[float], host: str) -> Tensor:
-    wide = x.to(_COMPUTED[x.dtype])
+    wide = x.to(COMPUTED[x.dtype])
     gate = FORMS[name].gate(wide, *c)
     if neutral:
         gate = gate - FORMS[name].gate(wide, *_numbers(neutral, wide))
     y = wide * gate
-    return (_HOSTED[host][0](wide) + y if host else y).to(x.dtype)
+    return (HOSTED[host][0](wide) + y if host else y).to(x.dtype)
 
 
 def _gradients(
     name: str, grad: Tensor, x: Tensor, c: list[Tensor], neutral: list[float], host: str
 ) -> tuple[Tensor, list[Tensor]]:
     """Of x, and the parts still to be summed."""
-    wide, grad = x.to(_COMPUTED[x.dtype]), grad.to(_COMPUTED[x.dtype])
+    wide, grad = x.to(COMPUTED[x.dtype]), grad.to(COMPUTED[x.dtype])
     by_x, parts = FORMS[name].partials(wide, *c)
     if neutral:
         by_x = by_x - FORMS[name].partials(wide, *_numbers(neutral, wide))[0]
     if host:
-        by_x = by_x + _HOSTED[host][1](wide)
+        by_x = by_x + HOSTED[host][1](wide)
     return (grad * by_x).to(x.dtype), [grad * part for part in parts]
 
 
@@ -239,7 +250,8 @@ def _run(
 
     def fast() -> Any:
         if x.device.type == "cpu":  # x's own shape: a view would be held twice, and not added to in place
-            return cpu.run(inputs, flat[0].shape, c, equation, neutral, host, by_rows)
+            found = cpu.run(inputs, flat[0].shape, c, equation, neutral, host, by_rows)
+            return (found[0], found[1].sum(1).transpose(0, 1)) if back and not by_rows else found
         return one_by_one(compiled=True)
 
     with torch.no_grad():
@@ -303,9 +315,7 @@ def _activate_backward(
     grad: Tensor, x: Tensor, theta: Tensor, equation: str, channel_dim: int, start: tuple[float, ...], host: str
 ) -> tuple[Tensor, Tensor]:
     x = dense(x.detach(), channel_dim)
-    last = _channels_last(x)
-    grad = grad.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-    by_x, sums = _run((grad, x), theta, equation, channel_dim, start, host)
+    by_x, sums = _run((laid_out_as(x, grad), x), theta, equation, channel_dim, start, host)
     return by_x, torch.stack(FORMS[equation].gather(tuple(sums), theta.detach().unbind(1)), 1)
 
 
@@ -343,7 +353,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def _differentiated(ctx: Any, grad: Tensor, once: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Any, ...]:
     """The gradients by ``once``, or by the plain expression where they are to be differentiated again."""
-    again = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    again = not torch.compiler.is_compiling() and (torch.is_grad_enabled() or is_transformed(grad))
     gradients = _plain_backward if again else once
     return (*gradients(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None)
 
@@ -363,4 +373,17 @@ def _plain_backward(
 
 activate.register_autograd(_backward, setup_context=_keep)
 
-__all__ = ["HOSTS", "MIN_DRIVEN", "MIN_NUMBERS", "at_once", "fused", "has_form", "use_fused"]
+__all__ = [
+    "COMPUTED",
+    "HOSTED",
+    "HOSTS",
+    "MIN_DRIVEN",
+    "MIN_NUMBERS",
+    "at_once",
+    "fused",
+    "has_form",
+    "is_transformed",
+    "laid_out_as",
+    "neutral_of",
+    "use_fused",
+]

@@ -23,6 +23,7 @@ using T = %s;
 using S = %s;
 using V = at::vec::Vectorized<S>;
 constexpr int64_t W = V::size(), BLOCK = 512;
+constexpr int64_t ALONE = %d;
 constexpr int64_t UNROLL = 4;  // chains that do not wait for one another
 constexpr bool CONVERT = !std::is_same_v<T, S>;
 
@@ -57,4 +58,4 @@ template <class U, class V = at::vec::Vectorized<U>> static inline V fast_exp(co
 
 def prelude(dtype: torch.dtype) -> str:
     """C++ in which T is the type that a dtype is stored in, S that it is computed in, V a vector of S."""
-    return _PRELUDE % TYPES[dtype]
+    return _PRELUDE % (*TYPES[dtype], ALONE)

@@ -8,7 +8,15 @@ from torch import nn
 from torch.nn.utils import prune
 
 from quac_plugins.core import native
-from quac_plugins.core.activations import ACTIVATIONS, QACON, MetaACON, driver_cpu, driver_kernel
+from quac_plugins.core.activations import (
+    ACTIVATIONS,
+    QACON,
+    MetaACON,
+    driver_autograd,
+    driver_cpu,
+    driver_kernel,
+    driver_parts,
+)
 from quac_plugins.core.activations.driver import NORMS, DrivenActivation
 from quac_plugins.core.activations.kernels import MIN_DRIVEN
 
@@ -19,9 +27,9 @@ DRIVEN = sorted(name for name, kind in ACTIVATIONS.items() if issubclass(kind, D
 
 @pytest.fixture
 def found(monkeypatch):
-    """What each call returned."""
-    results, real = [], driver_cpu.coefficients
-    monkeypatch.setattr(driver_cpu, "coefficients", lambda *args: results.append(real(*args)) or results[-1])
+    """The parts of each call; None of a driver that is not plain."""
+    results, real = [], driver_cpu.parts_of
+    monkeypatch.setattr(driver_cpu, "parts_of", lambda *args: results.append(real(*args)) or results[-1])
     return results
 
 
@@ -89,7 +97,8 @@ def test_a_large_map_is_averaged_without_loss(last):
     nn.init.ones_(site.p1)
     sizes = (1, 3, 1500 * 1400) if not last else (1, 1500 * 1400, 3)
     drive = driver_kernel.driver("acon", 2, 1, x.dtype)
-    means = -driver_cpu.coefficients(site, x, None, sizes, not last, drive)[2]
+    call = driver_autograd.Call(drive, None, None, "acon", (), "", 1, sizes, not last, 1)
+    means = -driver_autograd.coefficients(call, driver_parts.parts_of(site, None, 1, x.dtype), x)[2]
     expected = torch.sigmoid(x.double().mean() * 1e-3)
     torch.testing.assert_close(means.double(), expected.expand(1, 3), rtol=1e-6, atol=0)
 
@@ -167,17 +176,16 @@ def test_a_subclass_keeps_its_own_head(found, monkeypatch):
     assert not found
 
 
-def test_with_gradients_or_transforms_the_driver_is_as_ever(found, monkeypatch):
+def test_in_transforms_the_driver_is_as_ever(found, monkeypatch):
     monkeypatch.setenv("QUAC_KERNELS", "fused")
     site, x, q = site_of("qacon", "layer"), torch.randn(4, 19, 8, 8), torch.randn(4, 36)
-    assert site(x, q).requires_grad
-    assert not found
     with torch.no_grad():
         stacked = {name: torch.stack([p, 2 * p]) for name, p in site.named_parameters()}
         together = torch.vmap(lambda p: torch.func.functional_call(site, p, (x, q)))(stacked)
         for i in range(2):
             own = torch.func.functional_call(site, {name: p[i] for name, p in stacked.items()}, (x, q))
             torch.testing.assert_close(together[i], own, rtol=1e-4, atol=1e-4)
+        assert len(found) == 2
 
 
 def test_batch_norm_refuses_one_image(monkeypatch):
@@ -204,8 +212,9 @@ def test_it_is_used_on_small_maps_too(found, monkeypatch):
         site(x, q)
         assert len(found) == 1
         site(x[:, :, 1:], q)
-    site(x, q)
-    assert len(found) == 1
+    assert site(x, q).requires_grad
+    site(x[:, :, 1:], q)
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize("last", [False, True])
@@ -321,7 +330,7 @@ def test_another_default_device_does_not_matter(monkeypatch):
     with torch.no_grad():
         expected = site(x, q)
         with torch.device("meta"):
-            driver_cpu._settings.cache_clear()
+            driver_parts._settings.cache_clear()
             assert torch.equal(site(x, q), expected)
 
 
