@@ -14,6 +14,7 @@ with a device copy, and with float64.
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import platform
 import statistics
@@ -188,26 +189,31 @@ def models(args: argparse.Namespace) -> list[dict[str, Any]]:
 
         def infer(model: nn.Module, images: Tensor = images) -> Any:
             with torch.no_grad():
-                return model.eval()(images)
+                return model(images)
 
         def step(model: nn.Module, images: Tensor = images) -> None:
-            model.train()(images).square().mean().backward()
+            model(images).square().mean().backward()
             model.zero_grad()
 
+        folded = quac.fuse(copy.deepcopy(ours).eval())  # the batch norms of the drivers
         for way, run in (("inference", infer), ("training step", step)):
-            times = measure(
-                args,
-                {
-                    "host": lambda run=run, host=host: run(host),
-                    "ours": by_kernel("auto", run, ours),
-                    "plain": by_kernel("reference", run, ours),
-                },
-            )
+            for model in (host, ours):
+                model.train(way != "inference")
+            runs = {
+                "host": lambda run=run, host=host: run(host),
+                "ours": by_kernel("auto", run, ours),
+                "plain": by_kernel("reference", run, ours),
+            }
+            if way == "inference":
+                runs["folded"] = by_kernel("auto", run, folded)
+            times = measure(args, runs)
             row = {
                 "what": f"{name}, {way}", "host, ms": times["host"], "ours, ms": times["ours"],
                 "ours / host": times["ours"] / times["host"], "plain / host": times["plain"] / times["host"],
             }  # fmt: skip
-            if way != "inference":  # the models are in training by now
+            if way == "inference":
+                row["after quac.fuse / host"] = times["folded"] / times["host"]
+            else:
                 found = (kept(lambda m=model, i=images: m(i), model) for model in (ours, host))
                 row["kept, ours / host"] = next(found) / next(found)
             rows.append(row)
