@@ -18,10 +18,10 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from quac_plugins.core.native import compiled_or, kernels_choice
-from quac_plugins.core.quality.brisque_cpu import sums_of
+from quac_plugins.core.quality.brisque_cpu import scales_of, sums_of
 from quac_plugins.core.quality.table import quality_function
 
 # Luminance of 8-bit RGB in fixed point, 15 bits after the point (Rec. 601). Sums stay below 2^24: exact in float32.
@@ -119,8 +119,17 @@ def _blocks(images: Tensor) -> tuple[Tensor, ...]:
 
 def _two_scales(images: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, int]]:
     """Of the full and of half the size: sums (B, 5, 5), and how many pixels there are."""
-    grey = _grey(images)
-    return [(_statistics(scale, dtype), scale.shape[-2] * scale.shape[-1]) for scale in (grey, _halve(grey))]
+
+    def by_operation() -> list[tuple[Tensor, int]]:
+        grey = _grey(images)
+        return [(_all_sums(scale, dtype), scale.shape[-2] * scale.shape[-1]) for scale in (grey, _halve(grey))]
+
+    def in_one_pass() -> list[tuple[Tensor, int]]:
+        down, across = (_taps(size, max(1, size // 2), images) for size in images.shape[2:])
+        scales = scales_of(images.resolve_neg().float(), across, down, _LUMA, _LUMA_ONE, _C)
+        return [(sums_of(scale, _WINDOW, _C), scale.shape[-2] * scale.shape[-1]) for scale in scales]
+
+    return compiled_or("cpu", "BRISQUE", in_one_pass, by_operation) if _is_compiled(images) else by_operation()
 
 
 def _wide(device: torch.device) -> torch.dtype:
@@ -253,13 +262,6 @@ def _shape_ratios(like: Tensor) -> Tensor:
     return (2.0 * torch.lgamma(2.0 * inverse) - torch.lgamma(inverse) - torch.lgamma(3.0 * inverse)).exp()
 
 
-def _statistics(grey: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums (B, 5, 5) of the normalized coefficients and of their products with four neighbours."""
-    if _in_one_pass(grey):
-        return compiled_or("cpu", "BRISQUE", lambda: sums_of(grey, _WINDOW, _C), lambda: _all_sums(grey, dtype))
-    return _all_sums(grey, dtype)
-
-
 def _features(sums: Tensor, pixels: int, ratios: Tensor) -> Tensor:
     """The 18 features of one scale; (B, 18), in the dtype of ``ratios``."""
     # products over the border count as zeros: each mean is over all pixels
@@ -269,20 +271,22 @@ def _features(sums: Tensor, pixels: int, ratios: Tensor) -> Tensor:
     return torch.cat([first, rest.flatten(1)], dim=1)
 
 
-def _in_one_pass(grey: Tensor) -> bool:
-    """Whether C++ computes the sums; by the size of an image alone, so that they do not depend on the batch."""
+def _is_compiled(images: Tensor) -> bool:
+    """Whether C++ computes it; by the size of an image alone, so that features do not depend on the batch."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting():
         return False
-    if (torch.is_grad_enabled() and grey.requires_grad) or grey.device.type != "cpu" or type(grey) is not Tensor:
+    if (torch.is_grad_enabled() and images.requires_grad) or images.device.type != "cpu":
         return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(grey):
+    if type(images) not in (Tensor, nn.Parameter) or images._is_zerotensor() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._functorch.is_functorch_wrapped_tensor(images):
         return False
     choice = kernels_choice()
-    return choice == "fused" or (choice == "auto" and grey.shape[-2] * grey.shape[-1] >= _MIN_PIXELS)
+    return choice == "fused" or (choice == "auto" and images.shape[-2] * images.shape[-1] >= _MIN_PIXELS)
 
 
 def _all_sums(grey: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same, operation by operation."""
+    """Sums (B, 5, 5) of the normalized coefficients and of their products with four neighbours."""
     y = _normalized(grey)
     height, width = y.shape[-2:]
     sums = [_sums(y, dtype)]

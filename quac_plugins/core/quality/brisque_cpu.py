@@ -1,7 +1,7 @@
-"""The statistics of BRISQUE in one pass over an image, in C++; the same arithmetic as :mod:`brisque`'s, in its order.
+"""BRISQUE in C++: luminance, half the size, and the sums of each scale in one pass; the arithmetic of :mod:`brisque`.
 
-Coefficients differ by the rounding of the square root (here to the nearest, as the reference's), and sums by their
-order. The window's seven rows are kept in a ring.
+Luminance and half size are those to the bit. Coefficients differ by the rounding of the square root (here to the
+nearest, as the reference's), and sums by their order. The window's seven rows are kept in a ring.
 """
 
 from __future__ import annotations
@@ -118,6 +118,119 @@ extern "C" void kernel({arguments}) {
   }
 }
 """
+
+
+_SCALES = """
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+using V = at::vec::Vectorized<float>;
+constexpr int64_t W = V::size(), CHUNK = {chunk};
+
+static void luminance(const float* image, float* grey, int64_t channels, int64_t pixels, int64_t first, int64_t last) {
+  for (int64_t i = first; i < last; i += W) {
+    const int64_t count = std::min(W, last - i);
+    V level[3];
+    for (int64_t c = 0; c < channels; ++c)
+      level[c] = at::vec::clamp((V::loadu(image + c * pixels + i, count) * V(255)).round(), V(0), V(255));
+    V sum = level[0];
+    if (channels == 3)  // whole numbers below 2^24: exact
+      sum = (level[0] * V({red}) + level[1] * V({green}) + level[2] * V({blue})) * V(1.f / {one});
+    sum = V::blendv(sum, V(0), sum.isnan());
+    ((sum + V(0.5f)).floor() * V({contrast})).store(grey + i, count);
+  }
+}
+
+// of term(0) + term(1) the one is zero; of an even size it always is the second
+template <class F> static inline V near_and_far(bool odd, const F& term) { return odd ? term(0) + term(1) : term(0); }
+
+// a row at half its width: the samples 2d - 1, …, 2d + 3, borders repeated
+static void narrow(
+    const float* from, float* out, const float* taps, int64_t width, int64_t half, float* odds, float* evens) {
+  for (int64_t k = 0; k < half + 2; ++k) {
+    odds[k] = from[std::clamp<int64_t>(2 * k - 1, 0, width - 1)];
+    evens[k] = from[std::min(2 * k, width - 1)];
+  }
+  for (int64_t d = 0; d < half; d += W) {
+    const int64_t count = std::min(W, half - d);
+    const V x[] = {V::loadu(odds + d, count), V::loadu(evens + d, count), V::loadu(odds + d + 1, count),
+                   V::loadu(evens + d + 1, count), V::loadu(odds + d + 2, count)};
+    near_and_far(width % 2, [&](int64_t j) {
+      V w[4];
+      for (int64_t k = 0; k < 4; ++k) w[k] = V::loadu(taps + (4 * j + k) * half + d, count);
+      return (x[j] * w[0] + x[j + 1] * w[1]) + (x[j + 2] * w[2] + x[j + 3] * w[3]);
+    }).store(out + d, count);
+  }
+}
+
+extern "C" void kernel({arguments}) {
+  const int64_t chunks = (height + CHUNK - 1) / CHUNK, lower = (rows + CHUNK - 1) / CHUNK, pixels = height * width;
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for
+    for (int64_t task = 0; task < batch * chunks; ++task) {
+      const int64_t b = task / chunks, first = task % chunks * CHUNK;
+      luminance(
+          images + b * channels * pixels, grey + b * pixels, channels, pixels, first * width,
+          std::min(first + CHUNK, height) * width);
+    }
+    std::vector<float> ring(8 * columns), odds(columns + 2), evens(columns + 2);
+#pragma omp for
+    for (int64_t task = 0; task < batch * lower; ++task) {
+      const int64_t b = task / lower, first = task % lower * CHUNK, last = std::min(first + CHUNK, rows);
+      for (int64_t row = 2 * first - 1, d = first; d < last; ++d) {
+        for (; row <= 2 * d + 3; ++row)
+          narrow(
+              grey + b * pixels + std::clamp<int64_t>(row, 0, height - 1) * width,
+              ring.data() + (row + 8) % 8 * columns, across, width, columns, odds.data(), evens.data());
+        const float* y[5];
+        for (int64_t k = 0; k < 5; ++k) y[k] = ring.data() + (2 * d + 7 + k) % 8 * columns;
+        for (int64_t i = 0; i < columns; i += W) {
+          const int64_t count = std::min(W, columns - i);
+          V x[5];
+          for (int64_t k = 0; k < 5; ++k) x[k] = V::loadu(y[k] + i, count);
+          near_and_far(height % 2, [&](int64_t j) {
+            V w[4];
+            for (int64_t k = 0; k < 4; ++k) w[k] = V(down[(4 * j + k) * rows + d]);
+            return at::vec::fmadd(x[j], w[0], x[j + 1] * w[1]) + at::vec::fmadd(x[j + 2], w[2], x[j + 3] * w[3]);
+          }).store(half + (b * rows + d) * columns + i, count);
+        }
+      }
+    }
+  }
+}
+"""
+
+
+@cache
+def _scales(luma: tuple[int, ...], one: int, contrast: float) -> Callable[..., None]:
+    source = _SCALES.replace("{chunk}", str(CHUNK)).replace("{one}", f"{one}").replace("{contrast}", f"{contrast!r}f")
+    for name, weight in zip(("red", "green", "blue"), luma, strict=True):
+        source = source.replace(f"{{{name}}}", f"{weight}")
+    tensors = ["const float* images", "float* grey", "float* half", "const float* across", "const float* down"]
+    sizes = ("batch", "channels", "height", "width", "rows", "columns", "threads")
+    return load([*tensors, *(f"const int64_t {name}" for name in sizes)], source)
+
+
+def scales_of(
+    images: Tensor, across: Tensor, down: Tensor, luma: tuple[int, ...], one: int, contrast: float
+) -> tuple[Tensor, Tensor]:
+    """Luminance (B, H, W) of images (B, 1 or 3, H, W) float32, and the same at half the size.
+
+    Args:
+        across, down: the weights (2, 4, half) of :func:`brisque._taps` for both axes.
+        luma, one: weights of red, green and blue, and what they sum up to.
+        contrast: one grey level.
+    """
+    batch, channels, height, width = images.shape
+    images, across, down = images.detach().contiguous(), across.contiguous(), down.contiguous()
+    rows, columns = down.shape[-1], across.shape[-1]
+    grey, half = images.new_empty(batch, height, width), images.new_empty(batch, rows, columns)
+    sizes = (batch, channels, height, width, rows, columns)
+    _scales(luma, one, contrast)(images, grey, half, across, down, *sizes, torch.get_num_threads())
+    return grey, half
 
 
 @cache
