@@ -315,7 +315,7 @@ def main() -> None:
     parser.add_argument("--shift", type=float, default=64.0, help="of the pipeline's scheduler, for several steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), default="no")
-    parser.add_argument("--compile", action="store_true", help="with torch.compile: faster after two minutes")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile, for GPUs and --activation silu")
     parser.add_argument("--num-workers", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--checkpoint-every", type=int, default=250)

@@ -9,7 +9,7 @@ dicts of the published modules load.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,6 @@ from quac_plugins.core.precision import full_precision
 from quac_plugins.core.quality.context import QualityError
 from quac_plugins.core.quality.rows import EXPANSIONS, can_expand, expand_rows
 
-_DRIVEN = ("values", "drive", "hidden", "head")  # where another is put, one call does not do
 NORMS = ("batch", "layer", "group", "none")
 
 
@@ -74,12 +73,6 @@ class DrivenActivation(ChannelActivation):
 
     learned: ClassVar[tuple[str, ...]] = ()
     """Names of the parameters that come before the driven ones in the equation."""
-    _as_here: ClassVar[bool] = False  # whether a class drives its numbers as this one does
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        cls._as_here = all(getattr(cls, name) is getattr(DrivenActivation, name) for name in _DRIVEN)
-        cls._as_here &= has_form(getattr(cls, "equation", None))
 
     def __init__(
         self,
@@ -132,7 +125,7 @@ class DrivenActivation(ChannelActivation):
         return (*(self.shaped(getattr(self, name), x) for name in self.learned), *driven)
 
     def _at_once(self, x: Tensor, q: Tensor | None) -> Tensor | None:
-        if not self._as_here or not at_once(x) or not self.__dict__.keys().isdisjoint(_DRIVEN):
+        if not at_once(x) or not self.__dict__.keys().isdisjoint(_OVERRIDDEN) or not _is_as_written(type(self)):
             return None
         q = self.quality_for(x, q) if self.quality_channels else None
         start, inside = self._start()
@@ -194,6 +187,15 @@ class DrivenActivation(ChannelActivation):
     def extra_repr(self) -> str:
         """Adds Q, the hidden width and the norm."""
         return f"{super().extra_repr()}, Q={self.quality_channels}, r={self.reduction}, norm={self.norm!r}"
+
+
+_OVERRIDDEN = ("values", "drive", "hidden", "head", "equation")  # where another is put, one call does not do
+_WRITTEN = (DrivenActivation.values, DrivenActivation.drive, DrivenActivation.hidden, DrivenActivation.head)
+
+
+def _is_as_written(kind: type[DrivenActivation]) -> bool:
+    """Whether a class drives its numbers as above, whatever was put into it since, for an equation with kernels."""
+    return (kind.values, kind.drive, kind.hidden, kind.head) == _WRITTEN and has_form(kind.equation)
 
 
 class QualityDriven(DrivenActivation):

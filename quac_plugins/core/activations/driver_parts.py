@@ -10,11 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module
 
 from quac_plugins.core.activations.driver_kernel import BATCH, FIXED, GROUP, NONE
 
 _OWN = {Tensor, nn.Parameter}
 _DTYPE, _IS_CPU = Tensor.dtype.__get__, Tensor.is_cpu.__get__  # type: ignore[attr-defined]
+_EVERYWHERE = (
+    module._global_forward_hooks, module._global_forward_pre_hooks, module._global_backward_hooks,
+    module._global_backward_pre_hooks,
+)  # fmt: skip
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -48,7 +53,7 @@ class Parts(NamedTuple):
 def unwatched(layer: nn.Module) -> bool:
     """Whether nobody would notice that a layer's forward is not called."""
     own = layer.__dict__
-    return "forward" not in own and not any(own[name] for name in _HOOKS)
+    return "forward" not in own and not any(own[name] for name in _HOOKS) and not any(_EVERYWHERE)
 
 
 def parts_of(site: Any, q: Tensor | None, batch: int, wide: torch.dtype) -> Parts | None:
@@ -69,6 +74,8 @@ def parts_of(site: Any, q: Tensor | None, batch: int, wide: torch.dtype) -> Part
     for layer in layered:
         if type(layer) is not nn.Conv2d:
             return None
+    if any(_EVERYWHERE):
+        return None
     hooks = _HOOKS if torch.is_grad_enabled() else _HOOKS[:2]
     for layer in (*layered, *normed):
         own = layer.__dict__
@@ -127,7 +134,8 @@ def _norm(norm: Any, batch: int) -> tuple[tuple[Any, ...], int, int, tuple[float
     parameters = own["_parameters"]
     matrix = parameters.get("weight"), parameters.get("bias")
     if type(norm) is nn.GroupNorm:
-        return matrix, GROUP, norm.num_groups, (norm.eps, 0.0)
+        groups = norm.num_groups
+        return None if groups < 1 or norm.num_channels % groups else (matrix, GROUP, groups, (norm.eps, 0.0))
     if type(norm) is not nn.BatchNorm2d:
         return None
     training, momentum, buffers = own["training"], own["momentum"], own["_buffers"]

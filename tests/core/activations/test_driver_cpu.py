@@ -176,6 +176,35 @@ def test_a_subclass_keeps_its_own_head(found, monkeypatch):
     assert not found
 
 
+def test_what_is_put_into_the_class_later_is_seen(found, monkeypatch):
+    head = DrivenActivation.head
+    monkeypatch.setattr(DrivenActivation, "head", lambda self, h: head(self, h) + 1)
+    (y, _), (expected, _) = both(monkeypatch, site_of("qacon"), torch.randn(4, 19, 8, 8), torch.randn(4, 36))
+    torch.testing.assert_close(y, expected)
+    assert not found
+
+
+def test_hooks_of_all_modules_see_the_layers(monkeypatch):
+    monkeypatch.setenv("QUAC_KERNELS", "fused")
+    site, seen = site_of("qacon"), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: seen.append(module))
+    for gradients in (False, True):
+        seen.clear()
+        with torch.set_grad_enabled(gradients):
+            site(torch.randn(4, 19, 8, 8), torch.randn(4, 36))
+        assert seen == [site.fc1, site.bn1, site.fc2, site.bn2, site.fc3, site]
+    handle.remove()
+
+
+@pytest.mark.parametrize("groups", [0, 3])
+def test_groups_that_do_not_divide_are_torchs_error(groups, monkeypatch):
+    monkeypatch.setenv("QUAC_KERNELS", "fused")
+    site = site_of("qacon", "group")
+    site.bn2.num_groups = groups
+    with torch.no_grad(), pytest.raises((RuntimeError, ZeroDivisionError)):
+        site(torch.randn(4, 19, 8, 8), torch.randn(4, 36))
+
+
 def test_in_transforms_the_driver_is_as_ever(found, monkeypatch):
     monkeypatch.setenv("QUAC_KERNELS", "fused")
     site, x, q = site_of("qacon", "layer"), torch.randn(4, 19, 8, 8), torch.randn(4, 36)
