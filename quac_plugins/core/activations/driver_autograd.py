@@ -16,6 +16,7 @@ from quac_plugins.core.activations.driver_parts import Parts
 from quac_plugins.core.activations.forms import FORMS, equation_of
 from quac_plugins.core.activations.kernels import COMPUTED, HOSTED, is_transformed, laid_out_as, neutral_of
 from quac_plugins.core.activations.reference import global_average, per_channel
+from quac_plugins.core.precision import full_precision
 
 
 class Call(NamedTuple):
@@ -149,7 +150,7 @@ def _again(
 ) -> list[Any]:
     """The gradients by the plain expression, which can itself be differentiated."""
     again = torch.is_grad_enabled()
-    with torch.enable_grad():
+    with torch.enable_grad(), full_precision(grad):
         # aliases: what one input owes to another is not to be counted twice
         own = [None if t is None else t.view_as(t) for t in (*inputs, *layers.learning())]
         y = _plain(call, layers, own)

@@ -239,3 +239,13 @@ def test_training_under_autocast(once, monkeypatch):
         found.append({name: p.grad for name, p in net.named_parameters()})
     assert len(once) == 1
     torch.testing.assert_close(*found, rtol=0.03, atol=0.02)
+
+
+def test_gradients_to_be_differentiated_are_not_rounded_by_autocast():
+    site, x, q = site_of(norm="layer"), torch.randn(2, 19, 5, 5, requires_grad=True), torch.randn(2, 36)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            found += torch.autograd.grad(site(x, q).sum(), x, create_graph=True)
+    assert found[0].requires_grad
+    assert torch.equal(*found)
