@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from quac_plugins.core.activations import driver_cpu
 from quac_plugins.core.activations.base import ChannelActivation
 from quac_plugins.core.activations.driver_parts import unwatched
-from quac_plugins.core.activations.kernels import at_once, has_form
+from quac_plugins.core.activations.forms import EQUATIONS
+from quac_plugins.core.activations.kernels import at_once
 from quac_plugins.core.activations.reference import global_average, per_channel
 from quac_plugins.core.precision import full_precision
 from quac_plugins.core.quality.context import QualityError
@@ -125,7 +126,10 @@ class DrivenActivation(ChannelActivation):
         return (*(self.shaped(getattr(self, name), x) for name in self.learned), *driven)
 
     def _at_once(self, x: Tensor, q: Tensor | None) -> Tensor | None:
-        if not at_once(x) or not self.__dict__.keys().isdisjoint(_OVERRIDDEN) or not _is_as_written(type(self)):
+        kind = type(self)
+        if (kind.values, kind.drive, kind.hidden, kind.head) != _WRITTEN or kind.equation not in EQUATIONS:
+            return None
+        if not self.__dict__.keys().isdisjoint(_OVERRIDDEN) or not at_once(x):
             return None
         q = self.quality_for(x, q) if self.quality_channels else None
         start, inside = self._start()
@@ -189,13 +193,9 @@ class DrivenActivation(ChannelActivation):
         return f"{super().extra_repr()}, Q={self.quality_channels}, r={self.reduction}, norm={self.norm!r}"
 
 
-_OVERRIDDEN = ("values", "drive", "hidden", "head", "equation")  # where another is put, one call does not do
+# one call does what these do, and nothing that is put in their places, be it later
+_OVERRIDDEN = ("values", "drive", "hidden", "head", "equation")
 _WRITTEN = (DrivenActivation.values, DrivenActivation.drive, DrivenActivation.hidden, DrivenActivation.head)
-
-
-def _is_as_written(kind: type[DrivenActivation]) -> bool:
-    """Whether a class drives its numbers as above, whatever was put into it since, for an equation with kernels."""
-    return (kind.values, kind.drive, kind.hidden, kind.head) == _WRITTEN and has_form(kind.equation)
 
 
 class QualityDriven(DrivenActivation):

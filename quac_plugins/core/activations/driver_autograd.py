@@ -44,19 +44,24 @@ class Call(NamedTuple):
     threads: int
 
 
-def coefficients(call: Call, parts: Parts, x: Tensor, kept: Tensor | None = None) -> Tensor:
-    """The coefficients (K, B, C) of ``FORMS`` for a dense x; what backward needs of the driver is put into ``kept``."""
+def coefficients(
+    drive: tuple[Callable[..., None], int], parts: Parts, x: Tensor, sizes: tuple[int, int, int], by_rows: bool,
+    threads: int, kept: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The coefficients (K, B, C) of ``FORMS`` for a dense x; what backward needs of the driver is put into ``kept``.
+
+    Other arguments are those of ``Call``.
+    """
     matrices, norms, kinds = parts.matrices, parts.norms, parts.kinds
-    run, count = call.drive
+    run, count = drive
     channels, quality, hidden, numbers = parts.sizes
-    c = torch.empty(count, call.sizes[0], channels, dtype=matrices[0].dtype, device="cpu")
+    c = torch.empty(count, sizes[0], channels, dtype=matrices[0].dtype, device="cpu")
     run(
         x, parts.q, *(matrices + matrices[:2])[:6], *norms, *parts.learned, c, c if kept is None else kept,
-        parts.settings, *call.sizes, int(call.by_rows), quality, hidden, numbers, *kinds, int(kept is not None),
-        call.threads,
+        parts.settings, *sizes, int(by_rows), quality, hidden, numbers, *kinds, int(kept is not None), threads,
     )  # fmt: skip
     if BATCH in kinds[::2]:  # tell autograd, without which the statistics were written
-        written = (norms[2:5] if kinds[0] == BATCH else []) + (norms[7:] if kinds[2] == BATCH else [])
+        written = (norms[2:4] if kinds[0] == BATCH else []) + (norms[7:9] if kinds[2] == BATCH else [])
         torch.autograd.graph.increment_version(written)
     return c
 
@@ -72,7 +77,7 @@ class Driven(torch.autograd.Function):
         channels, quality, hidden, numbers = parts.sizes
         width = 3 * (channels + quality) + 2 * hidden + numbers * channels
         kept = torch.empty(call.sizes[0], width, dtype=learning[0].dtype, device="cpu")
-        c = coefficients(call, parts, x, kept)
+        c = coefficients(call.drive, parts, x, call.sizes, call.by_rows, call.threads, kept)
         y = torch.empty_like(x)
         call.value(x, c, y, *call.sizes, call.threads)
         statistics = [norms for i, norms in ((0, parts.norms[2:4]), (2, parts.norms[7:9])) if parts.kinds[i] == FIXED]

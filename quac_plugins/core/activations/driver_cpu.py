@@ -63,14 +63,14 @@ def activate(
         return None
     threads = 1 if x.numel() < ALONE else torch.get_num_threads()
     drive, value, gradient = built
-    call = Call(drive, value, gradient, key[0], start, host, dim, sizes, by_rows, threads)
     if back:
+        call = Call(drive, value, gradient, key[0], start, host, dim, sizes, by_rows, threads)
         y = Driven.apply(x, q, parts, call, *parts.learning())
         return y if onto is None else onto() + y
-    c = coefficients(call, parts, x)
+    c = coefficients(drive, parts, x, sizes, by_rows, threads)
     if onto is None:
         y = torch.empty_like(x)
-        call.value(x, c, y, *sizes, threads)
+        value(x, c, y, *sizes, threads)
         return y
     below = onto()
     ours = _is_ours(below, x)

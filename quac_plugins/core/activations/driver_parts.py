@@ -123,7 +123,7 @@ def parts_of(site: Any, q: Tensor | None, batch: int, wide: torch.dtype) -> Part
     elif q.dtype is not wide or not q.is_contiguous() or q.is_neg():
         q = q.to(wide).contiguous().resolve_neg()
     sizes = channels, site.quality_channels, hidden, 0 if head is None else numbers
-    return Parts(matrices, norms, kinds, _settings(*settings), learned, sizes, q)
+    return tuple.__new__(Parts, (matrices, norms, kinds, _settings(*settings), learned, sizes, q))
 
 
 def _norm(norm: Any, batch: int) -> tuple[tuple[Any, ...], int, int, tuple[float, float]] | None:

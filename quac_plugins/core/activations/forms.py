@@ -132,3 +132,7 @@ FORMS: dict[str, Form] = {
 def equation_of(name: str) -> Callable[..., Tensor]:
     """The plain equation of a name in ``FORMS``."""
     return getattr(reference, name)
+
+
+EQUATIONS = frozenset(map(equation_of, FORMS))
+"""The plain equations that have a form."""

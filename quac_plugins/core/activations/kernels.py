@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from quac_plugins.core.activations import cpu
-from quac_plugins.core.activations.forms import FORMS, equation_of
+from quac_plugins.core.activations.forms import EQUATIONS, FORMS
 from quac_plugins.core.native import compiled_or, kernels_choice
 
 MIN_NUMBERS = 1 << 20
@@ -43,12 +43,6 @@ HOSTS: dict[type[nn.Module], str] = {
 """Host activations that are computed inside the kernel, to the bit; others are computed beside it."""
 
 
-def has_form(equation: Any) -> bool:
-    """Whether a function is an equation of ``FORMS``, and no other of that name."""
-    name = getattr(equation, "__name__", "")
-    return name in FORMS and equation is equation_of(name)
-
-
 def use_fused(equation: Any, x: Tensor) -> bool:
     """Whether the fused kernel computes this equation of x."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting():
@@ -56,7 +50,7 @@ def use_fused(equation: Any, x: Tensor) -> bool:
     if forward_ad._current_level >= 0:  # no_grad does not switch it off
         return False
     choice = kernels_choice()
-    if choice == "reference" or not has_form(equation) or x.dtype not in COMPUTED:
+    if choice == "reference" or equation not in EQUATIONS or x.dtype not in COMPUTED:
         return False
     if choice == "fused":
         return True
@@ -381,7 +375,6 @@ __all__ = [
     "MIN_NUMBERS",
     "at_once",
     "fused",
-    "has_form",
     "is_transformed",
     "laid_out_as",
     "neutral_of",

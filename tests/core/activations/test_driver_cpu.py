@@ -97,8 +97,8 @@ def test_a_large_map_is_averaged_without_loss(last):
     nn.init.ones_(site.p1)
     sizes = (1, 3, 1500 * 1400) if not last else (1, 1500 * 1400, 3)
     drive = driver_kernel.driver("acon", 2, 1, x.dtype)
-    call = driver_autograd.Call(drive, None, None, "acon", (), "", 1, sizes, not last, 1)
-    means = -driver_autograd.coefficients(call, driver_parts.parts_of(site, None, 1, x.dtype), x)[2]
+    parts = driver_parts.parts_of(site, None, 1, x.dtype)
+    means = -driver_autograd.coefficients(drive, parts, x, sizes, not last, 1)[2]
     expected = torch.sigmoid(x.double().mean() * 1e-3)
     torch.testing.assert_close(means.double(), expected.expand(1, 3), rtol=1e-6, atol=0)
 
