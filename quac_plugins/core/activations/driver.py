@@ -126,10 +126,10 @@ class DrivenActivation(ChannelActivation):
         return (*(self.shaped(getattr(self, name), x) for name in self.learned), *driven)
 
     def _at_once(self, x: Tensor, q: Tensor | None) -> Tensor | None:
+        if not at_once(x) or not self.__dict__.keys().isdisjoint(_OVERRIDDEN):
+            return None
         kind = type(self)
         if (kind.values, kind.drive, kind.hidden, kind.head) != _WRITTEN or kind.equation not in EQUATIONS:
-            return None
-        if not self.__dict__.keys().isdisjoint(_OVERRIDDEN) or not at_once(x):
             return None
         q = self.quality_for(x, q) if self.quality_channels else None
         start, inside = self._start()
