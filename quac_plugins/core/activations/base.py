@@ -104,16 +104,16 @@ class ChannelActivation(nn.Module):
             Shape and dtype of x.
         """
         self._check(x)
-        y = self._at_once(x, q)
+        y, q = self._at_once(x, q)
         if y is None:
             y = self._fused(x, q) if use_fused(type(self).equation, x) else self._by_operation(x, q)
         if self.context is not None:
             self.context.mark(y)
         return y
 
-    def _at_once(self, x: Tensor, q: Tensor | None) -> Tensor | None:
-        """The activation in a way of its own, faster than :meth:`values` and the equation; None: there is none."""
-        return None
+    def _at_once(self, x: Tensor, q: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The activation in a way of its own, faster than :meth:`values` and the equation, or None; and q by then."""
+        return None, q
 
     def _fused(self, x: Tensor, q: Tensor | None) -> Tensor:
         start, inside = self._start()

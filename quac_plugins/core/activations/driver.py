@@ -9,6 +9,7 @@ dicts of the published modules load.
 from __future__ import annotations
 
 from functools import partial
+from operator import attrgetter
 from typing import ClassVar
 
 import torch
@@ -125,16 +126,16 @@ class DrivenActivation(ChannelActivation):
         driven = self.drive(x, q)
         return (*(self.shaped(getattr(self, name), x) for name in self.learned), *driven)
 
-    def _at_once(self, x: Tensor, q: Tensor | None) -> Tensor | None:
+    def _at_once(self, x: Tensor, q: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         if not at_once(x) or not self.__dict__.keys().isdisjoint(_OVERRIDDEN):
-            return None
+            return None, q
         kind = type(self)
-        if (kind.values, kind.drive, kind.hidden, kind.head) != _WRITTEN or kind.equation not in EQUATIONS:
-            return None
+        if _written(kind) != _WRITTEN or kind.equation not in EQUATIONS:
+            return None, q
         q = self.quality_for(x, q) if self.quality_channels else None
         start, inside = self._start()
         beside = None if self.host is None or inside else partial(self.host, x)
-        return driver_cpu.activate(self, x, q, start, inside, beside)
+        return driver_cpu.activate(self, x, q, start, inside, beside), q  # the context counts how often q is asked for
 
     def hidden(self, z: Tensor) -> Tensor:
         """h = σ(norm2(fc2 norm1(fc1 z))) of z (B, C + Q), (B, C + Q)."""
@@ -194,8 +195,10 @@ class DrivenActivation(ChannelActivation):
 
 
 # one call does what these do, and nothing that is put in their places, be it later
-_OVERRIDDEN = ("values", "drive", "hidden", "head", "equation")
-_WRITTEN = (DrivenActivation.values, DrivenActivation.drive, DrivenActivation.hidden, DrivenActivation.head)
+_INSIDE = ("values", "drive", "hidden", "head", "shaped", "_fused", "_by_operation")
+_OVERRIDDEN = (*_INSIDE, "equation")
+_written = attrgetter(*_INSIDE)
+_WRITTEN = _written(DrivenActivation)
 
 
 class QualityDriven(DrivenActivation):

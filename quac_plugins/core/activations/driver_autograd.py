@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from quac_plugins.core.activations import cpu
 from quac_plugins.core.activations.driver_kernel import BATCH, FIXED, GROUP, NONE
-from quac_plugins.core.activations.driver_parts import Parts
+from quac_plugins.core.activations.driver_parts import IS_CPU, OWN, Parts
 from quac_plugins.core.activations.forms import FORMS, equation_of
 from quac_plugins.core.activations.kernels import COMPUTED, HOSTED, is_transformed, laid_out_as, neutral_of
 from quac_plugins.core.activations.reference import global_average, per_channel
@@ -81,23 +82,46 @@ class Driven(torch.autograd.Function):
         y = torch.empty_like(x)
         call.value(x, c, y, *call.sizes, call.threads)
         statistics = [norms for i, norms in ((0, parts.norms[2:4]), (2, parts.norms[7:9])) if parts.kinds[i] == FIXED]
-        ctx.save_for_backward(x, q, kept, c, *learning, *(t for pair in statistics for t in pair))
+        saved = (x, kept, c, *learning, *(t for pair in statistics for t in pair))
+        ctx.save_for_backward(q if ctx.needs_input_grad[1] else None, *saved)  # else it is in ``kept``
         ctx.call, ctx.kinds, ctx.settings, ctx.sizes = call, parts.kinds, parts.settings, parts.sizes
+        ctx.strides, ctx.forms = x.stride(), _forms(saved)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        """In C++, or as the plain expression where the gradients are to be differentiated."""
-        x, q, kept, c, *tensors = ctx.saved_tensors
+        """In C++, or as the plain expression: where the gradients are to be differentiated, or C++ would misread."""
+        q, *saved = ctx.saved_tensors
+        x, kept, c, *tensors = saved
         needed = (*ctx.needs_input_grad[:2], *ctx.needs_input_grad[4:])
         layers = _layers(ctx, tensors)
-        if torch.is_grad_enabled() or is_transformed(grad):  # to be differentiated again, or of several at once
+        plain = torch.is_grad_enabled() or is_transformed(grad) or forward_ad._current_level >= 0
+        if plain or not _is_readable(ctx, saved, grad):
+            if q is None and (quality := ctx.sizes[1]):
+                width = ctx.sizes[0] + quality
+                q = kept.flatten()[: len(x) * width].view(len(x), width)[:, ctx.sizes[0] :]
             found = _again(ctx.call, layers, (x, q), grad, needed)
         else:
+            if x.stride() != ctx.strides:  # as it comes back from where saved tensors were put
+                x = x.new_empty_strided(x.shape, ctx.strides).copy_(x)
             found = _once(ctx.call, layers, x, kept, c, grad, needed[0])
             found[1] = found[1].to(q.dtype).reshape(q.shape) if needed[1] else None
         found = [by if wanted else None for by, wanted in zip(found, needed, strict=True)]
         return (*found[:2], None, None, *found[2:])
+
+
+def _forms(tensors: Iterable[Tensor]) -> list[Any]:
+    return [(t.dtype, t.shape) for t in tensors]
+
+
+def _is_readable(ctx: Any, saved: list[Tensor], grad: Tensor) -> bool:
+    """Whether C++ may read what was saved: hooks and ``.data`` may have put something else there."""
+    rest = saved[1:]
+    if not OWN.issuperset(map(type, (grad, *saved))) or not all(map(IS_CPU, (grad, *saved))):
+        return False
+    if _forms(saved) != ctx.forms or (grad.dtype, grad.shape) != ctx.forms[0]:
+        return False
+    return all(map(Tensor.is_contiguous, rest)) and not any(map(Tensor.is_neg, rest)) and not grad._is_zerotensor()
 
 
 class _Layers(NamedTuple):

@@ -20,6 +20,7 @@ from quac_plugins.core.activations.driver_autograd import Call, Driven, coeffici
 from quac_plugins.core.activations.driver_gradients import gradients
 from quac_plugins.core.activations.driver_kernel import driver
 from quac_plugins.core.activations.driver_parts import parts_of
+from quac_plugins.core.activations.forms import FORMS
 from quac_plugins.core.activations.kernels import as_rows, dense, neutral_of
 from quac_plugins.core.activations.vectors import ALONE
 from quac_plugins.core.native import broken, compiled_or
@@ -53,7 +54,11 @@ def activate(
     beside = onto is not None and not back
     key = type(site).equation.__name__, len(site.learned), site.numbers, x.dtype, start, host, by_rows, back, beside
     built = None if "cpu" in broken else _built.get(key)
-    if built is None:  # the builds alone: what a host or a hook raises is not a compiler's
+    if built is None:
+        arity = FORMS[key[0]].coefficients.__code__.co_argcount
+        if len(site.learned) + site.numbers != arity or len(start) not in (0, arity):
+            return None
+        # the builds alone: what a host or a hook raises is not a compiler's
         built = compiled_or("cpu", "fused activations", partial(_build, *key), lambda: None)
         if built is None:
             return None

@@ -14,8 +14,9 @@ from torch.nn.modules import module
 
 from quac_plugins.core.activations.driver_kernel import BATCH, FIXED, GROUP, NONE
 
-_OWN = {Tensor, nn.Parameter}
-_DTYPE, _IS_CPU = Tensor.dtype.__get__, Tensor.is_cpu.__get__  # type: ignore[attr-defined]
+OWN = {Tensor, nn.Parameter}
+IS_CPU = Tensor.is_cpu.__get__  # type: ignore[attr-defined]
+_DTYPE, _SHAPE = Tensor.dtype.__get__, Tensor.shape.__get__  # type: ignore[attr-defined]
 _EVERYWHERE = (
     module._global_forward_hooks, module._global_forward_pre_hooks, module._global_backward_hooks,
     module._global_backward_pre_hooks,
@@ -106,23 +107,32 @@ def parts_of(site: Any, q: Tensor | None, batch: int, wide: torch.dtype) -> Part
     for name in site.learned:
         learned.append(parameters.get(name))
     tensors += learned
-    if not _OWN.issuperset(map(type, tensors)) or {*map(_DTYPE, tensors)} != {wide}:
+    if not OWN.issuperset(map(type, tensors)) or {*map(_DTYPE, tensors)} != {wide}:
         return None
-    if not all(map(_IS_CPU, tensors)) or any(map(Tensor.is_neg, tensors)):
+    if not all(map(IS_CPU, tensors)) or any(map(Tensor.is_neg, tensors)):
         return None
     if not all(map(Tensor.is_contiguous, tensors)):
         return None
     channels, hidden, numbers = site.channels, matrices[1].numel(), site.numbers
-    expected = _numbers_in(channels, site.quality_channels, hidden, numbers, head is not None, kinds[0], kinds[2])
-    if expected is None or [*map(Tensor.numel, tensors)] != [*expected, *[channels] * len(learned)]:
-        return None  # C++ would read elsewhere
+    quality = site.quality_channels
+    expected = _shapes(channels, quality, hidden, numbers, head is not None, kinds[0], kinds[2], len(learned))
+    if (*map(_SHAPE, tensors),) != expected:  # C++ would read elsewhere
+        return None
     if q is None:
+        if quality:
+            return None
         q = matrices[0]
-    elif type(q) not in _OWN or not q.is_cpu or q.layout is not torch.strided or q._is_zerotensor():
+    elif (
+        q.shape != (batch, quality)
+        or type(q) not in OWN
+        or not q.is_cpu
+        or q.layout is not torch.strided
+        or q._is_zerotensor()
+    ):
         return None
     elif q.dtype is not wide or not q.is_contiguous() or q.is_neg():
         q = q.to(wide).contiguous().resolve_neg()
-    sizes = channels, site.quality_channels, hidden, 0 if head is None else numbers
+    sizes = channels, quality, hidden, 0 if head is None else numbers
     return tuple.__new__(Parts, (matrices, norms, kinds, _settings(*settings), learned, sizes, q))
 
 
@@ -141,7 +151,7 @@ def _norm(norm: Any, batch: int) -> tuple[tuple[Any, ...], int, int, tuple[float
     training, momentum, buffers = own["training"], own["momentum"], own["_buffers"]
     if training and (batch == 1 or momentum is None or not own["track_running_stats"]):
         return None
-    count = buffers["num_batches_tracked"]
+    count = buffers.get("num_batches_tracked")
     if count is None or count.dtype is not torch.int64 or not count.is_cpu or count.numel() != 1:
         return None
     held = (*matrix, buffers["running_mean"], buffers["running_var"], count)
@@ -149,18 +159,18 @@ def _norm(norm: Any, batch: int) -> tuple[tuple[Any, ...], int, int, tuple[float
 
 
 @lru_cache(maxsize=1024)
-def _numbers_in(
-    channels: int, quality: int, hidden: int, numbers: int, has_head: bool, kind1: int, kind2: int
-) -> tuple[int, ...] | None:
-    """How many numbers each matrix, bias and norm's tensor has; None: the widths do not fit."""
+def _shapes(
+    channels: int, quality: int, hidden: int, numbers: int, has_head: bool, kind1: int, kind2: int, learned: int
+) -> tuple[tuple[int, ...], ...] | None:
+    """Of each matrix, bias, norm's tensor and learned parameter; None: the widths do not fit."""
     width = channels + quality
-    expected = [hidden * width, hidden, width * hidden, width]
+    expected: list[tuple[int, ...]] = [(hidden, width, 1, 1), (hidden,), (width, hidden, 1, 1), (width,)]
     if has_head:
-        expected += [numbers * channels * width, numbers * channels]
+        expected += [(numbers * channels, width, 1, 1), (numbers * channels,)]
     elif width != numbers * channels:  # h is the numbers
         return None
     held = {NONE: 0, GROUP: 2, FIXED: 4, BATCH: 4}
-    return (*expected, *[hidden] * held[kind1], *[width] * held[kind2])
+    return (*expected, *[(hidden,)] * held[kind1], *[(width,)] * held[kind2], *[(1, channels, 1, 1)] * learned)
 
 
 @lru_cache(maxsize=64)  # a schedule may change the momentum at every step

@@ -47,7 +47,7 @@ def use_fused(equation: Any, x: Tensor) -> bool:
     """Whether the fused kernel computes this equation of x."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting():
         return False
-    if forward_ad._current_level >= 0:  # no_grad does not switch it off
+    if forward_ad._current_level >= 0 or _transforms() is not None:  # no_grad does not switch it off
         return False
     choice = kernels_choice()
     if choice == "reference" or equation not in EQUATIONS or x.dtype not in COMPUTED:
@@ -347,9 +347,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 def _differentiated(ctx: Any, grad: Tensor, once: Callable[..., tuple[Tensor, Tensor]]) -> tuple[Any, ...]:
     """The gradients by ``once``, or by the plain expression where they are to be differentiated again."""
-    again = not torch.compiler.is_compiling() and (torch.is_grad_enabled() or is_transformed(grad))
+    x, theta = ctx.saved_tensors
+    again = torch.is_grad_enabled() or is_transformed(grad) or forward_ad._current_level >= 0
+    again = again or (grad.dtype, grad.shape, COMPUTED.get(x.dtype)) != (x.dtype, x.shape, theta.dtype)
+    again = again and not torch.compiler.is_compiling()
     gradients = _plain_backward if again else once
-    return (*gradients(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None)
+    return (*gradients(grad, x, theta, *ctx.options), None, None, None, None)
 
 
 def _plain_backward(

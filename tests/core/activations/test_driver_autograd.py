@@ -249,3 +249,132 @@ def test_gradients_to_be_differentiated_are_not_rounded_by_autocast():
             found += torch.autograd.grad(site(x, q).sum(), x, create_graph=True)
     assert found[0].requires_grad
     assert torch.equal(*found)
+
+
+def packed(site, x, q, grad, change):
+    """Results where saved tensors come back changed."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), change):
+        return results(site, x, q, grad)
+
+
+@pytest.mark.parametrize("name", ["qacon", "acon"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.clone(memory_format=torch.contiguous_format),
+        lambda t: torch._neg_view(-t),
+        lambda t: t.mT.contiguous().mT if t.ndim > 1 else t,
+    ],
+)
+def test_saved_tensors_may_come_back_laid_out_otherwise(name, change):
+    x = torch.randn(4, 19, 9, 7).contiguous(memory_format=torch.channels_last)
+    site, q, grad = site_of(name), torch.randn(4, 36), torch.randn(4, 19, 9, 7)
+    torch.testing.assert_close(packed(site, x, q, grad, change), results(site, x, q, grad), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["qacon", "acon"])
+def test_saved_tensors_of_another_dtype_are_not_misread(name, monkeypatch):
+    x, q, site, found = torch.randn(4, 19, 9, 7), torch.randn(4, 36), site_of(name), []
+    for choice in ("fused", "reference"):
+        monkeypatch.setenv("QUAC_KERNELS", choice)
+        rounded = packed(site, x, q, torch.ones_like(x), lambda t: t.half() if t.shape == x.shape else t)
+        found.append(rounded["x"].float())
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_parameters_that_are_converted_in_between_are_an_error(dtype):
+    site, x, q = QACON(8), torch.randn(4, 8, 6, 6), torch.randn(4, 36)
+    loss = site(x, q).sum()
+    site.to(dtype)
+    with pytest.raises(RuntimeError, match="dtype"):
+        loss.backward()
+    site = QACON(8)
+    loss = site(x, q).sum()
+    site.fc3.weight.data = torch.zeros(1, 44, 1, 1)
+    with pytest.raises(RuntimeError, match=r"size|shape"):
+        loss.backward()
+
+
+def test_quality_of_inference_mode_and_buffers_that_are_used_again():
+    site, x = QACON(8, norm="layer"), torch.randn(4, 8, 6, 6, requires_grad=True)
+    with torch.inference_mode():
+        q = torch.randn(4, 36)
+    site(x, q).sum().backward()
+    q = torch.randn(4, 36)
+    (expected,) = torch.autograd.grad(site(x, q).sum(), x, create_graph=True)
+    y = site(x, q)
+    q.zero_()
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x, create_graph=True)[0], expected)
+
+
+@pytest.mark.parametrize("name", ["qacon", "acon"])
+def test_tangents_pass_through_backward(name, monkeypatch):
+    site, found = site_of(name, norm="none") if name != "acon" else site_of(name), []
+    x, q, tangent = torch.randn(4, 19, 5, 5, requires_grad=True), torch.randn(4, 36), torch.randn(4, 19, 5, 5)
+    for choice in ("fused", "reference"):
+        monkeypatch.setenv("QUAC_KERNELS", choice)
+        y = site(x, q)
+        with torch.autograd.forward_ad.dual_level():
+            grad = torch.autograd.forward_ad.make_dual(torch.ones_like(y), tangent)
+            (by_x,) = torch.autograd.grad(y, x, grad)
+            found.append(torch.autograd.forward_ad.unpack_dual(by_x).tangent)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_transforms_of_parameters_alone(monkeypatch):
+    site, x, q, found = site_of(norm="layer"), torch.randn(2, 19, 5, 5), torch.randn(2, 36), []
+    parameters = dict(site.named_parameters())
+    for choice in ("fused", "reference"):
+        monkeypatch.setenv("QUAC_KERNELS", choice)
+        found.append(torch.func.grad(lambda p: torch.func.functional_call(site, p, (x, q)).sum())(parameters))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+class Short(QACON):
+    """A subclass whose quality is that of the first image."""
+
+    def quality_for(self, x, q):
+        return super().quality_for(x, q)[:1]
+
+
+class Doubled(QACON):
+    """A subclass with another reference."""
+
+    def _by_operation(self, x, q):
+        return 2 * super()._by_operation(x, q)
+
+
+def test_subclasses_are_what_they_say(monkeypatch):
+    x, q = torch.randn(2, 8, 4, 4), torch.randn(2, 36)
+    with pytest.raises(RuntimeError, match="quality features of 1 images"):
+        Short(8)(x, q)
+    torch.manual_seed(0)
+    site, found = Doubled(8, norm="layer"), []
+    for choice in ("auto", "reference"):
+        monkeypatch.setenv("QUAC_KERNELS", choice)
+        found.append(site(x.expand(2, 8, 4, 4), q))
+    torch.testing.assert_close(*found)
+
+
+def test_too_many_numbers_and_parameters_of_other_shapes_are_not_read(once):
+    x, q = torch.randn(2, 8, 4, 4), torch.randn(2, 36)
+    site = QACON(8, norm="layer")
+    site.numbers = 2
+    with pytest.raises((RuntimeError, ValueError, TypeError)):
+        site(x, q)
+    site = QACON(8, norm="layer")
+    site.p1 = nn.Parameter(torch.randn(8, 1, 1, 1))
+    with pytest.raises(RuntimeError):
+        site(x, q).sum().backward()
+    assert not once
+
+
+def test_quality_is_asked_for_once_where_the_layers_drive(monkeypatch):
+    site, calls = QACON(8, norm="layer"), []
+    site.bn1.register_full_backward_hook(lambda module, before, after: None)
+    real = QACON.quality_for
+    monkeypatch.setattr(QACON, "quality_for", lambda self, x, q: calls.append(q is None) or real(self, x, q))
+    site.context = type("Context", (), {"current": lambda self, x, layer: torch.zeros(2, 36), "mark": print})()
+    site(torch.randn(2, 8, 4, 4, requires_grad=True))
+    assert calls.count(True) == 1
