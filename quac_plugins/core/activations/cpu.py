@@ -188,7 +188,7 @@ def kernel(
     arguments = [*tensors, *(f"const int64_t {name}" for name in ("batch", "rows", "n", "threads"))]
     source = _SOURCE.format(
         chunk=CHUNK, onto=str(onto).lower(), parts=form.parts, body=_BODIES[by_rows, back],
-        coefficients=form.coefficients.__code__.co_argcount, gate_code=form.gate_code, value_code=value,
+        coefficients=form.arity, gate_code=form.gate_code, value_code=value,
         partials_code=form.partials_code, derivative_code=derivative, arguments="{arguments}",
     )  # fmt: skip
     return load(arguments, prelude(dtype) + source)

@@ -210,7 +210,7 @@ def _plain(call: Call, layers: _Layers, inputs: list[Any]) -> Tensor:
             z = F.batch_norm(z, mean, variance, affine[0], affine[1], kind == BATCH, eps=eps[i])
     h = torch.sigmoid(z)
     h = F.linear(h, matrices[4].flatten(1), matrices[5]) if numbers else h
-    count = FORMS[call.equation].coefficients.__code__.co_argcount - len(learned)
+    count = FORMS[call.equation].arity - len(learned)
     theta = [per_channel(p.flatten(), x, call.channel_dim) for p in learned]
     theta += [per_channel(part, x, call.channel_dim) for part in h.chunk(count, dim=1)]
     equation = equation_of(call.equation)

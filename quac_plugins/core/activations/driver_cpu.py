@@ -55,7 +55,7 @@ def activate(
     key = type(site).equation.__name__, len(site.learned), site.numbers, x.dtype, start, host, by_rows, back, beside
     built = None if "cpu" in broken else _built.get(key)
     if built is None:
-        arity = FORMS[key[0]].coefficients.__code__.co_argcount
+        arity = FORMS[key[0]].arity
         if len(site.learned) + site.numbers != arity or len(start) not in (0, arity):
             return None
         # the builds alone: what a host or a hook raises is not a compiler's

@@ -72,11 +72,9 @@ static void norm_back(
       const int64_t first = r % groups * size;
       const S* from = in + r * size;
       S* own = grad + r * size;
-      double m = 0, v = 0, sum = 0, along = 0;
-      for (int64_t i = 0; i < size; ++i) m += from[i];
-      m /= size;
-      for (int64_t i = 0; i < size; ++i) v += (from[i] - m) * (from[i] - m);
-      const double scale = 1 / std::sqrt(v / size + eps);
+      double m, v, sum = 0, along = 0;
+      row_moments(from, size, m, v);
+      const double scale = 1 / std::sqrt(v + eps);
       for (int64_t i = 0; i < size; ++i) {{
         const double unit = (from[i] - m) * scale, by = double(own[i]) * weight[first + i];
         w[first + i] += own[i] * unit;
@@ -91,15 +89,7 @@ static void norm_back(
     }}
   }} else {{
     std::vector<double> m(n), scale(n);
-    if (kind == FIXED) {{
-      std::copy(mean, mean + n, m.begin());
-      std::copy(variance, variance + n, scale.begin());
-    }} else {{
-      for (int64_t b = 0; b < batch; ++b) for (int64_t i = 0; i < n; ++i) m[i] += in[b * n + i];
-      for (double& value : m) value /= batch;
-      for (int64_t b = 0; b < batch; ++b)
-        for (int64_t i = 0; i < n; ++i) scale[i] += (in[b * n + i] - m[i]) * (in[b * n + i] - m[i]) / batch;
-    }}
+    moments(in, batch, n, kind == FIXED, mean, variance, m.data(), scale.data());
     for (double& value : scale) value = 1 / std::sqrt(value + eps);
     for (int64_t b = 0; b < batch; ++b)
       for (int64_t i = 0; i < n; ++i) {{

@@ -72,8 +72,34 @@ template <class U> static inline void column_sums(const U* x, int64_t rows, int6
   for (; at + COLUMNS * W <= n; at += COLUMNS * W) tile_sums<true>(x + at, rows, n, COLUMNS * W, sums + at);
   if (at < n) tile_sums<false>(x + at, rows, n, n - at, sums + at);
 }
+
+// mean and variance of a row
+static inline void row_moments(const S* row, int64_t n, double& mean, double& variance) {
+  mean = variance = 0;
+  for (int64_t i = 0; i < n; ++i) mean += row[i];
+  mean /= n;
+  for (int64_t i = 0; i < n; ++i) variance += (row[i] - mean) * (row[i] - mean);
+  variance /= n;
+}
+
+// of each column over the batch, or as they are kept
+static inline void moments(
+    const S* x, int64_t batch, int64_t n, bool fixed, const S* mean, const S* variance, double* m, double* v) {
+  if (fixed) {
+    std::copy(mean, mean + n, m);
+    std::copy(variance, variance + n, v);
+    return;
+  }
+  std::fill(m, m + n, 0.0);
+  std::fill(v, v + n, 0.0);
+  for (int64_t b = 0; b < batch; ++b) for (int64_t i = 0; i < n; ++i) m[i] += x[b * n + i];
+  for (int64_t i = 0; i < n; ++i) m[i] /= batch;
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t i = 0; i < n; ++i) v[i] += (x[b * n + i] - m[i]) * (x[b * n + i] - m[i]);
+  for (int64_t i = 0; i < n; ++i) v[i] /= batch;
+}
 """
-"""What the driver and its gradients share: sums over rows and columns."""
+"""What the driver and its gradients share: sums, means and variances."""
 
 _SOURCE = """
 constexpr int64_t SUMMED = {summed};
@@ -120,11 +146,9 @@ static void norm(
     int64_t size = n / groups;
     for (int64_t r = 0; r < batch * groups; ++r) {{
       S* row = z + r * size;
-      double m = 0, v = 0;
-      for (int64_t i = 0; i < size; ++i) m += row[i];
-      m /= size;
-      for (int64_t i = 0; i < size; ++i) v += (row[i] - m) * (row[i] - m);
-      double scale = 1 / std::sqrt(v / size + eps);
+      double m, v;
+      row_moments(row, size, m, v);
+      const double scale = 1 / std::sqrt(v + eps);
       for (int64_t i = 0; i < size; ++i) {{
         int64_t channel = r % groups * size + i;
         row[i] = S((row[i] - m) * scale * weight[channel] + bias[channel]);
@@ -133,18 +157,11 @@ static void norm(
     return;
   }}
   std::vector<double> m(n), v(n);
-  if (kind == FIXED) {{
-    std::copy(mean, mean + n, m.begin());
-    std::copy(variance, variance + n, v.begin());
-  }} else {{
-    for (int64_t b = 0; b < batch; ++b) for (int64_t i = 0; i < n; ++i) m[i] += z[b * n + i];
-    for (double& value : m) value /= batch;
-    for (int64_t b = 0; b < batch; ++b)
-      for (int64_t i = 0; i < n; ++i) v[i] += (z[b * n + i] - m[i]) * (z[b * n + i] - m[i]);
+  moments(z, batch, n, kind == FIXED, mean, variance, m.data(), v.data());
+  if (kind == BATCH) {{
     for (int64_t i = 0; i < n; ++i) {{
       mean[i] = S((1 - momentum) * mean[i] + momentum * m[i]);
-      variance[i] = S((1 - momentum) * variance[i] + momentum * v[i] / (batch - 1));
-      v[i] /= batch;
+      variance[i] = S((1 - momentum) * variance[i] + momentum * v[i] * batch / (batch - 1));
     }}
     ++*tracked;
   }}
@@ -226,7 +243,7 @@ def driver(equation: str, learned: int, driven: int, dtype: torch.dtype) -> tupl
         dtype: of x.
     """
     form, (stored, computed) = FORMS[equation], TYPES[dtype]
-    count = form.coefficients.__code__.co_argcount
+    count = form.arity
     read = [f"const {computed}* {name}" for name in ("q", "w1", "b1", "w2", "b2", "w3", "b3")]
     affine = [f"const {computed}* {name}" for name in ("weight", "bias")]
     norm = [*affine, f"{computed}* mean", f"{computed}* variance", "int64_t* tracked"]

@@ -45,6 +45,11 @@ class Form:
     gate_code: str
     partials_code: str
 
+    @property
+    def arity(self) -> int:
+        """How many parameters the equation has, and as many coefficients."""
+        return self.coefficients.__code__.co_argcount
+
 
 def _gate_and_slope(x: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """g = σ(−c x), its slope g (1 − g), and the derivative of x·g."""

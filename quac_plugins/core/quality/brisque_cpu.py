@@ -17,14 +17,18 @@ from quac_plugins.core.native import load
 CHUNK = 32
 """Rows that one task works on; a constant, so that sums do not depend on the number of threads."""
 
-_SOURCE = """
+_PRELUDE = f"""
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 using V = at::vec::Vectorized<float>;
-constexpr int64_t W = V::size(), CHUNK = {chunk}, R = 3;
+constexpr int64_t W = V::size(), CHUNK = {CHUNK};
+"""
+
+_SOURCE = """
+constexpr int64_t R = 3;
 constexpr float WINDOW[] = {{window}}, C = {contrast};
 
 // the window along a padded row, from left to right; one rounding for each product and sum
@@ -121,14 +125,6 @@ extern "C" void kernel({arguments}) {
 
 
 _SCALES = """
-#include <algorithm>
-#include <cstdint>
-#include <vector>
-#include <ATen/cpu/vec/functional.h>
-#include <ATen/cpu/vec/vec.h>
-using V = at::vec::Vectorized<float>;
-constexpr int64_t W = V::size(), CHUNK = {chunk};
-
 static void luminance(const float* image, float* grey, int64_t channels, int64_t pixels, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i += W) {
     const int64_t count = std::min(W, last - i);
@@ -206,12 +202,12 @@ extern "C" void kernel({arguments}) {
 
 @cache
 def _scales(luma: tuple[int, ...], one: int, contrast: float) -> Callable[..., None]:
-    source = _SCALES.replace("{chunk}", str(CHUNK)).replace("{one}", f"{one}").replace("{contrast}", f"{contrast!r}f")
+    source = _SCALES.replace("{one}", f"{one}").replace("{contrast}", f"{contrast!r}f")
     for name, weight in zip(("red", "green", "blue"), luma, strict=True):
         source = source.replace(f"{{{name}}}", f"{weight}")
     tensors = ["const float* images", "float* grey", "float* half", "const float* across", "const float* down"]
     sizes = ("batch", "channels", "height", "width", "rows", "columns", "threads")
-    return load([*tensors, *(f"const int64_t {name}" for name in sizes)], source)
+    return load([*tensors, *(f"const int64_t {name}" for name in sizes)], _PRELUDE + source)
 
 
 def scales_of(
@@ -236,9 +232,11 @@ def scales_of(
 @cache
 def _kernel(window: tuple[float, ...], contrast: float) -> Callable[..., None]:
     numbers = ", ".join(f"{value!r}f" for value in window)
-    source = _SOURCE.replace("{chunk}", str(CHUNK)).replace("{window}", numbers).replace("{contrast}", f"{contrast!r}f")
+    source = _SOURCE.replace("{window}", numbers).replace("{contrast}", f"{contrast!r}f")
     tensors = ["const float* grey", "float* y", "double* sums"]
-    return load([*tensors, *(f"const int64_t {name}" for name in ("batch", "height", "width", "threads"))], source)
+    return load(
+        [*tensors, *(f"const int64_t {name}" for name in ("batch", "height", "width", "threads"))], _PRELUDE + source
+    )
 
 
 def sums_of(grey: Tensor, window: tuple[float, ...], contrast: float) -> Tensor:
