@@ -36,12 +36,12 @@ template <bool ROWS> static inline void pick(const S* coef, int64_t stride, int6
     c[k] = ROWS ? V(coef[k * stride]) : V::loadu(coef + k * stride + i, count);
 }}
 
-static inline void write(S* y, const V& found, int64_t count) {{
-  if constexpr (ONTO) (V::loadu(y, count) + found).store(y, count);
-  else found.store(y, count);
+static inline void write(T* y, const V& found, int64_t count = W) {{
+  if constexpr (ONTO) out(in(y, count) + found, y, count);
+  else out(found, y, count);
 }}
 
-template <bool ROWS> static inline void forward(const S* x, const S* coef, int64_t stride, S* y, int64_t n) {{
+template <bool ROWS> static inline void forward(const T* x, const S* coef, int64_t stride, T* y, int64_t n) {{
   V c[COEFFICIENTS];
   if (ROWS) pick<ROWS>(coef, stride, 0, W, c);
   int64_t i = 0;
@@ -49,71 +49,43 @@ template <bool ROWS> static inline void forward(const S* x, const S* coef, int64
     V found[UNROLL];
     for (int64_t u = 0; u < UNROLL; ++u) {{
       if (!ROWS) pick<ROWS>(coef, stride, i + u * W, W, c);
-      found[u] = value(V::loadu(x + i + u * W), c);
+      found[u] = value(in(x + i + u * W), c);
     }}
-    for (int64_t u = 0; u < UNROLL; ++u) write(y + i + u * W, found[u], W);
+    for (int64_t u = 0; u < UNROLL; ++u) write(y + i + u * W, found[u]);
   }}
   for (; i + W <= n; i += W) {{
     if (!ROWS) pick<ROWS>(coef, stride, i, W, c);
-    write(y + i, value(V::loadu(x + i), c), W);
+    write(y + i, value(in(x + i), c));
   }}
   if (i < n) {{
     if (!ROWS) pick<ROWS>(coef, stride, i, n - i, c);
-    write(y + i, value(V::loadu(x + i, n - i), c), n - i);
+    write(y + i, value(in(x + i, n - i), c), n - i);
   }}
 }}
 
 // the sums of rows are kept in `total`, those of columns are added to `sums`, `stride` apart as the coefficients
 template <bool ROWS>
 static inline void backward(
-    const S* g, const S* x, const S* coef, int64_t stride, S* by_x, int64_t n, V* total, S* sums, int64_t apart) {{
+    const T* g, const T* x, const S* coef, int64_t stride, T* by_x, int64_t n, V* total, S* sums, int64_t apart) {{
   V c[COEFFICIENTS], part[PARTS];
   if (ROWS) pick<ROWS>(coef, stride, 0, W, c);
   int64_t i = 0;
   for (; i + W <= n; i += W) {{
     if (!ROWS) pick<ROWS>(coef, stride, i, W, c);
-    V grad = V::loadu(g + i);
-    (grad * derivative(V::loadu(x + i), c, part)).store(by_x + i);
+    V grad = in(g + i);
+    out(grad * derivative(in(x + i), c, part), by_x + i);
     for (int64_t p = 0; p < PARTS; ++p)
       if (ROWS) total[p] = total[p] + grad * part[p];
       else (V::loadu(sums + p * apart + i) + grad * part[p]).store(sums + p * apart + i);
   }}
   if (i < n) {{  // loads fill up with zeros
     if (!ROWS) pick<ROWS>(coef, stride, i, n - i, c);
-    V grad = V::loadu(g + i, n - i);
-    (grad * derivative(V::loadu(x + i, n - i), c, part)).store(by_x + i, n - i);
+    V grad = in(g + i, n - i);
+    out(grad * derivative(in(x + i, n - i), c, part), by_x + i, n - i);
     for (int64_t p = 0; p < PARTS; ++p)
       if (ROWS) total[p] = total[p] + grad * part[p];
       else (V::loadu(sums + p * apart + i, n - i) + grad * part[p]).store(sums + p * apart + i, n - i);
   }}
-}}
-
-template <bool ROWS> static inline void row_forward(const T* x, const S* coef, int64_t stride, T* y, int64_t n) {{
-  if constexpr (CONVERT) {{
-    S wide[BLOCK], out[BLOCK];
-    for (int64_t i = 0; i < n; i += BLOCK) {{
-      int64_t count = std::min(BLOCK, n - i);
-      at::vec::convert(x + i, wide, count);
-      if (ONTO) at::vec::convert(y + i, out, count);
-      forward<ROWS>(wide, ROWS ? coef : coef + i, stride, out, count);
-      at::vec::convert(out, y + i, count);
-    }}
-  }} else forward<ROWS>(x, coef, stride, y, n);
-}}
-
-template <bool ROWS>
-static inline void row_backward(
-    const T* g, const T* x, const S* coef, int64_t stride, T* by_x, int64_t n, V* total, S* sums, int64_t apart) {{
-  if constexpr (CONVERT) {{
-    S grad[BLOCK], wide[BLOCK], out[BLOCK];
-    for (int64_t i = 0; i < n; i += BLOCK) {{
-      int64_t count = std::min(BLOCK, n - i);
-      at::vec::convert(g + i, grad, count);
-      at::vec::convert(x + i, wide, count);
-      backward<ROWS>(grad, wide, ROWS ? coef : coef + i, stride, out, count, total, ROWS ? sums : sums + i, apart);
-      at::vec::convert(out, by_x + i, count);
-    }}
-  }} else backward<ROWS>(g, x, coef, stride, by_x, n, total, sums, apart);
 }}
 
 extern "C" void kernel({arguments}) {{
@@ -125,19 +97,19 @@ extern "C" void kernel({arguments}) {{
 _BODIES = {
     (True, False): """
 #pragma omp parallel for num_threads(threads)
-  for (int64_t r = 0; r < batch * rows; ++r) row_forward<true>(x + r * n, coef + r, batch * rows, y + r * n, n);
+  for (int64_t r = 0; r < batch * rows; ++r) forward<true>(x + r * n, coef + r, batch * rows, y + r * n, n);
 """,
     (False, False): """
 #pragma omp parallel for num_threads(threads)
   for (int64_t r = 0; r < batch * rows; ++r)
-    row_forward<false>(x + r * n, coef + r / rows * n, batch * n, y + r * n, n);
+    forward<false>(x + r * n, coef + r / rows * n, batch * n, y + r * n, n);
 """,
     (True, True): """
 #pragma omp parallel for num_threads(threads)
   for (int64_t r = 0; r < batch * rows; ++r) {
     V total[PARTS];
     for (int64_t p = 0; p < PARTS; ++p) total[p] = V(0);
-    row_backward<true>(g + r * n, x + r * n, coef + r, batch * rows, by_x + r * n, n, total, nullptr, 0);
+    backward<true>(g + r * n, x + r * n, coef + r, batch * rows, by_x + r * n, n, total, nullptr, 0);
     for (int64_t p = 0; p < PARTS; ++p)
       sums[p * batch * rows + r] = at::vec::vec_reduce_all([](V a, V b) { return a + b; }, total[p]);
   }
@@ -150,7 +122,7 @@ _BODIES = {
     S* own = sums + task * PARTS * n;
     for (int64_t i = 0; i < PARTS * n; ++i) own[i] = 0;
     for (int64_t r = b * rows + first; r < b * rows + std::min(first + CHUNK, rows); ++r)
-      row_backward<false>(g + r * n, x + r * n, coef + b * n, batch * n, by_x + r * n, n, nullptr, own, n);
+      backward<false>(g + r * n, x + r * n, coef + b * n, batch * n, by_x + r * n, n, nullptr, own, n);
   }
 """,
 }

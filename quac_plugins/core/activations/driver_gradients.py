@@ -109,17 +109,9 @@ static void norm_back(
 
 // y += c, a number or one of each column
 template <bool ROWS> static inline void add(T* y, const S* c, int64_t n) {{
-  for (int64_t i = 0; i < n; i += BLOCK) {{
-    const int64_t count = std::min(BLOCK, n - i);
-    S wide[BLOCK];
-    const S* from = read(y + i, wide, count);
-    S* to = CONVERT ? wide : const_cast<S*>(from);
-    for (int64_t k = 0; k < count; k += W) {{
-      const int64_t last = std::min(W, count - k);
-      (V::loadu(from + k, last) + (ROWS ? V(*c) : V::loadu(c + i + k, last))).store(to + k, last);
-    }}
-    if constexpr (CONVERT) at::vec::convert(wide, y + i, count);
-  }}
+  int64_t i = 0;
+  for (; i + W <= n; i += W) out(in(y + i) + (ROWS ? V(*c) : V::loadu(c + i)), y + i);
+  if (i < n) out(in(y + i, n - i) + (ROWS ? V(*c) : V::loadu(c + i, n - i)), y + i, n - i);
 }}
 
 extern "C" void kernel({arguments}) {{

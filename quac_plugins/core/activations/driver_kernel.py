@@ -16,27 +16,20 @@ COMMON = """
 #include <vector>
 enum { NONE, FIXED, BATCH, GROUP };
 
-template <class U> static inline const S* read(const U* x, S* wide, int64_t count) {
-  if constexpr (!std::is_same_v<U, S>) {
-    at::vec::convert(x, wide, count);
-    return wide;
-  } else return x;
-}
-
 static inline S total(const V& v) { return at::vec::vec_reduce_all([](V a, V b) { return a + b; }, v); }
 
 static inline double row_sum(const T* x, int64_t n) {
   double found = 0;
-  constexpr int64_t PIECE = CONVERT ? BLOCK : 8 * BLOCK;
+  constexpr int64_t PIECE = 4096;
   for (int64_t at = 0; at < n; at += PIECE) {  // since a long sum in float loses digits
-    S wide[BLOCK];
-    int64_t count = std::min(PIECE, n - at), i = 0;
-    const S* from = read(x + at, wide, count);
+    const int64_t count = std::min(PIECE, n - at);
+    const T* from = x + at;
+    int64_t i = 0;
     V sum[UNROLL];
     for (V& part : sum) part = V(0);
     for (; i + UNROLL * W <= count; i += UNROLL * W)
-      for (int64_t u = 0; u < UNROLL; ++u) sum[u] = sum[u] + V::loadu(from + i + u * W);
-    for (; i < count; i += W) sum[0] = sum[0] + V::loadu(from + i, std::min(W, count - i));
+      for (int64_t u = 0; u < UNROLL; ++u) sum[u] = sum[u] + in(from + i + u * W);
+    for (; i < count; i += W) sum[0] = sum[0] + in(from + i, std::min(W, count - i));
     found += total((sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
   return found;
@@ -48,15 +41,14 @@ template <bool FULL, class U>
 static inline void tile_sums(const U* x, int64_t rows, int64_t n, int64_t count, S* sums) {
   constexpr int64_t PIECE = 128;  // rows: a long sum in float loses digits
   for (int64_t first = 0; first < rows; first += PIECE) {
-    S wide[COLUMNS * W];
     V sum[COLUMNS];
     for (V& part : sum) part = V(0);
     for (int64_t r = first; r < std::min(first + PIECE, rows); ++r) {
-      const S* from = read(x + r * n, wide, count);
+      const U* from = x + r * n;
       if constexpr (FULL)
-        for (int64_t k = 0; k < COLUMNS; ++k) sum[k] = sum[k] + V::loadu(from + k * W);
+        for (int64_t k = 0; k < COLUMNS; ++k) sum[k] = sum[k] + in(from + k * W);
       else
-        for (int64_t k = 0; k * W < count; ++k) sum[k] = sum[k] + V::loadu(from + k * W, std::min(W, count - k * W));
+        for (int64_t k = 0; k * W < count; ++k) sum[k] = sum[k] + in(from + k * W, std::min(W, count - k * W));
     }
     for (int64_t k = 0; k * W < count; ++k) {
       const int64_t last = std::min(W, count - k * W);

@@ -16,16 +16,39 @@ ALONE = 1 << 15
 _PRELUDE = """
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 using T = %s;
 using S = %s;
 using V = at::vec::Vectorized<S>;
-constexpr int64_t W = V::size(), BLOCK = 512;
+constexpr int64_t W = V::size();
 constexpr int64_t ALONE = %d;
 constexpr int64_t UNROLL = 4;  // chains that do not wait for one another
-constexpr bool CONVERT = !std::is_same_v<T, S>;
+
+// the first `count` numbers, zeros after them
+template <class U> static inline V in(const U* x, int64_t count = W) {
+  if constexpr (std::is_same_v<U, S>) return V::loadu(x, count);
+  else {
+    U padded[W];
+    if (count < W) {
+      std::fill(std::copy_n(x, count, padded), padded + W, U(0));
+      x = padded;
+    }
+    V found;
+    at::vec::load_to_float(x, found);
+    return found;
+  }
+}
+
+template <class U> static inline void out(const V& found, U* y, int64_t count = W) {
+  if constexpr (std::is_same_v<U, S>) found.store(y, count);
+  else {  // not by a masked store, for which what is loaded next to it would have to wait
+    const auto twice = at::vec::convert_from_float<U>(found, found);
+    std::memcpy(y, &twice, count * sizeof(U));
+  }
+}
 
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr float LOWEST = -104.f;  // its exponential is zero: here below the denormal numbers
