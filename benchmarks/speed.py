@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import os
 import platform
 import statistics
@@ -38,6 +39,7 @@ from quac_plugins.core.quality.brisque import brisque
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("resnet50", "convnext_tiny", "mobilenetv3_large_100")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -105,8 +107,8 @@ def by_kernel(choice: str, run: Callable[..., Any], *inputs: Any) -> Callable[[]
 
 def activation(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
-    for layout, memory_format in LAYOUTS.items():
-        x = torch.randn(8, 256, 56, 56, device=args.device).contiguous(memory_format=memory_format)
+    for dtype, (layout, memory_format) in itertools.product(DTYPES, LAYOUTS.items()):
+        x = torch.randn(8, 256, 56, 56, device=args.device).to(dtype, memory_format=memory_format)
         x.requires_grad_()
         q, grad = torch.randn(8, 36, device=args.device), torch.randn_like(x)
         for init, host, of in (("paper", None, F.silu), ("preserve", nn.ReLU(), F.relu)):
@@ -137,7 +139,7 @@ def activation(args: argparse.Namespace) -> list[dict[str, Any]]:
             for way, times in found.items():
                 rows.append(
                     {
-                        "what": f"{init}, {layout}, {way}", f"{name}, ms": times[name], "fused, ms": times["fused"],
+                        "what": f"{init}, {str(dtype)[6:]}, {layout}, {way}", f"{name}, ms": times[name], "fused, ms": times["fused"],
                         "fused / host": times["fused"] / times[name], "plain / host": times["plain"] / times[name],
                         "kept / x, fused": memory, "kept / x, plain": before,
                     }
@@ -154,7 +156,7 @@ def bandwidth(args: argparse.Namespace, x: Tensor, layout: str) -> dict[str, Any
     p = tuple(torch.randn(8, 256, 1, 1, device=x.device) for _ in range(3))
     times = measure(args, {"copy": x.clone, "fused": lambda: fused(acon, x, p)})
     error = (fused(acon, x, p).double() - acon(x.double(), *(v.double() for v in p))).abs().max()
-    return {"what": f"kernel, {layout}", "copy / fused": times["copy"] / times["fused"], "error": float(error)}
+    return {"what": f"kernel, {str(x.dtype)[6:]}, {layout}", "copy / fused": times["copy"] / times["fused"], "error": float(error)}
 
 
 def quality(args: argparse.Namespace) -> list[dict[str, Any]]:

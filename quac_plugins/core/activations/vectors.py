@@ -31,11 +31,7 @@ constexpr int64_t UNROLL = 4;  // chains that do not wait for one another
 template <class U> static inline V in(const U* x, int64_t count = W) {
   if constexpr (std::is_same_v<U, S>) return V::loadu(x, count);
   else {
-    U padded[W];
-    if (count < W) {
-      std::fill(std::copy_n(x, count, padded), padded + W, U(0));
-      x = padded;
-    }
+    if (count < W) return std::get<0>(at::vec::convert_to_float<U>(at::vec::Vectorized<U>::loadu(x, count)));
     V found;
     at::vec::load_to_float(x, found);
     return found;
@@ -44,9 +40,10 @@ template <class U> static inline V in(const U* x, int64_t count = W) {
 
 template <class U> static inline void out(const V& found, U* y, int64_t count = W) {
   if constexpr (std::is_same_v<U, S>) found.store(y, count);
-  else {  // not by a masked store, for which what is loaded next to it would have to wait
+  else {
     const auto twice = at::vec::convert_from_float<U>(found, found);
-    std::memcpy(y, &twice, count * sizeof(U));
+    if (count < W) twice.store(y, count);
+    else std::memcpy(y, &twice, W * sizeof(U));  // a masked store, and what is loaded next to it would wait
   }
 }
 
