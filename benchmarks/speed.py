@@ -139,7 +139,8 @@ def activation(args: argparse.Namespace) -> list[dict[str, Any]]:
             for way, times in found.items():
                 rows.append(
                     {
-                        "what": f"{init}, {str(dtype)[6:]}, {layout}, {way}", f"{name}, ms": times[name], "fused, ms": times["fused"],
+                        "what": f"{init}, {str(dtype)[6:]}, {layout}, {way}",
+                        f"{name}, ms": times[name], "fused, ms": times["fused"],
                         "fused / host": times["fused"] / times[name], "plain / host": times["plain"] / times[name],
                         "kept / x, fused": memory, "kept / x, plain": before,
                     }
@@ -156,7 +157,11 @@ def bandwidth(args: argparse.Namespace, x: Tensor, layout: str) -> dict[str, Any
     p = tuple(torch.randn(8, 256, 1, 1, device=x.device) for _ in range(3))
     times = measure(args, {"copy": x.clone, "fused": lambda: fused(acon, x, p)})
     error = (fused(acon, x, p).double() - acon(x.double(), *(v.double() for v in p))).abs().max()
-    return {"what": f"kernel, {str(x.dtype)[6:]}, {layout}", "copy / fused": times["copy"] / times["fused"], "error": float(error)}
+    return {
+        "what": f"kernel, {str(x.dtype)[6:]}, {layout}",
+        "copy / fused": times["copy"] / times["fused"],
+        "error": float(error),
+    }
 
 
 def quality(args: argparse.Namespace) -> list[dict[str, Any]]:
