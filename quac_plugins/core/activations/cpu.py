@@ -63,8 +63,9 @@ template <bool ROWS> static inline void forward(const T* x, const S* coef, int64
   }}
 }}
 
-// the sums of rows are kept in `total`, those of columns are added to `sums`, `stride` apart as the coefficients
-template <bool ROWS>
+// the sums of rows are kept in `total`, those of columns are added to `sums`, `stride` apart as the coefficients;
+// ONE: g is one number for all n
+template <bool ROWS, bool ONE>
 static inline void backward(
     const T* g, const T* x, const S* coef, int64_t stride, T* by_x, int64_t n, V* total, S* sums, int64_t apart) {{
   V c[COEFFICIENTS], part[PARTS];
@@ -72,7 +73,7 @@ static inline void backward(
   int64_t i = 0;
   for (; i + W <= n; i += W) {{
     if (!ROWS) pick<ROWS>(coef, stride, i, W, c);
-    V grad = in(g + i);
+    V grad = ONE ? V(S(*g)) : in(g + i);
     out(grad * derivative(in(x + i), c, part), by_x + i);
     for (int64_t p = 0; p < PARTS; ++p)
       if (ROWS) total[p] = total[p] + grad * part[p];
@@ -80,7 +81,7 @@ static inline void backward(
   }}
   if (i < n) {{  // loads fill up with zeros
     if (!ROWS) pick<ROWS>(coef, stride, i, n - i, c);
-    V grad = in(g + i, n - i);
+    V grad = ONE ? V::set(V(0), V(S(*g)), n - i) : in(g + i, n - i);
     out(grad * derivative(in(x + i, n - i), c, part), by_x + i, n - i);
     for (int64_t p = 0; p < PARTS; ++p)
       if (ROWS) total[p] = total[p] + grad * part[p];
@@ -109,7 +110,8 @@ _BODIES = {
   for (int64_t r = 0; r < batch * rows; ++r) {
     V total[PARTS];
     for (int64_t p = 0; p < PARTS; ++p) total[p] = V(0);
-    backward<true>(g + r * n, x + r * n, coef + r, batch * rows, by_x + r * n, n, total, nullptr, 0);
+    if (shared) backward<true, true>(g + r, x + r * n, coef + r, batch * rows, by_x + r * n, n, total, nullptr, 0);
+    else backward<true, false>(g + r * n, x + r * n, coef + r, batch * rows, by_x + r * n, n, total, nullptr, 0);
     for (int64_t p = 0; p < PARTS; ++p)
       sums[p * batch * rows + r] = at::vec::vec_reduce_all([](V a, V b) { return a + b; }, total[p]);
   }
@@ -122,7 +124,8 @@ _BODIES = {
     S* own = sums + task * PARTS * n;
     for (int64_t i = 0; i < PARTS * n; ++i) own[i] = 0;
     for (int64_t r = b * rows + first; r < b * rows + std::min(first + CHUNK, rows); ++r)
-      backward<false>(g + r * n, x + r * n, coef + b * n, batch * n, by_x + r * n, n, nullptr, own, n);
+      backward<false, false>(
+          g + (shared ? b : r) * n, x + r * n, coef + b * n, batch * n, by_x + r * n, n, nullptr, own, n);
   }
 """,
 }
@@ -158,6 +161,7 @@ def kernel(
     tensors = [f"const {stored}* g"] * back + [f"const {stored}* x", f"const {computed}* coef"]
     tensors += [f"{stored}* by_x", f"{computed}* sums"] if back else [f"{stored}* y"]
     arguments = [*tensors, *(f"const int64_t {name}" for name in ("batch", "rows", "n", "threads"))]
+    arguments += ["const int64_t shared"] * back
     source = _SOURCE.format(
         chunk=CHUNK, onto=str(onto).lower(), parts=form.parts, body=_BODIES[by_rows, back],
         coefficients=form.arity, gate_code=form.gate_code, value_code=value,
@@ -175,7 +179,8 @@ def run(
     The sums are (parts, B, C) in rows; in columns (B, chunks, parts, C), still to be summed over the chunks.
 
     Args:
-        inputs: dense and of the same strides; of any shape, which is that of the result.
+        inputs: dense and of the same strides; of any shape, which is that of the result. A gradient that is the same
+            all over a channel may be (B, C) instead.
         sizes: of the rows (B, C, N) or of the columns (B, N, C) that they are in memory.
         c: coefficients (K, B, C).
         equation: a name of ``FORMS``.
@@ -194,5 +199,5 @@ def run(
         return out
     parts = FORMS[equation].parts
     sums = c.new_empty((parts, batch, rows) if by_rows else (batch, -(-rows // CHUNK), parts, n))
-    code(*inputs, c, out, sums, *sizes, threads)
+    code(*inputs, c, out, sums, *sizes, threads, int(inputs[0].numel() < x.numel()))
     return out, sums

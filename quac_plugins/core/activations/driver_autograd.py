@@ -15,7 +15,7 @@ from quac_plugins.core.activations import cpu
 from quac_plugins.core.activations.driver_kernel import BATCH, FIXED, GROUP, NONE
 from quac_plugins.core.activations.driver_parts import IS_CPU, OWN, Parts
 from quac_plugins.core.activations.forms import FORMS, equation_of
-from quac_plugins.core.activations.kernels import COMPUTED, HOSTED, is_transformed, laid_out_as, neutral_of
+from quac_plugins.core.activations.kernels import COMPUTED, HOSTED, is_transformed, neutral_of, shared_or_laid_out
 from quac_plugins.core.activations.reference import global_average, per_channel
 from quac_plugins.core.precision import full_precision
 
@@ -153,7 +153,7 @@ def _layers(ctx: Any, tensors: list[Tensor]) -> _Layers:
 def _once(call: Call, layers: _Layers, x: Tensor, kept: Tensor, c: Tensor, grad: Tensor, onto: bool) -> list[Any]:
     """The gradients of x, q (B, Q) and what is learned."""
     neutral = neutral_of(call.equation, call.start)
-    inputs = (laid_out_as(x, grad), x)
+    inputs = (shared_or_laid_out(x, grad, call.channel_dim), x)
     by_x, sums = cpu.run(inputs, call.sizes, c, call.equation, neutral, call.host, call.by_rows)
     channels, quality, hidden, numbers = layers.sizes
     by_z = kept.new_empty(call.sizes[0], channels + quality)

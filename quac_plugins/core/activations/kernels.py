@@ -165,6 +165,17 @@ def laid_out_as(x: Tensor, grad: Tensor) -> Tensor:
     return grad.resolve_neg().contiguous(memory_format=last)
 
 
+def shared_or_laid_out(x: Tensor, grad: Tensor, channel_dim: int) -> Tensor:
+    """A gradient as :func:`cpu.run` takes it: (B, C) if it is the same all over a channel, as that of a mean is."""
+    channel = channel_dim % x.ndim
+    pixels = [i for i in range(1, x.ndim) if i != channel]
+    if not grad.numel() or any(grad.shape[i] > 1 and grad.stride(i) for i in pixels):
+        return laid_out_as(x, grad)
+    for i in reversed(pixels):
+        grad = grad.select(i, 0)
+    return grad.resolve_neg().contiguous()
+
+
 def _flat(x: Tensor, channel_dim: int) -> Tensor:
     """A dense x as rows (B, C, N), or as columns (B, N, C)."""
     if as_rows(x, channel_dim):
@@ -231,20 +242,21 @@ def _compiled(name: str, dtype: torch.dtype, neutral: tuple[float, ...], host: s
 def _run(
     inputs: tuple[Tensor, ...], theta: Tensor, equation: str, channel_dim: int, start: tuple[float, ...], host: str
 ) -> Any:
-    """y of dense inputs (x,), or the gradient of x and the sums (parts, B, C) of dense inputs (grad, x)."""
+    """y of inputs (x,), or the gradient of x and the sums (parts, B, C) of inputs (grad, x); x is dense."""
     x, back, neutral = inputs[-1], len(inputs) == 2, neutral_of(equation, start)
     by_rows = as_rows(x, channel_dim)
-    flat = [_flat(t, channel_dim) for t in inputs]
     c = torch.stack(FORMS[equation].coefficients(*theta.detach().unbind(1)))
 
     def one_by_one(compiled: bool = False) -> Any:
+        flat = [_flat(laid_out_as(x, t), channel_dim) for t in inputs]
         loop = _compiled(equation, x.dtype, neutral, host, by_rows, back)[compiled]
         found = loop(*flat, *(part.unsqueeze(2 if by_rows else 1) for part in c))
         return (_like(x, found[0], channel_dim), found[1]) if back else _like(x, found, channel_dim)
 
     def fast() -> Any:
         if x.device.type == "cpu":  # x's own shape: a view would be held twice, and not added to in place
-            found = cpu.run(inputs, flat[0].shape, c, equation, neutral, host, by_rows)
+            own = (*(shared_or_laid_out(x, grad, channel_dim) for grad in inputs[:-1]), x)
+            found = cpu.run(own, _flat(x, channel_dim).shape, c, equation, neutral, host, by_rows)
             return (found[0], found[1].sum(1).transpose(0, 1)) if back and not by_rows else found
         return one_by_one(compiled=True)
 
@@ -309,7 +321,7 @@ def _activate_backward(
     grad: Tensor, x: Tensor, theta: Tensor, equation: str, channel_dim: int, start: tuple[float, ...], host: str
 ) -> tuple[Tensor, Tensor]:
     x = dense(x.detach(), channel_dim)
-    by_x, sums = _run((laid_out_as(x, grad), x), theta, equation, channel_dim, start, host)
+    by_x, sums = _run((grad, x), theta, equation, channel_dim, start, host)
     return by_x, torch.stack(FORMS[equation].gather(tuple(sums), theta.detach().unbind(1)), 1)
 
 
@@ -379,7 +391,7 @@ __all__ = [
     "at_once",
     "fused",
     "is_transformed",
-    "laid_out_as",
     "neutral_of",
+    "shared_or_laid_out",
     "use_fused",
 ]

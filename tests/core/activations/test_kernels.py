@@ -46,6 +46,28 @@ def test_value_and_gradients_are_those_of_the_expression(equation, shape, channe
     torch.testing.assert_close(found, torch.autograd.grad(expected, [x, *parameters], grad))
 
 
+@pytest.mark.parametrize("kept", ["bc", "b", "c", "", "bcw"])
+@pytest.mark.parametrize("driven", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "channel_dim", "last"), [*LAYOUTS, ((1, 5, 7, 6), 1, True), ((2, 5, 19), 1, False)])
+def test_a_gradient_that_is_the_same_all_over_a_channel(shape, channel_dim, last, dtype, driven, kept, always):
+    """As of a mean: what is not written out in memory counts as if it were."""
+    torch.manual_seed(0)
+    channels, channel = shape[channel_dim], channel_dim % len(shape)
+    site = (QACON if driven else AconC)(channels, channel_dim=channel_dim)
+    site.eval()
+    x = torch.randn(shape).to(dtype)
+    x = (x.contiguous(memory_format=torch.channels_last) if last else x).requires_grad_()
+    y = site(x, torch.randn(shape[0], 36)) if driven else site(x)
+    stays = {"b": 0, "c": channel, "w": next((i for i in reversed(range(1, len(shape))) if i != channel), 0)}
+    small = [n if i in [stays[k] for k in kept] else 1 for i, n in enumerate(shape)]
+    grad = torch.randn(small).to(dtype).expand(shape)
+    learned = [x, *(p for p in site.parameters())]
+    found = torch.autograd.grad(y, learned, grad, retain_graph=True)
+    expected = torch.autograd.grad(y, learned, grad.clone(memory_format=torch.contiguous_format))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_derivatives_of_derivatives():
     x, parameters = case("acon", (2, 3, 2, 2), 1, False)
     assert torch.autograd.gradgradcheck(lambda x, *p: fused(equation_of("acon"), x, p), (x, *parameters))
