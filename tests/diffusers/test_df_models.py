@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.hooks import apply_layerwise_casting
 from diffusers.models.attention_processor import AttnProcessor
 
 import quac_plugins as quac
@@ -164,6 +165,15 @@ def test_layerwise_casting_leaves_what_was_put_in(where, scaling, unet):
     torch.testing.assert_close(out(model), expected, rtol=0, atol=0.01 * float(expected.abs().max()))
     assert model.conv_in.weight.dtype == torch.float16
     assert model._skip_layerwise_casting_patterns == UNet2DModel._skip_layerwise_casting_patterns
+
+
+def test_layerwise_casting_of_everything(unet):
+    """As ``apply_layerwise_casting`` does, which knows nothing of what was put in."""
+    model = unet({"where": "all"})
+    expected = out(model)
+    apply_layerwise_casting(model, storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert torch.float8_e4m3fn in {tensor.dtype for tensor in quac.adapter_state(model).values()}
+    torch.testing.assert_close(out(model), expected, rtol=0, atol=0.2 * float(expected.abs().max()))
 
 
 def test_compiled_whole(unet):

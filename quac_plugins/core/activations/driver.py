@@ -20,7 +20,7 @@ from quac_plugins.core.activations import driver_cpu
 from quac_plugins.core.activations.base import ChannelActivation
 from quac_plugins.core.activations.driver_parts import unwatched
 from quac_plugins.core.activations.forms import EQUATIONS
-from quac_plugins.core.activations.kernels import at_once
+from quac_plugins.core.activations.kernels import COMPUTED, at_once
 from quac_plugins.core.activations.reference import global_average, per_channel
 from quac_plugins.core.precision import full_precision
 from quac_plugins.core.quality.context import QualityError
@@ -144,7 +144,7 @@ class DrivenActivation(ChannelActivation):
                 f"layer {self.layer!r}: norm='batch' cannot train on a batch of one (a variance needs two). Use "
                 "norm='layer', 'group' or 'none' (timm.create_model(…, norm='layer')), or model.eval()"
             )
-        dtype = self.fc1.weight.dtype
+        dtype = self.fc1.weight.dtype if self.fc1.weight.dtype in COMPUTED else z.dtype
         z = _saturate(_pointwise(self.fc1, _saturate(z, dtype)), dtype)
         z = _saturate(_pointwise(self.fc2, _saturate(_normed(self.bn1, z), dtype)), dtype)
         return torch.sigmoid(_normed(self.bn2, z))
@@ -156,6 +156,8 @@ class DrivenActivation(ChannelActivation):
             z = global_average(x, self.channel_dim)
             if self.quality_channels:
                 z = torch.cat((z, self.quality_for(x, q).to(z)), dim=1)
+            if self.fc1.weight.dtype not in COMPUTED:  # it is only stored so, and hooks make it what x is
+                z = z.to(x.dtype)
             numbers = self.head(self.hidden(z))
         return tuple(per_channel(part, x, self.channel_dim) for part in numbers.chunk(self.numbers, dim=1))
 
