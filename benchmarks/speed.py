@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import itertools
 import os
 import platform
@@ -105,7 +106,16 @@ def by_kernel(choice: str, run: Callable[..., Any], *inputs: Any) -> Callable[[]
     return chosen
 
 
+def keep_memory() -> None:
+    """Freed memory stays with the process: given back and asked for again, all alternatives would wait for it."""
+    if platform.libc_ver()[0] == "glibc":
+        mallopt, trim, mmap = ctypes.CDLL(None).mallopt, -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        if not (mallopt(mmap, 1 << 30) and mallopt(trim, 2**31 - 1)):
+            raise RuntimeError("mallopt refused its thresholds")
+
+
 def activation(args: argparse.Namespace) -> list[dict[str, Any]]:
+    keep_memory()
     rows = []
     for dtype, (layout, memory_format) in itertools.product(DTYPES, LAYOUTS.items()):
         x = torch.randn(8, 256, 56, 56, device=args.device).to(dtype, memory_format=memory_format)
