@@ -94,7 +94,8 @@ extern "C" void kernel({arguments}) {{
 }}
 """
 
-# batch · rows · n numbers; in rows, rows = channels and n numbers a row; in columns, rows of n = channels numbers
+# batch · rows · n numbers; in rows, rows = channels and n numbers a row; in columns, rows of n = channels numbers;
+# shared: g (batch, channels) is the same all over a channel
 _BODIES = {
     (True, False): """
 #pragma omp parallel for num_threads(threads)

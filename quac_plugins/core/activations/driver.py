@@ -138,14 +138,14 @@ class DrivenActivation(ChannelActivation):
         return driver_cpu.activate(self, x, q, start, inside, beside), q  # the context counts how often q is asked for
 
     def hidden(self, z: Tensor) -> Tensor:
-        """h = σ(norm2(fc2 norm1(fc1 z))) of z (B, C + Q), (B, C + Q)."""
+        """h = σ(norm2(fc2 norm1(fc1 z))) of z (B, C + Q), (B, C + Q); in z's dtype."""
         if self.norm == "batch" and self.training and z.shape[0] == 1:
             raise ValueError(
                 f"layer {self.layer!r}: norm='batch' cannot train on a batch of one (a variance needs two). Use "
                 "norm='layer', 'group' or 'none' (timm.create_model(…, norm='layer')), or model.eval()"
             )
-        dtype = self.fc1.weight.dtype if self.fc1.weight.dtype in COMPUTED else z.dtype
-        z = _saturate(_pointwise(self.fc1, _saturate(z, dtype)), dtype)
+        dtype = z.dtype
+        z = _saturate(_pointwise(self.fc1, z), dtype)
         z = _saturate(_pointwise(self.fc2, _saturate(_normed(self.bn1, z), dtype)), dtype)
         return torch.sigmoid(_normed(self.bn2, z))
 
@@ -156,9 +156,9 @@ class DrivenActivation(ChannelActivation):
             z = global_average(x, self.channel_dim)
             if self.quality_channels:
                 z = torch.cat((z, self.quality_for(x, q).to(z)), dim=1)
-            if self.fc1.weight.dtype not in COMPUTED:  # it is only stored so, and hooks make it what x is
-                z = z.to(x.dtype)
-            numbers = self.head(self.hidden(z))
+            stored = self.fc1.weight.dtype
+            dtype = stored if stored in COMPUTED else x.dtype  # what is only stored so, hooks make what x is
+            numbers = self.head(self.hidden(_saturate(z, dtype)))
         return tuple(per_channel(part, x, self.channel_dim) for part in numbers.chunk(self.numbers, dim=1))
 
     def head(self, h: Tensor) -> Tensor:

@@ -159,7 +159,7 @@ def dense(x: Tensor, channel_dim: int) -> Tensor:
     return x if channel_dim % x.ndim == 1 and _channels_last(x) else x.contiguous()
 
 
-def laid_out_as(x: Tensor, grad: Tensor) -> Tensor:
+def _laid_out_as(x: Tensor, grad: Tensor) -> Tensor:
     """A gradient in the layout of a dense x."""
     last = torch.channels_last if _channels_last(x) else torch.contiguous_format
     return grad.resolve_neg().contiguous(memory_format=last)
@@ -170,7 +170,7 @@ def shared_or_laid_out(x: Tensor, grad: Tensor, channel_dim: int) -> Tensor:
     channel = channel_dim % x.ndim
     pixels = [i for i in range(1, x.ndim) if i != channel]
     if not grad.numel() or any(grad.shape[i] > 1 and grad.stride(i) for i in pixels):
-        return laid_out_as(x, grad)
+        return _laid_out_as(x, grad)
     for i in reversed(pixels):
         grad = grad.select(i, 0)
     return grad.resolve_neg().contiguous()
@@ -248,7 +248,7 @@ def _run(
     c = torch.stack(FORMS[equation].coefficients(*theta.detach().unbind(1)))
 
     def one_by_one(compiled: bool = False) -> Any:
-        flat = [_flat(laid_out_as(x, t), channel_dim) for t in inputs]
+        flat = [_flat(_laid_out_as(x, t), channel_dim) for t in inputs]
         loop = _compiled(equation, x.dtype, neutral, host, by_rows, back)[compiled]
         found = loop(*flat, *(part.unsqueeze(2 if by_rows else 1) for part in c))
         return (_like(x, found[0], channel_dim), found[1]) if back else _like(x, found, channel_dim)
