@@ -126,10 +126,14 @@ def loss_of(unet: Any, clean: Tensor, degraded: Tensor, quality: Any, times: Ten
     return (error + 1e-3).sqrt().mean() if loss == "rmse" else (error + 4e-4).log().mean() / 2
 
 
-def draw_times(count: int, part: float, generator: torch.Generator) -> Tensor:
-    """t (count,) after a part of the steps: at first where restorations begin, later half of them on the way."""
+def draw_times(count: int, part: float, shift: float, generator: torch.Generator) -> Tensor:
+    """t (count,) after a part of the steps: at first where restorations begin, later half of them on the way.
+
+    Those are drawn as the scheduler takes them (Esser et al., ICML 2024, eq. 23): no step is spent where none is taken.
+    """
     uniform, first = torch.rand(2, count, generator=generator)
-    return torch.where((first < 0.5) | (part < 0.6), torch.ones(count), uniform.clamp(min=0.02))
+    shifted = shift * uniform / (1 + (shift - 1) * uniform)
+    return torch.where((first < 0.5) | (part < 0.6), torch.ones(count), shifted.clamp(min=0.02))
 
 
 def train(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Any, EMAModel]:
@@ -156,7 +160,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Any, EMAM
     for step, (clean, degraded) in enumerate(loader, first):
         generator = torch.Generator().manual_seed(step + 1000003 * args.seed)
         part = 1.0 if args.start is not None else step / args.steps
-        times = draw_times(len(clean) * accelerator.num_processes, part, generator)
+        times = draw_times(len(clean) * accelerator.num_processes, part, args.shift, generator)
         times = times.chunk(accelerator.num_processes)[accelerator.process_index].to(clean)  # as one process has them
         with accelerator.autocast():
             loss = loss_of(network, clean, degraded, pipe.quality_of, times, args.loss)
@@ -207,7 +211,7 @@ def fixed(args: argparse.Namespace) -> dict[str, Any]:
     """What a run that goes on must share with the one it goes on from."""
     config = json.loads(Path(config_file(args.config)).read_text(encoding="utf-8"))
     start = None if args.start is None else args.start.name
-    names = ("activation", "steps", "batch_size", "patch", "lr", "loss", "seed", "ema_decay")
+    names = ("activation", "steps", "batch_size", "patch", "lr", "loss", "seed", "ema_decay", "shift")
     chosen = {name: getattr(args, name) for name in (*names, "degradations", "clean")}
     return {"data": args.data.name, "config": config, "start": start, **chosen}
 

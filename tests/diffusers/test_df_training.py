@@ -2,12 +2,14 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
 from skimage import data
@@ -111,3 +113,14 @@ def test_degradations_are_chosen(tmp_path, photos):
         ("--shift", 0, "--shift must be above 0"),
     ):
         assert message in run(tmp_path, photos, "wrong", option, value, check=False).stderr
+
+
+def test_times_are_drawn_where_the_scheduler_takes_steps():
+    draw = runpy.run_path(str(SCRIPT), run_name="script")["draw_times"]
+    assert (draw(100, 0.5, 64.0, torch.Generator().manual_seed(0)) == 1).all()
+    found = draw(1000, 1.0, 64.0, torch.Generator().manual_seed(0))
+    uniform, first = torch.rand(2, 1000, generator=torch.Generator().manual_seed(0))
+    assert (found[first < 0.5] == 1).all()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=64.0)
+    scheduler.set_timesteps(sigmas=uniform[first >= 0.5].tolist())
+    torch.testing.assert_close(found[first >= 0.5], scheduler.sigmas[:-1].clamp(min=0.02))
