@@ -29,15 +29,15 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results/restoration"
 ROWS = {"qacon": "Q-ACON", "meta_acon": "meta-ACON", "silu": "SiLU"}
 NAME = "restoration_qacon.bsds"
-_ALL = ("--batch-size", 16, "--clean", 0.1, "--degradations")
+_EACH = ("--batch-size", 16, "--clean", 0.1, "--degradations")
 _EVEN = "haze,rain,low_light=2,noise,blur=3,downscale=2,jpeg=3"  # more of those that change a picture least
 # stage → options: those first that need a sharper or smoother picture and nothing else, which wakes the network; then
 # all; at last weighed alike, since the gradients of those that change a picture most drown the others'
 STAGES = {
-    "-first": ("--steps", 200, *_ALL, "blur,downscale,jpeg"),
-    "-second": ("--steps", 800, *_ALL, "haze,rain,low_light,noise,blur,downscale,jpeg"),
-    "-third": ("--steps", 900, "--patch", 48, *_ALL, _EVEN),
-    "": ("--steps", 1200, "--patch", 48, "--lr", 7e-4, "--loss", "psnr", *_ALL, _EVEN),
+    "-first": ("--steps", 200, *_EACH, "blur,downscale,jpeg"),
+    "-second": ("--steps", 800, *_EACH, "haze,rain,low_light,noise,blur,downscale,jpeg"),
+    "-third": ("--steps", 900, "--patch", 48, *_EACH, _EVEN),
+    "": ("--steps", 1200, "--patch", 48, "--lr", 7e-4, "--loss", "psnr", *_EACH, _EVEN),
 }
 STEPS = sum(int(options[1]) for options in STAGES.values())
 OTHERS = {stage: 10 * number for number, stage in enumerate(STAGES)}  # added to the seed: other patches
