@@ -31,8 +31,13 @@ constexpr int64_t UNROLL = 4;  // chains that do not wait for one another
 template <class U> static inline V in(const U* x, int64_t count = W) {
   if constexpr (std::is_same_v<U, S>) return V::loadu(x, count);
   else {
-    if (count < W) return std::get<0>(at::vec::convert_to_float<U>(at::vec::Vectorized<U>::loadu(x, count)));
     V found;
+    if (count < W) {  // in torch 2.6, on AVX2, what loadu of a count leaves behind them is not zero
+      U padded[W] = {};
+      std::memcpy(padded, x, count * sizeof(U));
+      at::vec::load_to_float(padded, found);
+      return found;
+    }
     at::vec::load_to_float(x, found);
     return found;
   }
