@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +134,8 @@ def _verified(repo_id: str, name: str, revision: str | None, force: bool, token:
 
     def download(again: bool) -> Path:
         options: Any = {"revision": revision, "force_download": again, "token": token}
-        return Path(hf_hub_download(repo_id, name, library_name="quac-plugins", **options))
+        with _one_at_a_time(repo_id, name):
+            return Path(hf_hub_download(repo_id, name, library_name="quac-plugins", **options))
 
     path = download(force)
     try:
@@ -142,6 +145,25 @@ def _verified(repo_id: str, name: str, revision: str | None, force: bool, token:
             raise
         check_cached(path := download(True))  # it may have been damaged here, and not where it comes from
     return path
+
+
+@contextlib.contextmanager
+def _one_at_a_time(repo_id: str, name: str) -> Iterator[None]:
+    """Let the others that want the same file wait.
+
+    Of two that fetch a file at once, huggingface_hub 0.23 lets the second take away the link that the first one was
+    given, and make it again; the first would miss the file in between.
+    """
+    from filelock import FileLock
+    from huggingface_hub import constants
+
+    path = Path(constants.HF_HUB_CACHE) / ".locks" / f"quac-plugins--{repo_id}--{name}.lock".replace("/", "--")
+    with contextlib.ExitStack() as held:
+        # a cache that may only be read, or where nothing can be locked: there it goes without
+        with contextlib.suppress(OSError, NotImplementedError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(FileLock(path))
+        yield
 
 
 def _incomplete(repo_id: str, revision: str | None, name: str, token: str | bool | None) -> Exception:

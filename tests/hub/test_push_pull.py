@@ -5,13 +5,17 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from hub_fixtures import client_of_this_process
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
 import quac_plugins as quac
@@ -319,6 +323,29 @@ def test_two_processes_pull_at_once(host, hub, hub_env, tmp_path):
         codes = pool.starmap(_pull, [(hub_env, tmp_path / "one"), (hub_env, tmp_path / "two")])
     assert codes == [0, 0]
     assert sha256_of(tmp_path / "one" / WEIGHTS_NAME) == sha256_of(tmp_path / "two" / WEIGHTS_NAME)
+
+
+def test_what_one_was_given_another_does_not_take_away(host, hub):
+    """The old client makes a link again after it waited for another download; the other would miss it in between."""
+    quac.push(with_prior(host), REPO)
+    hub.delay(path=WEIGHTS_NAME, seconds=0.5)
+
+    def link(_):
+        given = (fetch(REPO) / WEIGHTS_NAME).lstat()
+        return given.st_ino, given.st_ctime_ns
+
+    with ThreadPoolExecutor(2) as two:
+        first, second = two.map(link, range(2))
+    assert first == second
+
+
+def test_a_cache_that_may_only_be_read(host, hub):
+    quac.push(with_prior(host), REPO)
+    found = fetch(REPO)
+    locks = Path(constants.HF_HUB_CACHE) / ".locks"
+    shutil.rmtree(locks)
+    locks.touch()  # where no lock can be written, whoever one is
+    assert fetch(REPO) == found
 
 
 # -- names
