@@ -7,8 +7,9 @@
     python benchmarks/speed.py evaluate --data DIR   # what an evaluation's time goes into; DIR of folders of classes
 
 The alternatives take turns, so that a busy machine slows all of them; figures are medians of --repeats. Each writes
-benchmarks/results/speed_NAME.{json,md}. With --device cuda it times with events; the fused kernel is then compared
-with a device copy, and with float64.
+benchmarks/results/speed_NAME.{json,md}. With --device cuda it times with events, ten calls at a time, so that the GPU
+and not Python's calls of it is timed; the activation is measured on (128, 256, 56, 56), which no cache holds, and its
+kernels are then compared with a device copy, by the bytes that they have to move, and with float64.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from quac_plugins.core.quality.brisque import brisque
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("resnet50", "convnext_tiny", "mobilenetv3_large_100")
+CALLS = 10  # between two events of a GPU
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -64,10 +66,11 @@ def once(device: str, run: Callable[[], Any]) -> float:
         return 1e3 * (time.perf_counter() - start)
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     first.record()
-    run()
+    for _ in range(CALLS):
+        run()
     last.record()
     torch.cuda.synchronize()
-    return first.elapsed_time(last)
+    return first.elapsed_time(last) / CALLS
 
 
 def kept(run: Callable[[], Any], without: nn.Module) -> int:
@@ -116,11 +119,11 @@ def keep_memory() -> None:
 
 def activation(args: argparse.Namespace) -> list[dict[str, Any]]:
     keep_memory()
-    rows = []
+    rows, batch = [], 8 if args.device == "cpu" else 128
     for dtype, (layout, memory_format) in itertools.product(DTYPES, LAYOUTS.items()):
-        x = torch.randn(8, 256, 56, 56, device=args.device).to(dtype, memory_format=memory_format)
+        x = torch.randn(batch, 256, 56, 56, device=args.device).to(dtype, memory_format=memory_format)
         x.requires_grad_()
-        q, grad = torch.randn(8, 36, device=args.device), torch.randn_like(x)
+        q, grad = torch.randn(batch, 36, device=args.device), torch.randn_like(x)
         for init, host, of in (("paper", None, F.silu), ("preserve", nn.ReLU(), F.relu)):
             site = QACON(256, init=init, host=host).to(args.device)
 
@@ -156,22 +159,46 @@ def activation(args: argparse.Namespace) -> list[dict[str, Any]]:
                     }
                 )  # fmt: skip
         if args.device != "cpu":
-            rows.append(bandwidth(args, x.detach(), layout))
+            rows += bandwidth(args, x.detach(), layout)
     return rows
 
 
-def bandwidth(args: argparse.Namespace, x: Tensor, layout: str) -> dict[str, Any]:
-    """The kernel alone against a copy, and its error against float64."""
+def bandwidth(args: argparse.Namespace, x: Tensor, layout: str) -> list[dict[str, Any]]:
+    """The kernels alone: their bytes a second over those of a copy, and their errors against float64."""
     from quac_plugins.core.activations.kernels import fused
 
-    p = tuple(torch.randn(8, 256, 1, 1, device=x.device) for _ in range(3))
-    times = measure(args, {"copy": x.clone, "fused": lambda: fused(acon, x, p)})
-    error = (fused(acon, x, p).double() - acon(x.double(), *(v.double() for v in p))).abs().max()
-    return {
-        "what": f"kernel, {str(x.dtype)[6:]}, {layout}",
-        "copy / fused": times["copy"] / times["fused"],
-        "error": float(error),
+    x, grad = x.requires_grad_(), torch.randn_like(x)
+    p = [torch.randn(len(x), x.shape[1], 1, 1, device=x.device).requires_grad_() for _ in range(3)]
+    y = fused(acon, x, tuple(p))
+
+    def forward() -> Tensor:
+        return fused(acon, x.detach(), tuple(v.detach() for v in p))
+
+    def backward() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, [x, *p], grad, retain_graph=True)
+
+    times = measure(args, {"copy": lambda: x.detach().clone(), "forward": forward, "backward": backward})
+    few = slice(4)  # in float64 the rest would not fit beside it
+    wide = [t[few].detach().double().requires_grad_() for t in (x, *p)]
+    exact = acon(*wide)
+    by_x, *by_p = (t[few] for t in backward())
+    exact_by_x, *exact_by_p = torch.autograd.grad(exact, wide, grad[few].double())
+    errors = {
+        "forward": (forward()[few] - exact).abs().max(),
+        "backward": max(
+            (by_x - exact_by_x).abs().max(),
+            *((a - b).abs().max() / b.abs().max() for a, b in zip(by_p, exact_by_p, strict=True)),
+        ),
     }
+    # a copy moves x twice, and so does forward; backward moves it, its gradient and that of y
+    return [
+        {
+            "what": f"{way} kernel, {str(x.dtype)[6:]}, {layout}",
+            "bytes a second / copy": moved / 2 * times["copy"] / times[way],
+            "error": float(errors[way].detach()),
+        }
+        for way, moved in (("forward", 2), ("backward", 3))
+    ]
 
 
 def quality(args: argparse.Namespace) -> list[dict[str, Any]]:

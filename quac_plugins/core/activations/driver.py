@@ -20,7 +20,8 @@ from quac_plugins.core.activations import driver_cpu
 from quac_plugins.core.activations.base import ChannelActivation
 from quac_plugins.core.activations.driver_parts import unwatched
 from quac_plugins.core.activations.forms import EQUATIONS
-from quac_plugins.core.activations.kernels import COMPUTED, at_once
+from quac_plugins.core.activations.kernels import at_once
+from quac_plugins.core.activations.loops import COMPUTED
 from quac_plugins.core.activations.reference import global_average, per_channel
 from quac_plugins.core.precision import full_precision
 from quac_plugins.core.quality.context import QualityError

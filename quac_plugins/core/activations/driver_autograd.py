@@ -15,7 +15,8 @@ from quac_plugins.core.activations import cpu
 from quac_plugins.core.activations.driver_kernel import BATCH, FIXED, GROUP, NONE
 from quac_plugins.core.activations.driver_parts import IS_CPU, OWN, Parts
 from quac_plugins.core.activations.forms import FORMS, equation_of
-from quac_plugins.core.activations.kernels import COMPUTED, HOSTED, is_transformed, neutral_of, shared_or_laid_out
+from quac_plugins.core.activations.kernels import is_transformed, neutral_of, shared_or_laid_out
+from quac_plugins.core.activations.loops import COMPUTED, HOSTED
 from quac_plugins.core.activations.reference import global_average, per_channel
 from quac_plugins.core.precision import full_precision
 

@@ -3,8 +3,8 @@
 What the kernels must do, and how:
 
 1. **one pass**: y = host(x) + f(x; θ) − f(x; θ⁰), or f(x; θ) alone, in the forms of :mod:`forms`: on a CPU in C++
-   (:mod:`cpu`), on a GPU in the Triton that torch.compile makes of the same expression. Backward computes the gradient
-   of x and the sums for θ in one more.
+   (:mod:`cpu`), on a GPU in Triton, which torch.compile makes of the same expression (:mod:`loops`), or for the
+   backward of columns :mod:`gpu`. Backward computes the gradient of x and the sums for θ in one more.
 2. **any layout**: NCHW as rows with a number each, channels_last and tokens as columns; other strides are copied.
 3. **half precision** is computed in float32, as in :mod:`reference`.
 4. **an operator** of torch.library, ``quac_plugins::activate``, so that graphs may hold it. Derivatives of derivatives
@@ -21,18 +21,17 @@ call of a layout and dtype compiles for some seconds; torch keeps the result on 
 from __future__ import annotations
 
 import math
-import types
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from quac_plugins.core.activations import cpu
 from quac_plugins.core.activations.forms import EQUATIONS, FORMS
+from quac_plugins.core.activations.loops import COMPUTED, gradients, in_torch, on_gpu
 from quac_plugins.core.native import compiled_or, kernels_choice
 
 MIN_NUMBERS = 1 << 20
@@ -128,11 +127,6 @@ def _is_eager(x: Tensor) -> bool:
 _tracing, _transforms = torch._C._is_tracing, torch._C._functorch.peek_interpreter_stack
 _modes = torch._C._len_torch_dispatch_stack
 
-COMPUTED = {
-    torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float32,
-    torch.float64: torch.float64,
-}  # fmt: skip
-
 
 def _rows(parameter: Tensor, x: Tensor, channel_dim: int) -> Tensor:
     """A parameter that broadcasts against x, as (1 or B, 1 or C)."""
@@ -184,59 +178,7 @@ def _flat(x: Tensor, channel_dim: int) -> Tensor:
     return last.reshape(x.shape[0], math.prod(last.shape[1:-1]), last.shape[-1])
 
 
-# -- the expression, over flat forms
-
-HOSTED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Any]]] = {  # with their slopes
-    "identity": (lambda x: x, lambda x: 1),
-    "relu": (torch.relu, lambda x: (x > 0).to(x.dtype)),
-    "relu6": (F.relu6, lambda x: ((x > 0) & (x < 6)).to(x.dtype)),
-    "hardswish": (F.hardswish, lambda x: torch.where(x.abs() < 3, x / 3 + 0.5, (x > 0).to(x.dtype))),
-}
-
-
-def _value(name: str, x: Tensor, c: list[Tensor], neutral: list[float], host: str) -> Tensor:
-    wide = x.to(COMPUTED[x.dtype])
-    gate = FORMS[name].gate(wide, *c)
-    if neutral:
-        gate = gate - FORMS[name].gate(wide, *_numbers(neutral, wide))
-    y = wide * gate
-    return (HOSTED[host][0](wide) + y if host else y).to(x.dtype)
-
-
-def _gradients(
-    name: str, grad: Tensor, x: Tensor, c: list[Tensor], neutral: list[float], host: str
-) -> tuple[Tensor, list[Tensor]]:
-    """Of x, and the parts still to be summed."""
-    wide, grad = x.to(COMPUTED[x.dtype]), grad.to(COMPUTED[x.dtype])
-    by_x, parts = FORMS[name].partials(wide, *c)
-    if neutral:
-        by_x = by_x - FORMS[name].partials(wide, *_numbers(neutral, wide))[0]
-    if host:
-        by_x = by_x + HOSTED[host][1](wide)
-    return (grad * by_x).to(x.dtype), [grad * part for part in parts]
-
-
-def _numbers(values: list[float], like: Tensor) -> list[Tensor]:
-    return [torch.full((1,), value, dtype=like.dtype, device=like.device) for value in values]
-
-
-@cache
-def _compiled(name: str, dtype: torch.dtype, neutral: tuple[float, ...], host: str, by_rows: bool, back: bool) -> Any:
-    """A loop of one expression; each has a code object of its own, by which torch.compile counts its variants."""
-    if back:
-
-        def expression(grad: Tensor, x: Tensor, *c: Tensor) -> tuple[Tensor, Tensor]:
-            by_x, parts = _gradients(name, grad, x, list(c), list(neutral), host)
-            return by_x, torch.stack([part.sum(2 if by_rows else 1) for part in parts])
-    else:
-
-        def expression(x: Tensor, *c: Tensor) -> Tensor:  # type: ignore[misc]
-            return _value(name, x, list(c), list(neutral), host)
-
-    own = types.FunctionType(
-        expression.__code__.replace(), globals(), expression.__name__, None, expression.__closure__
-    )
-    return own, torch.compile(own, dynamic=True)
+# -- the kernels
 
 
 def _run(
@@ -246,22 +188,25 @@ def _run(
     x, back, neutral = inputs[-1], len(inputs) == 2, neutral_of(equation, start)
     by_rows = as_rows(x, channel_dim)
     c = torch.stack(FORMS[equation].coefficients(*theta.detach().unbind(1)))
+    options = c, equation, neutral, host, by_rows
 
-    def one_by_one(compiled: bool = False) -> Any:
-        flat = [_flat(_laid_out_as(x, t), channel_dim) for t in inputs]
-        loop = _compiled(equation, x.dtype, neutral, host, by_rows, back)[compiled]
-        found = loop(*flat, *(part.unsqueeze(2 if by_rows else 1) for part in c))
+    def over_flat(loop: Callable[..., Any]) -> Any:
+        found = loop([_flat(_laid_out_as(x, t), channel_dim) for t in inputs], *options)
         return (_like(x, found[0], channel_dim), found[1]) if back else _like(x, found, channel_dim)
 
     def fast() -> Any:
-        if x.device.type == "cpu":  # x's own shape: a view would be held twice, and not added to in place
-            own = (*(shared_or_laid_out(x, grad, channel_dim) for grad in inputs[:-1]), x)
-            found = cpu.run(own, _flat(x, channel_dim).shape, c, equation, neutral, host, by_rows)
-            return (found[0], found[1].sum(1).transpose(0, 1)) if back and not by_rows else found
-        return one_by_one(compiled=True)
+        if x.device.type != "cpu":
+            return over_flat(on_gpu)
+        # x's own shape: a view would be held twice, and not added to in place
+        own = (*(shared_or_laid_out(x, grad, channel_dim) for grad in inputs[:-1]), x)
+        found = cpu.run(own, _flat(x, channel_dim).shape, *options)
+        return (found[0], found[1].sum(1).transpose(0, 1)) if back and not by_rows else found
+
+    def plain() -> Any:
+        return over_flat(partial(in_torch, compiled=False))
 
     with torch.no_grad():
-        return compiled_or(x.device.type, "fused activations", fast, one_by_one)
+        return compiled_or(x.device.type, "fused activations", fast, plain)
 
 
 # -- the operators
@@ -374,7 +319,7 @@ def _plain_backward(
     shape = [x.shape[i] if i in (0, channel) else 1 for i in range(x.ndim)]
     shaped = [p.reshape(shape) for p in theta.unbind(1)]
     form, neutral = FORMS[equation], list(neutral_of(equation, tuple(start)))
-    by_x, parts = _gradients(equation, grad, x, list(form.coefficients(*shaped)), neutral, host)
+    by_x, parts = gradients(equation, grad, x, list(form.coefficients(*shaped)), neutral, host)
     axes = [i for i in range(1, x.ndim) if i != channel]
     sums = tuple(part.sum(axes) if axes else part for part in parts)
     return by_x, torch.stack(form.gather(sums, theta.unbind(1)), 1)
@@ -383,8 +328,6 @@ def _plain_backward(
 activate.register_autograd(_backward, setup_context=_keep)
 
 __all__ = [
-    "COMPUTED",
-    "HOSTED",
     "HOSTS",
     "MIN_DRIVEN",
     "MIN_NUMBERS",
