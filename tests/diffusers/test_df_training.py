@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
@@ -36,73 +37,85 @@ def photos(tmp_path):
     return folder
 
 
-def run(tmp_path, photos, name, *more, launcher=(), broken=False, check=True):
-    """The weights that a run of four steps ends with."""
-    code = [str(SCRIPT)]
-    if broken:  # interrupted in its third step
-        code = ["-c", (
-            "import runpy, sys, torch; calls = []\n"
-            "step = torch.optim.AdamW.step\n"
-            "def stop(self, *args, **kwargs):\n"
-            "    calls.append(1)\n"
-            "    if len(calls) == 3: raise KeyboardInterrupt\n"
-            "    return step(self, *args, **kwargs)\n"
-            "torch.optim.AdamW.step = stop\n"
-            f"sys.argv[0] = {str(SCRIPT)!r}\n"
-            f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
-        )]  # fmt: skip
-    arguments = [
-        "--data", photos, "--config", tmp_path / "small.json", "--work", tmp_path / f"{name}-work",
-        "--out", tmp_path / name, "--steps", 4, "--batch-size", 2, "--patch", 32, "--checkpoint-every", 2,
-        "--log-every", 1, *more,
-    ]  # fmt: skip
-    environment = {k: v for k, v in os.environ.items() if k != "QUAC_DATA"} | {
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    command = [sys.executable, *launcher, *code, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if broken:
-        assert done.returncode != 0
-        return None
-    if check:
-        assert done.returncode == 0, done.stderr[-3000:]
+@pytest.fixture
+def run(tmp_path, photos, monkeypatch, capsys):
+    """The script, in this process or by a launcher: the weights that four steps end with, or what it says instead."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.delenv("QUAC_DATA", raising=False)
+
+    def script(name, *more, launcher=(), fails=False):
+        arguments = [
+            "--data", photos, "--config", tmp_path / "small.json", "--work", tmp_path / f"{name}-work",
+            "--out", tmp_path / name, "--steps", 4, "--batch-size", 2, "--patch", 32, "--checkpoint-every", 2,
+            "--log-every", 1, *more,
+        ]  # fmt: skip
+        command = [str(SCRIPT), *map(str, arguments)]
+        if launcher:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            done = subprocess.run(
+                [sys.executable, *launcher, *command], env=environment, capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr[-3000:]
+        else:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "argv", command)
+                if fails:
+                    with pytest.raises(SystemExit) as left:
+                        runpy.run_path(str(SCRIPT), run_name="__main__")
+                    return f"{left.value} {capsys.readouterr().err}"
+                runpy.run_path(str(SCRIPT), run_name="__main__")
         return load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors")
-    return done
+
+    yield script
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_resumed_it_ends_where_it_would_have(tmp_path, photos):
-    whole = run(tmp_path, photos, "whole", "--val", photos, "--scores", tmp_path / "scores.json", "--validate-every", 4)
-    run(tmp_path, photos, "broken", broken=True)
+def interrupt_the_third(patch):
+    steps, step = [], torch.optim.AdamW.step
+
+    def stop(self, *args, **kwargs):
+        steps.append(1)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    patch.setattr(torch.optim.AdamW, "step", stop)
+
+
+def test_resumed_it_ends_where_it_would_have(run, tmp_path, photos, monkeypatch):
+    whole = run("whole", "--val", photos, "--scores", tmp_path / "scores.json", "--validate-every", 4)
+    with monkeypatch.context() as patch:
+        interrupt_the_third(patch)
+        with pytest.raises(KeyboardInterrupt):
+            run("broken")
     assert [f.name for f in (tmp_path / "broken-work").iterdir()] == ["step-2"]
-    resumed = run(tmp_path, photos, "broken")
+    resumed = run("broken")
     assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert set(scores["1 steps"]) >= {"clean", "blur-1", "haze-5"}
     assert set(scores["10 steps"]) >= {"clean", "blur-3", "haze-3"}
     assert (tmp_path / "whole-work" / "step-4.png").is_file()
-    other = run(tmp_path, photos, "broken", "--lr", 1, check=False)
-    assert other.returncode != 0
-    assert "--lr was 0.001; give another --work" in other.stderr
+    assert "--lr was 0.001; give another --work" in run("broken", "--lr", 1, fails=True)
 
 
-def test_two_processes_train_what_one_does(tmp_path, photos, free_port):
-    one = run(tmp_path, photos, "one")
+def test_two_processes_train_what_one_does(run, free_port):
+    one = run("one")
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port))
-    two = run(tmp_path, photos, "two", launcher=launcher)
+    two = run("two", launcher=launcher)
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("activation", ["meta_acon", "silu"])
-def test_the_twins(activation, tmp_path, photos):
-    names = run(tmp_path, photos, activation, "--activation", activation)
+def test_the_twins(activation, run):
+    names = run(activation, "--activation", activation)
     assert any(".act." in name for name in names) == (activation == "meta_acon")
 
 
-def test_degradations_are_chosen(tmp_path, photos):
-    noisy = run(tmp_path, photos, "noisy", "--degradations", "noise=2,jpeg", "--clean", 0)
-    hazy = run(tmp_path, photos, "hazy", "--degradations", "haze", "--clean", 0, "--shift", 2)
+def test_degradations_are_chosen(run, tmp_path):
+    noisy = run("noisy", "--degradations", "noise=2,jpeg", "--clean", 0)
+    hazy = run("hazy", "--degradations", "haze", "--clean", 0, "--shift", 2)
     assert json.loads((tmp_path / "hazy/scheduler/scheduler_config.json").read_text())["shift"] == 2
     assert any(not torch.equal(noisy[name], hazy[name]) for name in noisy)
     for option, value, message in (
@@ -112,7 +125,7 @@ def test_degradations_are_chosen(tmp_path, photos):
         ("--clean", 2, "--clean must be a share from 0 to 1"),
         ("--shift", 0, "--shift must be above 0"),
     ):
-        assert message in run(tmp_path, photos, "wrong", option, value, check=False).stderr
+        assert message in run("wrong", option, value, fails=True)
 
 
 def test_times_are_drawn_where_the_scheduler_takes_steps():
