@@ -4,7 +4,8 @@
     python examples/train_restoration.py --data DIR/train --val DIR/val --activation silu --out twin    # without
     accelerate launch examples/train_restoration.py --config restoration_large --mixed-precision bf16 …
 
-``restoration_large`` is meant for a large GPU, where it has not been run yet: how long it takes there is not known.
+``restoration_large`` is meant for a large GPU, where it has not been run yet. Its arithmetic, 13 GFLOP a patch and
+10¹⁵ FLOP in all, is seconds of one; how long its launches and the patches take there is not known.
 DIR/train holds photographs of any sizes, in folders or not; by default QUAC_DATA/bsds. ``--out`` becomes a pipeline
 that ``QuACRestorationPipeline.from_pretrained`` and ``quac restore`` load. An interrupted run goes on from its last
 checkpoint in --work. The three activations share the network, the pictures, their order and the number of steps.
