@@ -7,9 +7,10 @@
     python benchmarks/speed.py evaluate --data DIR   # what an evaluation's time goes into; DIR of folders of classes
 
 The alternatives take turns, so that a busy machine slows all of them; figures are medians of --repeats. Each writes
-benchmarks/results/speed_NAME.{json,md}. With --device cuda it times with events, ten calls at a time, so that the GPU
-and not Python's calls of it is timed; the activation is measured on (128, 256, 56, 56), which no cache holds, and its
-kernels are then compared with a device copy, by the bytes that they have to move, and with float64.
+benchmarks/results/speed_NAME.{json,md}. With --device cuda it times with events, ten calls at a time. The activation
+is then measured on (128, 256, 56, 56), which no cache holds, while the GPU has all its calls before it, so that Python
+is not what is timed; and its kernels, with the few operations that prepare their numbers, are compared with a device
+copy, by the bytes that they have to move, and with float64.
 """
 
 from __future__ import annotations
@@ -42,12 +43,13 @@ from quac_plugins.core.quality.brisque import brisque
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("resnet50", "convnext_tiny", "mobilenetv3_large_100")
 CALLS = 10  # between two events of a GPU
+SLEEP = 50_000_000  # cycles of a GPU, some 30 ms, in which Python makes these calls
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-def measure(args: argparse.Namespace, runs: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median milliseconds of each, in turns; what they set in the environment does not last."""
+def measure(args: argparse.Namespace, runs: dict[str, Callable[[], Any]], queued: bool = False) -> dict[str, float]:
+    """Median milliseconds of each, in turns; what they set in the environment does not last. queued: see ``once``."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     with mock.patch.dict(os.environ):
         for run in runs.values():
@@ -55,16 +57,19 @@ def measure(args: argparse.Namespace, runs: dict[str, Callable[[], Any]]) -> dic
             run()
         for _ in range(args.repeats):
             for name, run in runs.items():
-                times[name].append(once(args.device, run))
+                times[name].append(once(args.device, run, queued))
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def once(device: str, run: Callable[[], Any]) -> float:
+def once(device: str, run: Callable[[], Any], queued: bool = False) -> float:
+    """Milliseconds; queued: of a GPU that never waits for its next call."""
     if device == "cpu":
         start = time.perf_counter()
         run()
         return 1e3 * (time.perf_counter() - start)
     first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    if queued:
+        torch.cuda._sleep(SLEEP)
     first.record()
     for _ in range(CALLS):
         run()
@@ -144,6 +149,7 @@ def activation(args: argparse.Namespace) -> list[dict[str, Any]]:
                         "fused": by_kernel("auto", run, site, x, q),
                         "plain": by_kernel("reference", run, site, x, q),
                     },
+                    queued=True,
                 )
             with kernels("fused"):
                 memory = kept(lambda site=site, x=x, q=q: site(x, q), site) / x.nbytes
@@ -164,7 +170,7 @@ def activation(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def bandwidth(args: argparse.Namespace, x: Tensor, layout: str) -> list[dict[str, Any]]:
-    """The kernels alone: their bytes a second over those of a copy, and their errors against float64."""
+    """Without the driver: the kernels' bytes a second over those of a copy, and their errors against float64."""
     from quac_plugins.core.activations.kernels import fused
 
     x, grad = x.requires_grad_(), torch.randn_like(x)
@@ -177,7 +183,7 @@ def bandwidth(args: argparse.Namespace, x: Tensor, layout: str) -> list[dict[str
     def backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(y, [x, *p], grad, retain_graph=True)
 
-    times = measure(args, {"copy": lambda: x.detach().clone(), "forward": forward, "backward": backward})
+    times = measure(args, {"copy": lambda: x.detach().clone(), "forward": forward, "backward": backward}, queued=True)
     few = slice(4)  # in float64 the rest would not fit beside it
     wide = [t[few].detach().double().requires_grad_() for t in (x, *p)]
     exact = acon(*wide)

@@ -62,8 +62,8 @@ def compiled_or(kind: str, what: str, compiled: Callable[[], Any], plain: Callab
             lines = str(error).strip().splitlines() or [""]
             reason = next((line for line in lines if "error:" in line), lines[0])
             warnings.warn(
-                f"{what} could not be compiled and run uncompiled, several times slower (is a C++ compiler "
-                f"installed?): {type(error).__name__}: {reason}",
+                f"{what} could not be compiled and run uncompiled, several times slower (is "
+                f"{'a C++ compiler' if kind == 'cpu' else 'Triton'} installed?): {type(error).__name__}: {reason}",
                 stacklevel=3,
             )
     return plain()

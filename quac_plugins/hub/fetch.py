@@ -147,6 +147,10 @@ def _verified(repo_id: str, name: str, revision: str | None, force: bool, token:
     return path
 
 
+_PATIENCE = 30
+"""Seconds that one waits for another's download before both go on, with huggingface_hub's own lock between them."""
+
+
 @contextlib.contextmanager
 def _one_at_a_time(repo_id: str, name: str) -> Iterator[None]:
     """Let the others that want the same file wait.
@@ -157,12 +161,15 @@ def _one_at_a_time(repo_id: str, name: str) -> Iterator[None]:
     from filelock import FileLock
     from huggingface_hub import constants
 
+    if constants.HF_HUB_OFFLINE:
+        yield
+        return
     path = Path(constants.HF_HUB_CACHE) / ".locks" / f"quac-plugins--{repo_id}--{name}.lock".replace("/", "--")
     with contextlib.ExitStack() as held:
-        # a cache that may only be read, or where nothing can be locked: there it goes without
+        # without, in a cache that may only be read or where nothing can be locked, and if the other takes too long
         with contextlib.suppress(OSError, NotImplementedError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(FileLock(path))
+            held.enter_context(FileLock(path, timeout=_PATIENCE, mode=0o664))
         yield
 
 

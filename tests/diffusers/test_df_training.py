@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
@@ -37,13 +37,19 @@ def photos(tmp_path):
     return folder
 
 
+def forget():
+    """What accelerate keeps for a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
 @pytest.fixture
 def run(tmp_path, photos, monkeypatch, capsys):
     """The script, in this process or by a launcher: the weights that four steps end with, or what it says instead."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.delenv("QUAC_DATA", raising=False)
 
-    def script(name, *more, launcher=(), fails=False):
+    def script(name, *more, launcher=(), threads=None, fails=False):
         arguments = [
             "--data", photos, "--config", tmp_path / "small.json", "--work", tmp_path / f"{name}-work",
             "--out", tmp_path / name, "--steps", 4, "--batch-size", 2, "--patch", 32, "--checkpoint-every", 2,
@@ -51,13 +57,13 @@ def run(tmp_path, photos, monkeypatch, capsys):
         ]  # fmt: skip
         command = [str(SCRIPT), *map(str, arguments)]
         if launcher:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            environment = os.environ | {"OMP_NUM_THREADS": str(threads or torch.get_num_threads())}
             done = subprocess.run(
                 [sys.executable, *launcher, *command], env=environment, capture_output=True, text=True
             )
             assert done.returncode == 0, done.stderr[-3000:]
         else:
-            AcceleratorState._reset_state(reset_partial_state=True)
+            forget()
             with monkeypatch.context() as patch:
                 patch.setattr(sys, "argv", command)
                 if fails:
@@ -68,7 +74,7 @@ def run(tmp_path, photos, monkeypatch, capsys):
         return load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors")
 
     yield script
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget()
 
 
 def interrupt_the_third(patch):
@@ -90,7 +96,7 @@ def test_resumed_it_ends_where_it_would_have(run, tmp_path, photos, monkeypatch)
         with pytest.raises(KeyboardInterrupt):
             run("broken")
     assert [f.name for f in (tmp_path / "broken-work").iterdir()] == ["step-2"]
-    resumed = run("broken")
+    resumed = run("broken", launcher=("-u",))  # in a process of its own
     assert all(torch.equal(whole[name], tensor) for name, tensor in resumed.items())
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert set(scores["1 steps"]) >= {"clean", "blur-1", "haze-5"}
@@ -102,7 +108,7 @@ def test_resumed_it_ends_where_it_would_have(run, tmp_path, photos, monkeypatch)
 def test_two_processes_train_what_one_does(run, free_port):
     one = run("one")
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port))
-    two = run("two", launcher=launcher)
+    two = run("two", launcher=launcher, threads=1)
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
 

@@ -21,7 +21,7 @@ from quac_plugins.core.activations.forms import FORMS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PIECE = 128
-"""Rows of x whose sums one program makes."""
+"""Rows of x, at most, whose sums one program makes."""
 TILE = 1024
 """Numbers that a program holds at a time."""
 
@@ -74,7 +74,8 @@ def backward(
         ImportError: there is no Triton.
     """
     batch, rows, channels = x.shape
-    parts, pieces = FORMS[equation].parts, -(-rows // PIECE)
+    piece = min(PIECE, 1 << max(rows - 1, 0).bit_length())
+    parts, pieces = FORMS[equation].parts, -(-rows // piece)
     by_x, sums = torch.empty_like(x), c.new_empty(batch, pieces, parts, channels)
     if x.numel():
         block = min(64, 1 << max(channels - 1, 15).bit_length())
@@ -82,7 +83,7 @@ def backward(
         with torch.cuda.device_of(x):
             kernel(equation, neutral, slope_of_host)[grid](
                 grad, x, c.contiguous(), by_x, sums, batch, rows, channels, pieces,
-                PIECE=PIECE, ROWS=TILE // block, BLOCK=block,
+                PIECE=piece, ROWS=min(piece, TILE // block), BLOCK=block,
             )  # fmt: skip
     return by_x, sums
 
@@ -159,7 +160,7 @@ class _Code:
 
     def _operation(self, node: fx.Node) -> str:
         arguments = [self.name(a) for a in node.args if isinstance(a, (fx.Node, int, float))]
-        if node.target is getattr:  # x.dtype
+        if node.target is getattr and node.args[1] == "dtype":
             return "tl.float32"
         if node.target == "to":
             return f"{arguments[0]}.to({arguments[1]})"
