@@ -361,7 +361,8 @@ def markdown(title: str, command: str, machine: str, rows: list[dict[str, Any]])
 
 
 def machine_of(device: str, threads: int) -> str:
-    where = f"{threads} CPU threads" if device == "cpu" else torch.cuda.get_device_name()
+    cpu = f"{threads} CPU threads with {torch.backends.cpu.get_cpu_capability()}"
+    where = cpu if device == "cpu" else torch.cuda.get_device_name()
     return f"{where}, python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
 
 
