@@ -47,7 +47,7 @@ def kernel(grad_of, x_of, c_of, by_x_of, sums_of, batch, rows, channels, pieces,
 {arithmetic}
         tl.store(by_x_of + at, (grad * ({slope})).to(by_x_of.dtype.element_ty), mask=inside)
 {added}
-    to = sums_of + tl.program_id(0).to(tl.int64) * {parts} * channels + column
+    own_sums = sums_of + tl.program_id(0).to(tl.int64) * {parts} * channels + column
 {stored}
 """
 
@@ -123,7 +123,7 @@ def source(equation: str, neutral: tuple[float, ...], slope_of_host: Callable[[A
         ),
         zeros=_lines(4, [f"sum{p} = tl.zeros((ROWS, BLOCK), tl.float32)" for p in numbers]),
         added=_lines(8, [f"sum{p} += tl.where(inside, grad * ({code.name(parts[p])}), 0.0)" for p in numbers]),
-        stored=_lines(4, [f"tl.store(to + {p} * channels, tl.sum(sum{p}, axis=0), mask=here)" for p in numbers]),
+        stored=_lines(4, [f"tl.store(own_sums + {p} * channels, tl.sum(sum{p}, axis=0), mask=here)" for p in numbers]),
     )
 
 
