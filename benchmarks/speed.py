@@ -329,11 +329,11 @@ def scale(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "ours / host": times["ours"] / times["host"], "kept, MB": memory / 1e6,
             }
         )  # fmt: skip
-    plot(rows)
+    plot(rows, (args.out or RESULTS / "speed_scale").with_suffix(".png"))
     return rows
 
 
-def plot(rows: list[dict[str, Any]]) -> None:
+def plot(rows: list[dict[str, Any]], file: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 6), layout="constrained")
@@ -345,7 +345,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
                 axes.plot(at, [row[key] for row in found], marker="o", label=key)
             axes.set(xlabel="pixels" if axis == "side" else axis, ylim=(0, None), xlim=(0, None))
             axes.legend()
-    figure.savefig(RESULTS / "speed_scale.png", dpi=100)
+    figure.savefig(file, dpi=100)
 
 
 def markdown(title: str, command: str, machine: str, rows: list[dict[str, Any]]) -> str:
