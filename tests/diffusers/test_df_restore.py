@@ -53,6 +53,7 @@ def test_what_cannot_be_done_is_said_in_a_line(saved, photograph, tmp_path):
         done = CliRunner().invoke(app, ["restore", *map(str, arguments)])
         assert done.exit_code == 2, done.exception
         assert message in done.stderr
+        assert "Traceback" not in done.stderr
         assert not (tmp_path / "out.png").exists()
 
 

@@ -57,7 +57,8 @@ def run(tmp_path, photos, monkeypatch, capsys):
         ]  # fmt: skip
         command = [str(SCRIPT), *map(str, arguments)]
         if launcher:
-            environment = os.environ | {"OMP_NUM_THREADS": str(threads or torch.get_num_threads())}
+            threads = str(threads or torch.get_num_threads())
+            environment = os.environ | {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": ""}
             done = subprocess.run(
                 [sys.executable, *launcher, *command], env=environment, capture_output=True, text=True
             )
@@ -69,6 +70,7 @@ def run(tmp_path, photos, monkeypatch, capsys):
                 if fails:
                     with pytest.raises(SystemExit) as left:
                         runpy.run_path(str(SCRIPT), run_name="__main__")
+                    assert left.value.code
                     return f"{left.value} {capsys.readouterr().err}"
                 runpy.run_path(str(SCRIPT), run_name="__main__")
         return load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors")

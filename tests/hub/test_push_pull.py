@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from filelock import FileLock
 from hub_fixtures import client_of_this_process
 from huggingface_hub import constants
 from safetensors.torch import save_file
@@ -337,6 +338,15 @@ def test_what_one_was_given_another_does_not_take_away(host, hub):
     with ThreadPoolExecutor(2) as two:
         first, second = two.map(link, range(2))
     assert first == second
+
+
+def test_a_download_that_does_not_end_is_not_waited_for(host, hub, monkeypatch):
+    quac.push(with_prior(host), REPO)
+    found = fetch(REPO)
+    monkeypatch.setattr("quac_plugins.hub.fetch._PATIENCE", 0.1)
+    (lock,) = (Path(constants.HF_HUB_CACHE) / ".locks").glob(f"quac-plugins--*{WEIGHTS_NAME}.lock")
+    with FileLock(lock):
+        assert fetch(REPO) == found
 
 
 def test_a_cache_that_may_only_be_read(host, hub):

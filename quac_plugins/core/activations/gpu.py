@@ -133,7 +133,7 @@ def _lines(indent: int, lines: list[str]) -> str:
 
 _INFIX = {
     operator.add: "+", operator.sub: "-", operator.mul: "*", operator.truediv: "/",
-    operator.gt: ">", operator.ge: ">=", operator.lt: "<", operator.le: "<=", operator.and_: "&", operator.or_: "|",
+    operator.gt: ">", operator.ge: ">=", operator.lt: "<", operator.and_: "&",
 }  # fmt: skip
 _CALLS = {torch.exp: "tl.exp", "exp": "tl.exp", torch.erf: "tl.erf", torch.where: "tl.where", "abs": "tl.abs"}
 

@@ -22,6 +22,8 @@ COMPUTED = {
     torch.float64: torch.float64,
 }  # fmt: skip
 """dtype of x → of the arithmetic."""
+PART = 128
+"""Numbers of a row, at least, that backward sums up by themselves, where they divide it."""
 
 HOSTED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Any]]] = {  # with their slopes
     "identity": (lambda x: x, lambda x: 1),
@@ -70,9 +72,6 @@ def in_torch(
     part = _part(flat[0].shape[2])
     by_x, sums = loop(*(t.unflatten(2, (t.shape[2] // part, part)) for t in flat), *c[..., None, None])
     return by_x.flatten(2), sums.sum(3)
-
-
-PART = 128
 
 
 @cache
