@@ -32,9 +32,8 @@ import numpy as np
 import piq
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
-from diffusers.optimization import get_cosine_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from torch import Tensor
@@ -138,49 +137,94 @@ def draw_times(count: int, part: float, shift: float, generator: torch.Generator
     return torch.where((first < 0.5) | (part < 0.6), torch.ones(count), shifted.clamp(min=0.02))
 
 
-def train(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Any, EMAModel]:
+class Progress:
+    """The part that is done of a training's steps or of its minutes, whichever is further; alike on every process.
+
+    The minutes are those of the main process since it began, with those of the runs it goes on from.
+    """
+
+    def __init__(self, steps: int, minutes: float | None, started: float):
+        self.steps, self.minutes, self.started = steps, minutes, started
+        self.step, self.time = 0, 0.0
+
+    def seconds(self) -> float:
+        """Since the training began."""
+        return time.perf_counter() - self.started
+
+    def __call__(self, step: int) -> None:
+        """Before the step, counted from 0."""
+        self.step = step
+        if self.minutes is not None:
+            self.time = broadcast_object_list([self.seconds() / (60 * self.minutes)])[0]
+
+    @property
+    def part(self) -> float:
+        """From 0 to 1."""
+        return min(max(self.step / self.steps, self.time), 1.0)
+
+    def rate(self, warm_up: int = 100) -> float:
+        """Of the learning rate: up a line, then down half a cosine to nothing at the end."""
+        if self.step < warm_up:
+            return self.step / warm_up
+        left = (self.step - warm_up) / max(1, self.steps - warm_up)
+        return 0.5 * (1.0 + math.cos(math.pi * min(max(left, self.time), 1.0)))
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint keeps."""
+        return {"seconds": self.seconds()}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Count the time before the checkpoint too."""
+        self.started -= state["seconds"]
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator, started: float) -> tuple[Any, EMAModel]:
     set_seed(args.seed)
     unet = build(args)
     if args.start is not None:
         unet.load_state_dict(type(unet).from_pretrained(args.start / "unet").state_dict())
     pipe = QuACRestorationPipeline(unet, FlowMatchEulerDiscreteScheduler(shift=args.shift))
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(
-        optimizer, 100 * accelerator.num_processes, args.steps * accelerator.num_processes
-    )
+    progress = Progress(args.steps, args.max_minutes, started)
     count = args.steps * args.batch_size
     patches = Patches(photographs(args.data), args.patch, count, args.seed, args.degradations, args.clean)
     loader = DataLoader(patches, args.batch_size // accelerator.num_processes, num_workers=args.num_workers)
     ema = EMAModel(unet.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
-    model, optimizer, loader, schedule = accelerator.prepare(unet, optimizer, loader, schedule)
+    model, optimizer, loader = accelerator.prepare(unet, optimizer, loader)
     ema.to(accelerator.device)
-    accelerator.register_for_checkpointing(ema)
+    accelerator.register_for_checkpointing(ema, progress)
     network = torch.compile(model) if args.compile else model
     first = resume(args, accelerator)
     loader = accelerator.skip_first_batches(loader, first) if first else loader
-    started, total = time.perf_counter(), 0.0
+    began, total, done = time.perf_counter(), torch.zeros((), device=accelerator.device), first
     for step, (clean, degraded) in enumerate(loader, first):
+        progress(step)
+        if progress.part == 1:
+            break
         generator = torch.Generator().manual_seed(step + 1000003 * args.seed)
-        part = 1.0 if args.start is not None else step / args.steps
+        part = 1.0 if args.start is not None else progress.part
         times = draw_times(len(clean) * accelerator.num_processes, part, args.shift, generator)
         times = times.chunk(accelerator.num_processes)[accelerator.process_index].to(clean)  # as one process has them
         with accelerator.autocast():
             loss = loss_of(network, clean, degraded, pipe.quality_of, times, args.loss)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * progress.rate()
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
         ema.step(unet.parameters())
-        total += float(loss.detach())
-        if not math.isfinite(total):
-            raise SystemExit("the loss is not finite: take a smaller --lr")
+        total += loss.detach()  # read now and then, since a GPU would be waited for
         done = step + 1
-        if done % args.log_every == 0:
-            speed = (done - first) / (time.perf_counter() - started)
-            accelerator.print(f"step {done}: loss {total / args.log_every:.4f}, {speed:.2f} steps/s", file=sys.stderr)
-            total = 0.0
-        if done % args.checkpoint_every == 0 or done == args.steps:
+        log, keep = done % args.log_every == 0, done % args.checkpoint_every == 0 or done == args.steps
+        if (log or keep) and not math.isfinite(total):
+            raise SystemExit("the loss is not finite: take a smaller --lr")
+        if log:
+            speed = (done - first) / (time.perf_counter() - began)
+            loss = float(total) / args.log_every
+            accelerator.print(f"step {done}: loss {loss:.4f}, {speed:.2f} steps/s", file=sys.stderr)
+            total.zero_()
+        if keep:
             save(args, accelerator, done)
         if args.val is not None and done % args.validate_every == 0 and accelerator.is_main_process:
             ema.store(unet.parameters())
@@ -190,6 +234,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator) -> tuple[Any, EMAM
             )
             ema.restore(unet.parameters())
             unet.train()
+    if done == 0:
+        raise SystemExit(f"no step could be taken in --max-minutes {args.max_minutes:g}: the start took longer")
+    if done < args.steps:
+        accelerator.print(f"step {done} of {args.steps}: --max-minutes {args.max_minutes:g} are over", file=sys.stderr)
+        if done > first and not keep:
+            save(args, accelerator, done)
     return unet, ema
 
 
@@ -213,7 +263,7 @@ def fixed(args: argparse.Namespace) -> dict[str, Any]:
     """What a run that goes on must share with the one it goes on from."""
     config = json.loads(Path(config_file(args.config)).read_text(encoding="utf-8"))
     start = None if args.start is None else args.start.name
-    names = ("activation", "steps", "batch_size", "patch", "lr", "loss", "seed", "ema_decay", "shift")
+    names = ("activation", "steps", "max_minutes", "batch_size", "patch", "lr", "loss", "seed", "ema_decay", "shift")
     chosen = {name: getattr(args, name) for name in (*names, "degradations", "clean")}
     return {"data": args.data.name, "config": config, "start": start, **chosen}
 
@@ -299,6 +349,7 @@ def weighted(text: str) -> dict[str, float]:
 
 
 def main() -> None:
+    started = time.perf_counter()
     data = Path(os.environ.get("QUAC_DATA", "data")) / "bsds"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=data / "train", help="folder of clean photographs")
@@ -309,6 +360,9 @@ def main() -> None:
         "--start", type=Path, help="go on from the weights of this pipeline, with other --lr, --patch, …"
     )
     parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument(
+        "--max-minutes", type=float, help="end then, if --steps are not done: the learning rate falls with the time"
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="over all processes; many, of many degradations")
     parser.add_argument("--patch", type=int, default=32)
     parser.add_argument(
@@ -344,7 +398,9 @@ def main() -> None:
         parser.error(f"--shift must be above 0, got {args.shift}")
     if args.batch_size % accelerator.num_processes:
         parser.error(f"--batch-size must be a multiple of the {accelerator.num_processes} processes")
-    unet, ema = train(args, accelerator)
+    if args.max_minutes is not None and not 0 < args.max_minutes < math.inf:
+        parser.error(f"--max-minutes must be above 0, got {args.max_minutes}")
+    unet, ema = train(args, accelerator, started)
     if accelerator.is_main_process:
         ema.copy_to(unet.parameters())
         pipe = QuACRestorationPipeline(unet.eval(), FlowMatchEulerDiscreteScheduler(shift=args.shift))

@@ -1,4 +1,7 @@
+import os
 import socket
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes that share cores wait for each other's threads; before torch
 
 import numpy as np
 import pytest

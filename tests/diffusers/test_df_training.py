@@ -1,16 +1,20 @@
 """examples/train_restoration.py: resumes as if nothing had happened, alike on one process and on two."""
 
+import itertools
 import json
+import math
 import os
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.optimization import get_cosine_schedule_with_warmup
 from PIL import Image
 from safetensors.torch import load_file
 from skimage import data
@@ -110,9 +114,62 @@ def test_resumed_it_ends_where_it_would_have(run, tmp_path, photos, monkeypatch)
 def test_two_processes_train_what_one_does(run, free_port):
     one = run("one")
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port))
-    two = run("two", launcher=launcher, threads=1)
+    two = run("two", "--max-minutes", 60, launcher=launcher, threads=1)  # one clock
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def progress(**options):
+    return runpy.run_path(str(SCRIPT), run_name="script")["Progress"](**options)
+
+
+def test_the_rate_falls_over_the_steps_as_that_of_diffusers():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 100, 1000)
+    done = progress(steps=1000, minutes=None, started=0.0)
+    for step in range(1000):
+        done(step)
+        assert done.rate() == schedule.get_last_lr()[0]
+        assert done.part == step / 1000
+        optimizer.step()
+        schedule.step()
+
+
+def test_the_rate_falls_over_the_minutes_where_they_end_first(monkeypatch):
+    """A clock of its own: a step takes three seconds, so that 2 minutes are 40 steps."""
+    forget()
+    accelerate.PartialState(cpu=True)
+    now = [1000.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    done = progress(steps=10**6, minutes=2, started=1000.0)
+    rates = []
+    while done.part < 1:
+        rates.append(done.rate(warm_up=10))
+        now[0] += 3
+        done(done.step + 1)
+    assert len(rates) == 40
+    assert rates[:11] == pytest.approx([step / 10 for step in range(10)] + [(1 + math.cos(math.pi / 4)) / 2])
+    assert all(earlier > later for earlier, later in itertools.pairwise(rates[10:]))
+    assert rates[-1] < 0.01
+    later = progress(steps=10**6, minutes=2, started=now[0])  # in another process, after a checkpoint
+    later.load_state_dict({"seconds": 60.0})
+    later(20)
+    assert later.part == pytest.approx(0.5)
+    forget()
+
+
+def test_it_ends_when_the_minutes_are_over(run, tmp_path, capsys):
+    limit = ("--steps", 10**6, "--checkpoint-every", 10**6, "--log-every", 10**6)
+    run("limited", *limit, "--max-minutes", 0.2)
+    (checkpoint,) = (tmp_path / "limited-work").glob("step-*")
+    steps = checkpoint.name.removeprefix("step-")
+    assert f"step {steps} of 1000000: --max-minutes 0.2 are over" in capsys.readouterr().err
+    run("limited", *limit, "--max-minutes", 0.2)  # they are: nothing is left to do
+    assert list((tmp_path / "limited-work").glob("step-*")) == [checkpoint]
+    assert "--max-minutes was 0.2; give another --work" in run("limited", *limit, "--max-minutes", 0.3, fails=True)
+    assert "no step could be taken in --max-minutes 1e-06" in run("none", "--max-minutes", 1e-6, fails=True)
+    assert not (tmp_path / "none").exists()
+    assert "--max-minutes must be above 0" in run("none", "--max-minutes", "nan", fails=True)
 
 
 @pytest.mark.parametrize("activation", ["meta_acon", "silu"])
