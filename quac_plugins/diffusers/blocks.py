@@ -1,8 +1,9 @@
-"""diffusers' residual blocks with an activation module for each of their activations.
+"""diffusers' residual blocks and feed-forward layers with an activation module for each of their activations.
 
 A ``ResnetBlock2D`` calls one module, ``nonlinearity``, three times: after each of its two norms and on the embedding of
 the timestep. Parameters for every channel need modules of their own. They become children of the norms, ``norm1.act``
-and ``norm2.act``, so that all parameters keep their names and diffusers' own ``forward`` runs as it is.
+and ``norm2.act``, so that all parameters keep their names and diffusers' own ``forward`` runs as it is. A transformer's
+``GELU`` and ``GEGLU`` are a projection and its activation in one: the latter becomes a child, ``act``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 from typing import Any, TypeVar
 
+from diffusers.models.activations import GEGLU, GELU
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
@@ -24,6 +26,30 @@ class ActGroupNorm(nn.GroupNorm):
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) → (B, C, H, W)."""
         return self.act(super().forward(input))
+
+
+class ActGELU(GELU):
+    """A projection and the activation after it, ``act``."""
+
+    act: nn.Module
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, N, C) → (B, N, inner)."""
+        return self.act(self.proj(hidden_states))
+
+
+class ActGEGLU(GEGLU):
+    """A projection whose one half weighs the other after an activation, ``act``."""
+
+    act: nn.Module
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(B, N, C) → (B, N, inner)."""
+        hidden_states, gate = self.proj(hidden_states).chunk(2, dim=-1)
+        return hidden_states * self.act(gate)
+
+
+_WITH_ACT = {GELU: ActGELU, GEGLU: ActGEGLU}
 
 
 class EmbeddingActivation(nn.Module):
@@ -45,7 +71,7 @@ class EmbeddingActivation(nn.Module):
 
 
 def with_activations(model: M) -> M:
-    """Give the residual blocks inside a model a module for each of their activations, in place.
+    """Give residual blocks and feed-forward layers inside a model a module for each of their activations, in place.
 
     Where the timestep scales between norm and activation (``time_embedding_norm="scale_shift"``) the norms cannot hold
     them: there one module, ``nonlinearity.maps``, serves both places of a block, with parameters for each width.
@@ -63,7 +89,11 @@ def with_activations(model: M) -> M:
         >>> with_activations(unet).down_blocks[0].resnets[0].norm2.act
         SiLU()
     """
-    for block in model.modules():
+    for block in list(model.modules()):
+        if type(block) in _WITH_ACT:
+            layer: Any = block
+            layer.act = nn.GELU(getattr(block, "approximate", "none"))
+            layer.__class__ = _WITH_ACT[type(block)]
         if not isinstance(block, ResnetBlock2D) or isinstance(block.nonlinearity, EmbeddingActivation):
             continue
         norms, act = (block.norm1, block.norm2), block.nonlinearity
@@ -87,7 +117,11 @@ def without_activations(model: M) -> M:
         >>> type(without_activations(with_activations(unet)).down_blocks[0].resnets[0].norm1).__name__
         'GroupNorm'
     """
-    for block in model.modules():
+    for block in list(model.modules()):
+        if isinstance(block, tuple(_WITH_ACT.values())) and type(block.act) is nn.GELU:
+            layer: Any = block
+            del layer.act
+            layer.__class__ = type(block).__base__
         if isinstance(block, ResnetBlock2D) and isinstance(block.nonlinearity, EmbeddingActivation):
             plain, norms = block.nonlinearity.embedding, (block.norm1, block.norm2)
             acts = [norm.act for norm in norms if isinstance(norm, ActGroupNorm)] or [block.nonlinearity.maps]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
 
 
 def example_of(model: Any) -> dict[str, Any] | None:
-    """The arguments of a UNet, small ones; None for a network whose arguments only its user knows.
+    """The arguments of a UNet or of a known transformer, small ones; None where only the user knows them.
 
     Example:
         >>> unet = UNet2DModel(in_channels=4, block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2,
@@ -18,6 +18,13 @@ def example_of(model: Any) -> dict[str, Any] | None:
         {'sample': torch.Size([1, 4, 16, 16]), 'timestep': 1}
     """
     config = model.config
+    if isinstance(model, SD3Transformer2DModel):
+        side = 2 * config.patch_size
+        return {"hidden_states": torch.zeros(1, config.in_channels, side, side), **_text(config)}
+    if isinstance(model, FluxTransformer2DModel):
+        guidance = {"guidance": torch.ones(1)} if config.guidance_embeds else {}
+        places = {"img_ids": torch.zeros(6, 3), "txt_ids": torch.zeros(4, 3)}
+        return {"hidden_states": torch.zeros(1, 6, config.in_channels), **_text(config), **places, **guidance}
     if not isinstance(model, (UNet2DModel, UNet2DConditionModel)):
         return None
     side = 8 * 2 ** (len(config.block_out_channels) - 1)
@@ -31,6 +38,15 @@ def example_of(model: Any) -> dict[str, Any] | None:
             text = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
             found["added_cond_kwargs"] = {"text_embeds": torch.zeros(1, text), "time_ids": torch.zeros(1, 6)}
     return found
+
+
+def _text(config: Any) -> dict[str, Any]:
+    """What a transformer takes beside its latents: a prompt of four tokens, and the timestep."""
+    return {
+        "encoder_hidden_states": torch.zeros(1, 4, config.joint_attention_dim),
+        "pooled_projections": torch.zeros(1, config.pooled_projection_dim),
+        "timestep": torch.ones(1),
+    }
 
 
 def _labels(config: Any) -> torch.Tensor | None:

@@ -18,7 +18,7 @@ from quac_plugins.core.inject.surgery import unwrap
 from quac_plugins.core.quality.context import contexts_of, quality_of
 from quac_plugins.core.quality.tap import QualityTap
 from quac_plugins.diffusers.images import pictures_of
-from quac_plugins.diffusers.models import add_to_model, options_of, quac_class, with_argument
+from quac_plugins.diffusers.models import add_to_model, quac_class, with_argument
 
 _NETWORKS = ("unet", "transformer")
 # Guidance repeats the whole batch. These repeat it whole for several images of a prompt, too, so that q may be repeated
@@ -52,12 +52,13 @@ def add_quac(pipe: Any, quac: Any = None, adapter: Any = None, revision: str | N
 
     Args:
         pipe: with a ``unet`` or a ``transformer``, and a ``__call__`` with an ``image``.
-        quac: a dict of options of :class:`quac_plugins.QuACConfig`, or one of these; by default Q-ACON after the
-            activations that follow a convolution, driven by BRISQUE.
+        quac: a dict of options of :class:`quac_plugins.QuACConfig`, or one of these; by default Q-ACON in place of the
+            activations that follow a convolution, or of all those of a transformer, driven by BRISQUE.
         adapter: what was saved with ``quac_plugins.save_adapter(pipe.unet, …)``, instead of ``quac``: a folder, or
             ``"org/name"`` on the Hub.
         revision: of the adapter on the Hub.
-        example: what the network takes, for a transformer on latents (B, C, H, W); see :func:`quac_plugins.inject`.
+        example: what the network takes, for another transformer than Stable Diffusion 3's and Flux's: a dict of its
+            arguments, first the latents (B, C, H, W) or tokens (B, N, C); see :func:`quac_plugins.inject`.
 
     Returns:
         The pipeline. Its ``__call__`` takes one more argument, ``quality`` (B, Q), a row for each image, in the place
@@ -83,7 +84,7 @@ def add_quac(pipe: Any, quac: Any = None, adapter: Any = None, revision: str | N
         cls: Any = type(network)
         quac_class(cls).from_adapter(network, adapter, revision=revision, example=example)
     elif injection_of(network) is None:
-        add_to_model(network, options_of(quac), example)
+        add_to_model(network, quac, example)
     elif quac is not None or adapter is not None:
         raise ValueError(f"the {name} holds QuAC already; call add_quac(pipe) alone, or quac_plugins.remove first")
     _expand(unwrap(network))

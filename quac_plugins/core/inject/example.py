@@ -18,7 +18,7 @@ class Arguments:
     """The arguments of a host; the images are the first of them.
 
     Attributes:
-        images: (B, C, H, W).
+        images: (B, C, H, W), or the tokens (B, N, C) of images.
         others: positional arguments after the images.
         named: arguments by name. Where ``first`` is given, the images are the one of that name.
         first: name of the images' argument, None if it is positional.
@@ -60,11 +60,13 @@ class Arguments:
         return replace(self, images=images, others=others, named=tuple(named.items()))
 
 
-def arguments_of(example: Example | None, size: Callable[[], tuple[int, int, int]]) -> Arguments:
+def arguments_of(
+    example: Example | None, size: Callable[[], tuple[int, int, int]], tokens: bool = False
+) -> Arguments:
     """Arguments as a user gives them; without any, one image of ``size()``.
 
     Raises:
-        ValueError: they do not begin with images (B, C, H, W).
+        ValueError: they do not begin with images (B, C, H, W) or, where these may be, ``tokens`` (B, N, C).
 
     Example:
         >>> arguments_of((torch.rand(2, 4, 8, 8), 10), lambda: (3, 8, 8)).others
@@ -80,11 +82,11 @@ def arguments_of(example: Example | None, size: Callable[[], tuple[int, int, int
     elif isinstance(example, Mapping) and example:
         first = next(iter(example))
         found = Arguments(example[first], named=tuple((k, v) for k, v in example.items() if k != first), first=first)
-    if found is None or not isinstance(found.images, Tensor) or found.images.ndim != 4 or not len(found.images):
-        value = found.images if found is not None else example
+    value = found.images if found is not None else example
+    if found is None or not isinstance(value, Tensor) or value.ndim not in (3 if tokens else 4, 4) or not len(value):
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
             "example must be a tensor of images (B, C, H, W), or the host's arguments that begin with them (a tuple, "
-            f"or a dict by name), got {got}"
+            f"or a dict by name), or with tokens (B, N, C) where q is given (tap='given'), got {got}"
         )
     return found if found.images.is_floating_point() else replace(found, images=found.images.float())

@@ -156,13 +156,15 @@ def inject(
         config: what and where; see :class:`QuACConfig` and :class:`PriorConfig`.
         example: images as the host gets them, used for their shape alone; needed when the host takes other sizes than
             its ``pretrained_cfg`` says, or than (B, 3, 224, 224). For a host that takes more than images its arguments,
-            the images first: a tuple ``(images, timestep)``, or a dict by name.
+            the images first: a tuple ``(images, timestep)``, or a dict by name. Tokens (B, N, C) in place of images:
+            with ``tap="given"`` only.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: the model already holds such; a pattern of ``where`` or ``site`` matches nothing; an unknown name.
+        ValueError: the model already holds such; a pattern of ``where`` or ``site`` matches nothing; an unknown name;
+            an example that begins with no images.
         RuntimeError: the host does not run on such images, or no layer of it sees the image.
 
     Example:
@@ -188,7 +190,8 @@ def inject(
     quality = None
     if config.activation_class.needs_quality if isinstance(config, QuACConfig) else config.needs_quality:
         quality = resolve_quality(config.quality, config.quality_channels, config.quality_grad)
-    seen = trace(model, example)
+    # the quality of tokens cannot be computed, and they are no picture that a prior could repair
+    seen = trace(model, example, tokens=isinstance(config, QuACConfig) and (quality is None or config.tap == "given"))
     if quality is not None and seen.tap is None:
         raise RuntimeError(
             f"no layer of {type(model).__name__} is called with the image itself as its first argument, so there is no "

@@ -244,18 +244,22 @@ def _describe(x: Tensor, batch: int) -> Call | None:
     return Call(tuple(x.shape), channel_dim, x.shape[channel], label.kernel or 0, label.batch, fold)
 
 
-def trace(model: nn.Module, example: Example | None = None) -> Trace:
+def trace(model: nn.Module, example: Example | None = None, tokens: bool = False) -> Trace:
     """Run a host once on fake tensors and tell what its activations see.
 
     Args:
         model: the host; neither its parameters nor its buffers nor its modes change.
         example: images (B, C, H, W) as the host gets them, or its arguments that begin with them; by default the host's
             own input size, or (1, 3, 224, 224).
+        tokens: whether tokens (B, N, C) may be in the images' place.
 
     Raises:
         RuntimeError: the host does not run on such images; the message says how to give better ones.
     """
-    given = arguments_of(example, lambda: _input_size(model))
+    devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
+    if "meta" in devices and len(devices) > 1:  # a model whose parameters are still to be loaded has its buffers
+        model = copy.deepcopy(model).to("meta")
+    given = arguments_of(example, lambda: _input_size(model), tokens)
     one = given.of_batch(1, model, lambda tensor, shape: tensor[:1])
     images = one.images
     try:
@@ -320,8 +324,9 @@ def _input_size(model: nn.Module) -> tuple[int, int, int]:
 
 def _run(model: nn.Module, given: Arguments, batch: int) -> Trace:
     images = given.images
-    images._quac_label = _Label(batch=0, channel=1)  # type: ignore[attr-defined]
-    result = Trace(in_chans=images.shape[1], image_size=(images.shape[2], images.shape[3]))
+    channel, height, width = (1, *images.shape[2:]) if images.ndim == 4 else (2, 0, 0)  # nothing tells tokens' size
+    images._quac_label = _Label(batch=0, channel=channel)  # type: ignore[attr-defined]
+    result = Trace(in_chans=images.shape[channel], image_size=(height, width))
     names = {id(module): name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
     labels = _Labels(batch)
     chain: list[str] = []

@@ -135,11 +135,14 @@ class QualityTap(nn.Module):
         return images.clamp(0, 1)
 
     def _check(self, images: Tensor) -> None:
-        if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[1] != self.in_chans:
+        tokens = isinstance(images, Tensor) and images.ndim == 3 and self.given is not None  # q is not that of images
+        channel, axes = (2, 3) if tokens else (1, 4)
+        if not isinstance(images, Tensor) or images.ndim != axes or images.shape[channel] != self.in_chans:
             got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             hint = " (a detector that takes a list: inject its backbone)" if isinstance(images, (list, tuple)) else ""
+            like = f" or tokens (B, N, {self.in_chans})" if self.given is not None else ""
             raise ValueError(
-                f"layer {self.layer!r} expects images of shape (B, {self.in_chans}, H, W), got {got}{hint}"
+                f"layer {self.layer!r} expects images of shape (B, {self.in_chans}, H, W){like}, got {got}{hint}"
             )
         if not images.is_floating_point():
             raise TypeError(

@@ -64,6 +64,38 @@ def test_an_example_that_begins_with_no_images(example, cheap):
         quac.inject(Denoiser(), quac.QuACConfig(quality=cheap), example)
 
 
+class OfTokens(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(6, 16)
+        self.act = torch.nn.GELU()
+        self.last = torch.nn.Linear(16, 6)
+
+    def forward(self, tokens):
+        return self.last(self.act(self.first(tokens)))
+
+
+def test_a_host_of_tokens(cheap, moved):
+    tokens, q = torch.rand(2, 5, 6), torch.rand(2, 6)
+    config = quac.QuACConfig(quality=cheap, tap="given", norm="layer")
+    model = moved(quac.inject(OfTokens().eval(), config, tokens[:1]))
+    assert [(site.name, site.channels) for site in quac.injection_of(model).sites] == [("act", (16,))]
+    with quac.quality_of(model, q):
+        both = model(tokens)
+        with pytest.raises(ValueError, match=r"layer 'first' expects .*tokens \(B, N, 6\), got \(2, 5, 7\)"):
+            model(torch.rand(2, 5, 7))
+    with quac.quality_of(model, q[1:]):
+        torch.testing.assert_close(model(tokens[1:]), both[1:])
+    with quac.quality_of(model, q.flip(0)):
+        assert not torch.allclose(model(tokens), both)
+    with pytest.raises(
+        ValueError, match=r"or with tokens \(B, N, C\) where q is given \(tap='given'\), got \(1, 5, 6\)"
+    ):
+        quac.inject(OfTokens(), quac.QuACConfig(quality=cheap), tokens[:1])
+    with pytest.raises(ValueError, match="example must be a tensor of images"):
+        quac.inject(OfTokens(), quac.PriorConfig(), tokens[:1])
+
+
 @pytest.fixture
 def denoiser(cheap, moved):
     config = quac.QuACConfig(quality=cheap, tap="given", where="all", norm="layer")
