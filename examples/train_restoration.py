@@ -25,6 +25,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import quac_plugins as quac
 from quac_plugins.diffusers import QuACRestorationPipeline, QuACUNet2DModel
+from quac_plugins.evaluate.data import read_image
 from quac_plugins.impairments import IMPAIRMENTS, Impair, impair
 
 ACTIVATIONS = ("qacon", "meta_acon", "silu")
@@ -53,7 +55,10 @@ def photographs(folder: Path) -> list[np.ndarray]:
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in KINDS)
     if not files:
         raise SystemExit(f"{folder} holds no photographs ({', '.join(sorted(KINDS))})")
-    return [np.asarray(Image.open(file).convert("RGB")) for file in files]
+    try:
+        return [np.asarray(read_image(file, upright=True)) for file in files]
+    except OSError as error:  # it names the file
+        raise SystemExit(str(error)) from None
 
 
 class Patches(Dataset[Any]):
@@ -95,7 +100,7 @@ def as_tensor(image: np.ndarray) -> Tensor:
 
 
 def build(args: argparse.Namespace) -> Any:
-    config = json.loads(Path(config_file(args.config)).read_text(encoding="utf-8"))
+    config = config_of(args.config)
     options = {key: value for key, value in config.items() if key not in ("_class_name", "quac")}
     if args.activation == "silu":
         unet = UNet2DModel(**options)
@@ -106,8 +111,16 @@ def build(args: argparse.Namespace) -> Any:
     return unet
 
 
-def config_file(name: str) -> str:
-    return name if name.endswith(".json") else quac.registry_file(f"diffusers/{name}.json")
+def config_of(name: str) -> dict[str, Any]:
+    """A network's config, of the registry or in a file."""
+    try:
+        file = name if name.endswith(".json") else quac.registry_file(f"diffusers/{name}.json")
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
+        if not isinstance(config, dict) or not {"block_out_channels", "quac"} <= set(config):
+            raise ValueError("it has no block_out_channels and quac, as a QuACUNet2DModel's")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--config {name}: {error}") from None
+    return config
 
 
 def loss_of(unet: Any, clean: Tensor, degraded: Tensor, quality: Any, times: Tensor, loss: str = "rmse") -> Tensor:
@@ -261,7 +274,7 @@ def save(args: argparse.Namespace, accelerator: Accelerator, done: int) -> None:
 
 def fixed(args: argparse.Namespace) -> dict[str, Any]:
     """What a run that goes on must share with the one it goes on from."""
-    config = json.loads(Path(config_file(args.config)).read_text(encoding="utf-8"))
+    config = config_of(args.config)
     start = None if args.start is None else args.start.name
     names = ("activation", "steps", "max_minutes", "batch_size", "patch", "lr", "loss", "seed", "ema_decay", "shift")
     chosen = {name: getattr(args, name) for name in (*names, "degradations", "clean")}
@@ -348,6 +361,15 @@ def weighted(text: str) -> dict[str, float]:
     return found
 
 
+def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.lstrip("-").isdigit() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {most}, got {text!r}")
+        return int(text)
+
+    return number
+
+
 def main() -> None:
     started = time.perf_counter()
     data = Path(os.environ.get("QUAC_DATA", "data")) / "bsds"
@@ -359,12 +381,14 @@ def main() -> None:
     parser.add_argument(
         "--start", type=Path, help="go on from the weights of this pipeline, with other --lr, --patch, …"
     )
-    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--steps", type=whole(1), default=2500)
     parser.add_argument(
         "--max-minutes", type=float, help="end then, if --steps are not done: the learning rate falls with the time"
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="over all processes; many, of many degradations")
-    parser.add_argument("--patch", type=int, default=32)
+    parser.add_argument(
+        "--batch-size", type=whole(1), default=32, help="over all processes; many, of many degradations"
+    )
+    parser.add_argument("--patch", type=whole(16), default=32)
     parser.add_argument(
         "--degradations", type=weighted, help="NAME or NAME=WEIGHT, comma-separated: how often each is drawn"
     )
@@ -373,18 +397,20 @@ def main() -> None:
     parser.add_argument("--loss", choices=("rmse", "psnr"), default="rmse", help="psnr: to go on with, after --start")
     parser.add_argument("--ema-decay", type=float, default=0.995)
     parser.add_argument("--shift", type=float, default=64.0, help="of the pipeline's scheduler, for several steps")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole(0), default=0)
     parser.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), default="no")
     parser.add_argument("--compile", action="store_true", help="with torch.compile, for GPUs and --activation silu")
-    parser.add_argument("--num-workers", type=int, default=0)
-    parser.add_argument("--log-every", type=int, default=50)
-    parser.add_argument("--checkpoint-every", type=int, default=250)
-    parser.add_argument("--validate-every", type=int, default=500)
-    parser.add_argument("--val-limit", type=int, default=4, help="photographs that are restored while training")
+    parser.add_argument("--num-workers", type=whole(0), default=0)
+    parser.add_argument("--log-every", type=whole(1), default=50)
+    parser.add_argument("--checkpoint-every", type=whole(1), default=250)
+    parser.add_argument("--validate-every", type=whole(1), default=500)
+    parser.add_argument("--val-limit", type=whole(1), default=4, help="photographs that are restored while training")
     parser.add_argument("--work", type=Path, help="checkpoints and validation pictures; default: OUT-work")
     parser.add_argument("--out", type=Path, default=Path("restorer"), help="the pipeline")
     parser.add_argument("--scores", type=Path, help="JSON of scores on --val: one step, and ten at severity 3")
-    parser.add_argument("--score-crop", type=int, default=192, help="side of the middle of each picture that is judged")
+    parser.add_argument(
+        "--score-crop", type=whole(16), default=192, help="side of the middle of each picture that is judged"
+    )
     parser.add_argument("--store-fp16", action="store_true", help="round the weights to float16: half the file")
     args = parser.parse_args()
     args.work = args.work or args.out.with_name(f"{args.out.name}-work")
@@ -392,6 +418,16 @@ def main() -> None:
         parser.error("--scores needs --val")
     several = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()  # which accelerate must be told
     accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=several)
+    if not 0 < args.lr < math.inf:
+        parser.error(f"--lr must be above 0, got {args.lr}")
+    if not 0 <= args.ema_decay < 1:
+        parser.error(f"--ema-decay must be from 0 to 1, got {args.ema_decay}")
+    if args.patch % (multiple := 2 ** (len(config_of(args.config)["block_out_channels"]) - 1)):
+        parser.error(f"--patch must be a multiple of {multiple} for --config {args.config}, got {args.patch}")
+    if args.start is not None and not (args.start / "unet" / "config.json").is_file():
+        parser.error(f"--start {args.start} is no folder of a saved pipeline")
+    if args.val is not None:
+        photographs(args.val)  # before the work, not after it
     if not 0 <= args.clean <= 1:
         parser.error(f"--clean must be a share from 0 to 1, got {args.clean}")
     if not 0 < args.shift < math.inf:

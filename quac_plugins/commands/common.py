@@ -83,7 +83,10 @@ def check_outputs(json: Path | None, plot: Path | None, option: str = "--plot") 
 
 def check_folder(folder: Path) -> None:
     """Make a folder and refuse one that cannot be written into."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(f"{folder} is no folder, nor can it be made: a file is in its place") from error
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"cannot write into {folder}")
 
@@ -92,6 +95,22 @@ def tell_unreadable(paths: Iterable[str]) -> None:
     """One line for each file that was left out."""
     for path in paths:
         typer.echo(f"unreadable: {path}", err=True)
+
+
+def checked_device(device: str | None) -> str:
+    """A device that can be computed on; ValueError for another. By default this process's GPU, if there is one."""
+    import torch
+
+    if device is None:
+        return default_device()
+    try:
+        if torch.device(device).type == "meta":
+            raise ValueError("it holds no numbers")
+        torch.empty(1, device=device)
+    except Exception as error:  # each kind of device has errors of its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"--device {device!r} cannot be used: {reason}") from error
+    return device
 
 
 def default_device() -> str:

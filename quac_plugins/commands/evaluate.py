@@ -86,7 +86,7 @@ def evaluate_command(
             batch_size=batch_size,
             crop_pct=crop_pct,
             interpolation=interpolation,
-            device=device or common.default_device(),
+            device=common.checked_device(device),
             amp=amp,
             num_workers=min(2, os.cpu_count() or 1) if num_workers is None else num_workers,
             clean=clean,

@@ -139,7 +139,7 @@ def fit_prior_command(
             out=out, overwrite=overwrite, resume=resume, json=json, plot=plot, steps=steps, lr=lr,
             batch_size=batch_size, amp=amp.value, deep=_deep(deep), severity=numbers(severity, int, "--severity"),
             views=views, draws=draws, held_out=held_out, seed=seed, crop_pct=crop_pct, interpolation=interpolation,
-            device=device or common.default_device(), num_workers=num_workers, pairs=pairs,
+            device=common.checked_device(device), num_workers=num_workers, pairs=pairs,
             corruptions=corruptions, **looks,
         )  # fmt: skip
 
@@ -214,7 +214,7 @@ def fit_qacon_command(
             out=out, overwrite=overwrite, resume=resume, json=json, plot=plot, steps=steps, lr=lr,
             batch_size=batch_size, amp=amp.value, deep=_deep(deep), severity=numbers(severity, int, "--severity"),
             views=views, draws=draws, held_out=held_out, seed=seed, crop_pct=crop_pct, interpolation=interpolation,
-            device=device or common.default_device(), num_workers=num_workers, pairs=pairs,
+            device=common.checked_device(device), num_workers=num_workers, pairs=pairs,
             corruptions=corruptions, **looks, **extra,
         )  # fmt: skip
 

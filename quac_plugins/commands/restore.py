@@ -11,6 +11,7 @@ import typer
 from quac_plugins.commands import common
 
 DEFAULT = "restoration_qacon.bsds"  # in the package
+_NOTED = ("JPEG", "MPO", "PNG", "WEBP")  # formats whose notes are the camera's alone, not of how the file is laid out
 _WRITTEN = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 
 
@@ -25,63 +26,97 @@ def restore_command(
         Path | None, typer.Option(help="Draw before and after, the difference, q and the activations here.")
     ] = None,
     tile_size: Annotated[int, typer.Option(min=8, help="Largest side that goes through the network at once.")] = 512,
-    seed: Annotated[int, typer.Option(help="For pipelines that begin with noise.")] = 0,
+    seed: Annotated[int, typer.Option(min=-(2**63), max=2**64 - 1, help="For pipelines that begin with noise.")] = 0,
     device: common.Device = None,
     debug: common.Debug = False,
 ) -> None:
     """Restore a blurred, noisy, hazy, dark or compressed picture."""
     with common.plain_errors(debug):
+        picture = _open(image)
+        if compare is not None and compare.resolve() in (image.resolve(), out.resolve()):
+            raise ValueError(f"--compare {compare} would replace a picture; give another file")
         common.check_outputs(None, compare, "--compare")
         if out.suffix.lower() not in _WRITTEN:
             raise ValueError(f"{out.name} must end in one of {', '.join(_WRITTEN)}")
         if out.is_dir():
             raise IsADirectoryError(f"{out} is a directory, not a file to write")
         common.check_folder(out.parent)
-        picture = _open(image)
+        where = common.checked_device(device)
         import torch
 
         from quac_plugins.diffusers import QuACRestorationPipeline
         from quac_plugins.diffusers.images import pictures_of
 
-        pipe = QuACRestorationPipeline.from_pretrained(model).to(device or common.default_device())
+        pipe = QuACRestorationPipeline.from_pretrained(model).to(where)
         generator = torch.Generator().manual_seed(seed)
         restored = pipe(picture, num_inference_steps=steps, generator=generator, tile_size=tile_size).images[0]
-        _save(restored, out, picture.info.get("icc_profile"))
+        _save(restored, out, picture)
         typer.echo(f"wrote {out} ({restored.width}×{restored.height})", err=True)
         if compare is not None:
             from quac_plugins.evaluate.comparison_plot import draw_comparison
 
             pipe.set_progress_bar_config(disable=True)
             before, after = (pictures_of(one)[0].pixels for one in (picture, restored))
-            draw_comparison(compare, pipe, before, after)
+            draw_comparison(compare, pipe, before, after, tile_size)
             typer.echo(f"wrote {compare}", err=True)
 
 
 def _open(path: Path) -> Any:
-    """A picture the way up that its camera noted."""
+    """A picture the way up that its camera noted, in the colours that its profile means."""
     from PIL import Image, ImageOps
 
     if not path.is_file():
         raise FileNotFoundError(f"there is no picture {path}")
     try:
         with Image.open(path) as image:
+            if (frames := getattr(image, "n_frames", 1)) > 1:
+                typer.echo(f"{path} holds {frames} pictures; the first is restored", err=True)
             image.load()
-            return ImageOps.exif_transpose(image)
+            found = ImageOps.exif_transpose(image)
+            if image.format not in _NOTED:
+                found.info.pop("exif", None)
+            return _in_rgb(found)
     except Exception as error:  # decoders of broken files raise anything
         raise OSError(f"cannot read {path}: {type(error).__name__}: {error}") from error
 
 
-def _save(image: Any, path: Path, profile: bytes | None) -> None:
-    """With the colour profile of what was restored, without which its colours are others."""
+def _in_rgb(image: Any) -> Any:
+    """A picture whose profile, if it has one, is of RGB: printers' and grey ones say nothing of what is written."""
+    from PIL import ImageCms
+
+    profile = image.info.get("icc_profile")
+    if not profile or profile[16:20] == b"RGB ":
+        return image
+    del image.info["icc_profile"]
+    if image.mode in ("CMYK", "L"):
+        try:
+            own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            found: Any = ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError, ValueError):  # a broken profile says nothing
+            return image
+        found.info.pop("icc_profile", None)
+        return found
+    return image
+
+
+def _save(image: Any, path: Path, like: Any) -> None:
+    """With the colour profile of what was restored, without which its colours are others, and with its notes."""
     from PIL import Image
 
     from quac_plugins.evaluate.report import write_beside
 
-    if image.mode == "RGBA" and path.suffix.lower() in (".jpg", ".jpeg"):  # which have no transparency
+    if image.mode == "RGBA" and path.suffix.lower() in (".jpg", ".jpeg", ".bmp"):  # which have no transparency
         ground = Image.new("RGB", image.size, "white")
         ground.paste(image, mask=image.getchannel("A"))
         image = ground
     buffer = io.BytesIO()
     kind = Image.registered_extensions()[path.suffix.lower()]
-    image.save(buffer, format=kind, icc_profile=profile, **({"quality": 95} if kind in ("JPEG", "WEBP") else {}))
+    options: dict[str, Any] = {"icc_profile": like.info.get("icc_profile")}
+    if kind in ("JPEG", "WEBP"):
+        options["quality"] = 95
+    if "dpi" in like.info:
+        options["dpi"] = like.info["dpi"]
+    if kind in _NOTED and like.info.get("exif"):
+        options["exif"] = like.getexif()
+    image.save(buffer, format=kind, **options)
     write_beside(path, buffer.getvalue())

@@ -18,7 +18,7 @@ from quac_plugins.core.inject.surgery import unwrap
 from quac_plugins.core.quality.context import contexts_of, quality_of
 from quac_plugins.core.quality.tap import QualityTap
 from quac_plugins.diffusers.images import pictures_of
-from quac_plugins.diffusers.models import add_to_model, quac_class, with_argument
+from quac_plugins.diffusers.models import add_to_model, is_network, quac_class, with_argument
 
 _NETWORKS = ("unet", "transformer")
 # Guidance repeats the whole batch. These repeat it whole for several images of a prompt, too, so that q may be repeated
@@ -66,7 +66,7 @@ def add_quac(pipe: Any, quac: Any = None, adapter: Any = None, revision: str | N
         are known; of the others it is an error.
 
     Raises:
-        TypeError: it is no pipeline that takes an image.
+        TypeError: it is no pipeline that takes an image, or its network is compiled or wrapped.
         ValueError: an option is not known, or a site is not there; ``quac`` and ``adapter`` are both given, or either
             for a network that holds QuAC. The pipeline is as it was.
     """
@@ -80,6 +80,8 @@ def add_quac(pipe: Any, quac: Any = None, adapter: Any = None, revision: str | N
     if quac is not None and adapter is not None:
         raise ValueError("give quac or adapter, not both: an adapter brings its options")
     network: Any = getattr(pipe, name)
+    if unwrap(network) is not network and injection_of(network) is None:
+        raise TypeError(f"the {name} is inside a {type(network).__name__}: add QuAC first, then compile or wrap it")
     if injection_of(network) is None and adapter is not None:
         cls: Any = type(network)
         quac_class(cls).from_adapter(network, adapter, revision=revision, example=example)
@@ -155,11 +157,13 @@ def _count(image: Any) -> int:
 
 
 def checked_quality(quality: Any, count: int, channels: int) -> Tensor:
-    """q as a user gave it; ValueError unless it has a row for each image."""
+    """q as a user gave it; ValueError unless it has a row of finite numbers for each image."""
     wanted = (count, channels)
     if not isinstance(quality, Tensor) or not quality.is_floating_point() or tuple(quality.shape) != wanted:
         got = tuple(quality.shape) if isinstance(quality, Tensor) else type(quality).__name__
         raise ValueError(f"quality must be a floating point tensor {wanted}, a row for each image, got {got}")
+    if not bool(torch.isfinite(quality).all()):
+        raise ValueError("quality holds NaN or infinity")
     return quality
 
 
@@ -196,13 +200,26 @@ def pipeline_class(host: Any) -> type[Any]:
         note_classes(self)
         return host.save_pretrained(self, *args, **kwargs)
 
+    def _get_signature_types(cls: Any) -> Any:
+        """For ``from_pipe``: a network with QuAC inside is taken over where its host would be."""
+        return {
+            part: (*types, *(quac_class(t) for t in types if part in _NETWORKS and is_network(t)))
+            for part, types in host._get_signature_types().items()
+        }
+
     def __reduce__(self: Any) -> Any:
         return _rebuilt, (host,), self.__dict__
 
     save_pretrained.__doc__ = host.save_pretrained.__doc__
     added = inspect.Parameter("quality", inspect.Parameter.KEYWORD_ONLY, default=None)
     __call__.__signature__ = with_argument(host.__call__, added)  # type: ignore[attr-defined]
-    body = {"__call__": __call__, "save_pretrained": save_pretrained, "__reduce__": __reduce__, "quac_host": host}
+    body = {
+        "__call__": __call__,
+        "save_pretrained": save_pretrained,
+        "__reduce__": __reduce__,
+        "_get_signature_types": classmethod(_get_signature_types),
+        "quac_host": host,
+    }
     return type(host.__name__, (host,), {**body, "__module__": host.__module__, "__doc__": host.__doc__})
 
 

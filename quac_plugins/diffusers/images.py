@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 from torch import Tensor
 
 OUTPUTS = ("pil", "np", "pt")
+_TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 
 
 @dataclass
@@ -34,9 +36,9 @@ def pictures_of(image: Any) -> list[Picture]:
     """Every image of what a user gave.
 
     Args:
-        image: a PIL image of any mode but floats (16 bits are read as such), an array (H, W), (H, W, C) or
-            (B, H, W, C), a tensor (H, W), (C, H, W) or (B, C, H, W), or a list of these; C is 1 or 3. Floats lie in
-            [0, 1]; integers are uint8 or uint16, whose largest value is 1.
+        image: a PIL image of any mode but floats (16 bits are read as such; it is turned the way up that its camera
+            noted), an array (H, W), (H, W, C) or (B, H, W, C), a tensor (H, W), (C, H, W) or (B, C, H, W), or a list of
+            these; C is 1 or 3. Floats lie in [0, 1]; integers are uint8 or uint16, whose largest value is 1.
 
     Raises:
         TypeError: it is none of these.
@@ -75,11 +77,20 @@ def _read(image: Any) -> list[Picture]:
 def _of_pil(image: PIL.Image.Image) -> Picture:
     if image.mode == "F":
         raise ValueError("the image holds floats (PIL mode F), which have no agreed range; give an array in [0, 1]")
+    image = PIL.ImageOps.exif_transpose(image)
+    clear = image.info.get("transparency")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return Picture(_of_array(np.asarray(image).clip(0, 65535).astype(np.uint16)))
+        deep = np.asarray(image)
+        if deep.size and (deep.min() < 0 or deep.max() > 65535):
+            raise ValueError(
+                f"the image (PIL mode {image.mode}) holds integers from {deep.min()} to {deep.max()}, which have no "
+                "agreed range but that of 16 bits, 0 to 65535; give an array in [0, 1]"
+            )
+        seen = PIL.Image.fromarray(np.where(deep == clear, 0, 255).astype(np.uint8)) if clear is not None else None
+        return Picture(_of_array(deep.astype(np.uint16)), seen)
     alpha = None
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
+    if image.mode in _TRANSPARENT or clear is not None:
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         alpha = image.getchannel("A")
     return Picture(_of_array(np.asarray(image.convert("RGB"))), alpha)
 

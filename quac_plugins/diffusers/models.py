@@ -208,7 +208,7 @@ def quac_class(host: Any) -> Any:
         >>> quac_class(UNet2DModel).__name__
         'QuACUNet2DModel'
     """
-    if not _is_network(host):
+    if not is_network(host):
         raise TypeError(f"{getattr(host, '__name__', host)} is no model of diffusers")
 
     def __init__(self: Any, *args: Any, quac: Any = None, **kwargs: Any) -> None:
@@ -237,7 +237,8 @@ def quac_class(host: Any) -> Any:
     return type(name, (QuACMixin, host), body)
 
 
-def _is_network(host: Any) -> bool:
+def is_network(host: Any) -> bool:
+    """Whether it is a class of diffusers' models."""
     return isinstance(host, type) and issubclass(host, ModelMixin)
 
 
@@ -268,7 +269,7 @@ def add_to_model(model: Any, quac: Any = None, example: Any = None) -> Any:
 def __getattr__(name: str) -> Any:
     """``QuACNAME`` of every network NAME of diffusers."""
     host = getattr(diffusers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
-    if not _is_network(host):
+    if not is_network(host):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return quac_class(host)
 

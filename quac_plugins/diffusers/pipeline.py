@@ -13,19 +13,25 @@ what one does.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from quac_plugins.core.inject import injection_of
+from quac_plugins.core.inject.surgery import unwrap
 from quac_plugins.core.options import one_of, whole_number
+from quac_plugins.diffusers.callbacks import changed_by, tensor_inputs
 from quac_plugins.diffusers.existing import checked_quality, note_classes
 from quac_plugins.diffusers.images import OUTPUTS, Picture, give_back, pictures_of
+from quac_plugins.diffusers.models import QuACUNet2DModel
+from quac_plugins.diffusers.schedule import check_scheduler, schedule_of
 from quac_plugins.diffusers.tiles import tiled
 from quac_plugins.hub.published import find_published
 from quac_plugins.registry import is_published_name, published
@@ -43,6 +49,10 @@ class QuACRestorationPipeline(DiffusionPipeline):
         start_noise: standard deviation, in the scale [−1, 1], of the noise that is added to the degraded image at the
             start, as in training; 0: the result is a function of the image alone.
 
+    Raises:
+        TypeError, ValueError: the network does not go from three channels to three, or the scheduler does not lead from
+            the degraded image to the clean one.
+
     Example:
         >>> import numpy as np
         >>> from quac_plugins.diffusers import QuACUNet2DModel
@@ -59,6 +69,12 @@ class QuACRestorationPipeline(DiffusionPipeline):
 
     def __init__(self, unet: Any, scheduler: FlowMatchEulerDiscreteScheduler, start_noise: float = 0.0):
         super().__init__()
+        _check_network(unet)
+        check_scheduler(scheduler)
+        known = isinstance(start_noise, (int, float)) and not isinstance(start_noise, bool)
+        if not known or not 0 <= start_noise < math.inf:
+            raise ValueError(f"start_noise must be a number ≥ 0, got {start_noise!r}")
+        self._interrupt, self._num_timesteps = False, 0
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(start_noise=start_noise)
 
@@ -83,6 +99,16 @@ class QuACRestorationPipeline(DiffusionPipeline):
             'qacon'
         """
         return super().from_pretrained(_located(pretrained_model_name_or_path), **kwargs)
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has asked to end after the step it was called at, by ``pipe._interrupt = True``."""
+        return self._interrupt
+
+    @property
+    def num_timesteps(self) -> int:
+        """Of the latest call."""
+        return self._num_timesteps
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """See ``DiffusionPipeline.save_pretrained``."""
@@ -128,23 +154,27 @@ class QuACRestorationPipeline(DiffusionPipeline):
             output_type: ``"pil"``, ``"np"`` (B, H, W, 3) or ``"pt"`` (B, 3, H, W).
             return_dict: an ``ImagePipelineOutput``, or a tuple with the images.
             callback_on_step_end: called after each step as ``f(pipe, step, timestep, tensors)``; returns the tensors
-                that it changed. Images of each size are restored together, one size after another.
-            callback_on_step_end_tensor_inputs: which of ``"sample"`` (B, 3, H, W) in [−1, 1] and ``"quality"`` it gets.
+                that it changed. Images of each size are restored together, one size after another. One that sets
+                ``pipe._interrupt = True`` ends the call: the images are as they were after that step, or as they came.
+            callback_on_step_end_tensor_inputs: which of ``"sample"`` (B, 3, H, W) in [−1, 1] and ``"quality"`` it gets;
+                a ``PipelineCallback`` says so itself.
 
         Returns:
-            The restored images in the order they were given, of their sizes; with the transparency of PIL images.
+            The restored images in the order they were given, of their sizes; with the transparency of PIL images, which
+            are turned the way up that their camera noted.
 
         Raises:
             TypeError, ValueError: an argument cannot be; see :func:`pictures_of` for images.
+            RuntimeError: the network made NaN or infinity of an image.
         """
         whole_number("num_inference_steps", num_inference_steps)
         one_of("output_type", output_type, list(OUTPUTS))
-        multiple = 2 ** (len(self.unet.config.block_out_channels) - 1)
+        network: Any = unwrap(self.unet)
+        multiple = 2 ** (len(network.config.block_out_channels) - 1)
         whole_number("tile_size", tile_size, multiple)
         overlap = min(64, tile_size // 4) if tile_overlap is None else tile_overlap
         whole_number("tile_overlap", overlap, 0, tile_size // 2)
-        for name in callback_on_step_end_tensor_inputs:
-            one_of("callback_on_step_end_tensor_inputs", name, list(self._callback_tensor_inputs))
+        names = tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         pictures = pictures_of(image)
         quality = self._checked(quality, len(pictures))
         if isinstance(generator, list) and len(generator) != len(pictures):
@@ -154,6 +184,7 @@ class QuACRestorationPipeline(DiffusionPipeline):
         for index, picture in enumerate(pictures):
             shape = tuple(picture.pixels.shape)
             groups.setdefault((shape, index) if max(shape) > tile_size else shape, []).append(index)
+        self._interrupt, self._num_timesteps = False, num_inference_steps
         restored: dict[int, Tensor] = {}
         with self.progress_bar(total=num_inference_steps * len(groups)) as bar:
             for indices in groups.values():
@@ -161,20 +192,22 @@ class QuACRestorationPipeline(DiffusionPipeline):
                 q = quality[indices].to(images.device) if quality is not None else self.quality_of(images)
                 noise = [generator[i] for i in indices] if isinstance(generator, list) else generator
                 x = self._start(images, noise)
-                self.scheduler.set_timesteps(
-                    sigmas=[1 - i / num_inference_steps for i in range(num_inference_steps)], device=images.device
-                )
-                for step, t in enumerate(self.scheduler.timesteps):
+                scheduler = schedule_of(self.scheduler, num_inference_steps, images.device)
+                for step, t in enumerate(scheduler.timesteps):
+                    if self.interrupt:
+                        break
                     v = self._velocity(x, t, q, tile_size // multiple * multiple, overlap, multiple)
-                    x = self.scheduler.step(v, t, x, return_dict=False)[0]
-                    if callback_on_step_end is not None:
-                        known = {"sample": x, "quality": q}
-                        given = {name: known[name] for name in callback_on_step_end_tensor_inputs}
-                        changed = callback_on_step_end(self, step, t, given) or {}
-                        x, q = changed.get("sample", x), changed.get("quality", q)
+                    x = scheduler.step(v, t, x, return_dict=False)[0]
+                    tensors = changed_by(callback_on_step_end, self, step, t, {"sample": x, "quality": q}, names)
+                    x, q = tensors["sample"], tensors["quality"]
                     bar.update()
                 restored.update(zip(indices, (x / 2 + 0.5).clamp(0, 1).cpu(), strict=True))
         self.maybe_free_model_hooks()
+        for index, pixels in restored.items():
+            if not bool(torch.isfinite(pixels).all()):
+                where = f"image {index}" if len(pictures) > 1 else "the image"
+                hint = "" if network.dtype == torch.float32 else f"; {network.dtype} may have too small a range for it"
+                raise RuntimeError(f"the network made NaN or infinity of {where}{hint}")
         results = [Picture(restored[i], picture.alpha) for i, picture in enumerate(pictures)]
         images = give_back(results, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -197,16 +230,38 @@ class QuACRestorationPipeline(DiffusionPipeline):
     def _velocity(self, x: Tensor, t: Tensor, q: Tensor | None, tile: int, overlap: int, multiple: int) -> Tensor:
         """v at x (B, 3, H, W), at least float32."""
         extra = {"quality": q} if q is not None else {}
+        network: Any = unwrap(self.unet)
 
         def function(part: Tensor) -> Tensor:
-            return self.unet(part.to(self.unet.dtype), t, return_dict=False, **extra)[0].float()
+            return self.unet(part.to(network.dtype), t, return_dict=False, **extra)[0].float()
 
         return tiled(function, x, tile, min(overlap, tile // 2), multiple)
 
 
+# From its annotations diffusers knows which networks another pipeline of this class may take over.
+QuACRestorationPipeline.__init__.__annotations__["unet"] = Union[QuACUNet2DModel, UNet2DModel]  # noqa: UP007
+
+
+def _check_network(unet: Any) -> None:
+    """TypeError or ValueError for what is no network on images alone."""
+    config = getattr(unwrap(unet), "config", None) if isinstance(unet, torch.nn.Module) else None
+    channels = [getattr(config, name, None) for name in ("in_channels", "out_channels")]
+    if None in channels or not hasattr(config, "block_out_channels"):
+        raise TypeError(f"unet must be a UNet2DModel, with QuAC inside or without, got {type(unet).__name__}")
+    if channels != [3, 3]:
+        raise ValueError(f"unet must go from 3 channels to 3 (RGB), got in_channels={channels[0]} and {channels[1]}")
+    for name in ("class_embed_type", "num_class_embeds", "cross_attention_dim"):
+        if getattr(config, name, None):
+            raise ValueError(f"unet must take images alone: its config has {name}={getattr(config, name)!r}")
+
+
 def _located(source: Any) -> Any:
     """The folder of a published name; else what was given."""
-    if not isinstance(source, str) or not is_published_name(source) or Path(source).is_dir():
+    if isinstance(source, os.PathLike):
+        source = os.fspath(source)
+    if not isinstance(source, str):
+        raise TypeError(f"a pipeline is named by a string or a path, got {type(source).__name__}")
+    if not is_published_name(source) or Path(source).is_dir():
         return source
     found = find_published(source, door="diffusers")
     if found is None:

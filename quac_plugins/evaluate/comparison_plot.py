@@ -21,19 +21,22 @@ _SHAPES = 3  # activations drawn
 _BEFORE, _AFTER = "#b5651d", "#1f6fb4"
 
 
-def draw_comparison(path: str | os.PathLike[str], pipe: Any, degraded: Tensor, restored: Tensor) -> None:
+def draw_comparison(
+    path: str | os.PathLike[str], pipe: Any, degraded: Tensor, restored: Tensor, tile_size: int = 512
+) -> None:
     """Draw one image before and after restoration.
 
     Args:
         path: the picture: .png, .jpg, .pdf, .svg, by its suffix; written beside, then renamed.
         pipe: the restoration pipeline, with ``unet`` and ``quality_of``.
         degraded, restored: (3, H, W), RGB in [0, 1].
+        tile_size: largest side that goes through the network at once.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     q = pipe.quality_of(torch.stack([degraded, restored]))
-    curves = _curves(pipe, degraded, restored) if q is not None else {}
+    curves = _curves(pipe, degraded, restored, tile_size) if q is not None else {}
     figure = require_matplotlib()(figsize=(13, 4.6 if q is None else 9.5), layout="constrained")
     grid = figure.add_gridspec(1 if q is None else 3, 6, height_ratios=None if q is None else [1.5, 0.8, 1])
     change = (restored - degraded).abs().mean(dim=0).cpu().numpy()
@@ -60,7 +63,7 @@ def draw_comparison(path: str | os.PathLike[str], pipe: Any, degraded: Tensor, r
 _X = torch.linspace(-4, 4, 161)
 
 
-def _curves(pipe: Any, degraded: Tensor, restored: Tensor) -> dict[str, Tensor]:
+def _curves(pipe: Any, degraded: Tensor, restored: Tensor, tile_size: int) -> dict[str, Tensor]:
     """Name → (2, N): of the channel that q moves most, for the q of the image before and of that after."""
     sites = [
         name
@@ -73,7 +76,7 @@ def _curves(pipe: Any, degraded: Tensor, restored: Tensor) -> dict[str, Tensor]:
         q = pipe.quality_of(image[None])
 
         def run(q: Any = q) -> None:
-            pipe(degraded[None], quality=q, output_type="pt")
+            pipe(degraded[None], quality=q, output_type="pt", tile_size=tile_size)
 
         by_quality.append(activation_curves(pipe.unet, list(dict.fromkeys(chosen)), run, _X))
     found = {}

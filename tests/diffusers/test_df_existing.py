@@ -262,6 +262,21 @@ def test_another_pipeline_around_the_same_network(moved_pipe, photograph):
     assert np.array_equal(run("img2img", again, image), run("img2img", pipe, image))
 
 
+def test_another_pipeline_of_its_own_class(moved_pipe, photograph):
+    pipe, image = moved_pipe("img2img"), photograph(size=(32, 32))
+    again = type(pipe).from_pipe(pipe)
+    again.set_progress_bar_config(disable=True)
+    assert again.unet is pipe.unet
+    assert np.array_equal(run("img2img", again, image), run("img2img", pipe, image))
+
+
+def test_a_compiled_network_is_refused(build):
+    pipe = build("img2img")
+    pipe.unet = torch.compile(pipe.unet)
+    with pytest.raises(TypeError, match="the unet is inside a OptimizedModule: add QuAC first, then compile"):
+        add_quac(pipe)
+
+
 def test_pickled_it_is_the_same(moved_pipe, photograph):
     pipe, image = moved_pipe("super_resolution"), photograph(size=(32, 32))
     for again in (pickle.loads(pickle.dumps(pipe)), copy.deepcopy(pipe)):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from skimage import data
 
 from quac_plugins.diffusers.images import give_back, pictures_of
@@ -60,6 +60,32 @@ def test_transparency_comes_back():
     assert pictures_of(palette.convert("RGBA"))[0].alpha is not None
 
 
+@pytest.mark.parametrize("mode", ["La", "RGBa", "LA", "PA"])
+def test_transparency_in_other_modes(mode):
+    clear = PHOTO.convert("RGBA" if mode in ("RGBa", "PA") else "LA")
+    clear.putalpha(PHOTO.convert("L").point(lambda value: 128 + value // 2))
+    (picture,) = pictures_of(clear.convert(mode) if mode != "PA" else clear.convert("P").convert("PA"))
+    assert picture.alpha is not None
+    if mode != "PA":
+        assert np.array_equal(np.asarray(picture.alpha), np.asarray(clear.getchannel("A")))
+
+
+def test_the_value_that_is_clear_among_sixteen_bits():
+    deep = np.asarray(PHOTO.convert("L")).astype(np.uint16) * 257
+    image = Image.fromarray(deep)
+    image.info["transparency"] = int(deep[3, 4])
+    assert np.array_equal(np.asarray(pictures_of(image)[0].alpha), np.where(deep == deep[3, 4], 0, 255))
+
+
+def test_the_second_channel_of_lab_is_no_transparency():
+    lab = ImageCms.profileToProfile(
+        PHOTO, ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+    )
+    (picture,) = pictures_of(lab)
+    assert picture.alpha is None
+    torch.testing.assert_close(picture.pixels, expected(PIXELS), atol=0.03, rtol=0)
+
+
 def test_several_sizes():
     small = PHOTO.resize((7, 9))
     pictures = pictures_of([PHOTO, small])
@@ -96,6 +122,12 @@ def with_nan():
         ([[PHOTO]], TypeError, "or a list of these, got list"),
         (None, TypeError, "got NoneType"),
         (PHOTO.convert("F"), ValueError, "PIL mode F"),
+        (
+            Image.fromarray(np.full((4, 4), 2**20, np.int32)),
+            ValueError,
+            "integers from 1048576 to 1048576, which have no",
+        ),
+        (Image.fromarray(np.full((4, 4), -1, np.int32)), ValueError, "mode I.*from -1 to -1"),
     ],
 )
 def test_what_is_no_image_is_named(image, error, message):

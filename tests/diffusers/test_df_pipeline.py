@@ -1,11 +1,14 @@
 """The restoration pipeline, on real photographs: any size, a few steps, saved and loaded as every pipeline."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from PIL import Image
 
 import quac_plugins as quac
@@ -130,6 +133,77 @@ def test_a_callback_sees_and_changes_each_step(pipeline, photograph):
     assert torch.equal(found, torch.full_like(found, 0.5))
 
 
+def test_a_callback_of_diffusers_says_itself_what_it_needs(pipeline, photograph):
+    class Note(PipelineCallback):
+        tensor_inputs = ("sample", "quality")
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            seen.append(sorted(callback_kwargs))
+            return callback_kwargs
+
+    pipe, seen = pipeline(), []
+    for callback in (Note(), MultiPipelineCallbacks([Note()])):
+        found = restored(pipe, photograph(), num_inference_steps=2, callback_on_step_end=callback)
+        assert torch.equal(found, restored(pipe, photograph(), num_inference_steps=2))
+    assert seen == [["quality", "sample"]] * 4
+    assert pipe.num_timesteps == 2
+
+
+def test_a_callback_ends_the_call(pipeline, photograph):
+    pipe, seen = pipeline(), []
+
+    def end(pipe, step, timestep, tensors):
+        seen.append(tensors["sample"])
+        pipe._interrupt = step == 1
+
+    found = restored(pipe, photograph(), num_inference_steps=5, callback_on_step_end=end)
+    assert len(seen) == 2
+    assert pipe.interrupt
+    assert torch.equal(found, (seen[-1] / 2 + 0.5).clamp(0, 1))
+    whole = restored(pipe, photograph(), num_inference_steps=5)
+    assert not pipe.interrupt
+    assert not torch.equal(whole, found)
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (3, TypeError, "must return a dict of tensors, got int"),
+        ({"latents": torch.zeros(1)}, ValueError, "unknown tensor returned by callback_on_step_end 'latents'"),
+        (
+            {"sample": torch.zeros(1, 3, 8, 8)},
+            ValueError,
+            r"'sample' \(1, 3, 8, 8\), expected a tensor \(1, 3, 32, 48\)",
+        ),
+        ({"sample": None}, ValueError, "returned 'sample' None, expected a tensor"),
+        ({"sample": torch.full((1, 3, 32, 48), torch.nan)}, RuntimeError, "made NaN or infinity of the image$"),
+    ],
+)
+def test_what_a_callback_returns_is_checked(returned, error, message, pipeline, photograph):
+    with pytest.raises(error, match=message):
+        pipeline()(photograph(), callback_on_step_end=lambda *_: returned)
+
+
+def test_calls_in_threads_are_each_right(pipeline, photograph):
+    pipe = pipeline()
+    jobs = [(name, steps) for name in ("astronaut", "coffee") for steps in (1, 4, 7)] * 3
+    alone = [restored(pipe, photograph(name), num_inference_steps=steps) for name, steps in jobs]
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(lambda job: restored(pipe, photograph(job[0]), num_inference_steps=job[1]), jobs))
+    for one, other in zip(found, alone, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+def test_a_call_inside_a_callback(pipeline, photograph):
+    pipe = pipeline()
+
+    def call(pipe, step, timestep, tensors):
+        pipe(photograph("coffee"), num_inference_steps=2)
+
+    expected = restored(pipe, photograph(), num_inference_steps=3)
+    assert torch.equal(restored(pipe, photograph(), num_inference_steps=3, callback_on_step_end=call), expected)
+
+
 def test_progress_is_shown(pipeline, photograph, capsys):
     pipe = pipeline()
     pipe.set_progress_bar_config(disable=False)
@@ -205,12 +279,93 @@ def test_over_the_hub(pipeline, photograph, hub):
         ({"tile_size": 64, "tile_overlap": 40}, "tile_overlap must be a whole number from 0 to 32, got 40"),
         ({"quality": torch.rand(2, 36)}, r"quality must be a floating point tensor \(1, 36\), .* got \(2, 36\)"),
         ({"generator": [torch.Generator()] * 2}, "2 generators were given for 1 images"),
+        ({"quality": torch.full((1, 36), torch.nan)}, "quality holds NaN or infinity"),
         ({"callback_on_step_end_tensor_inputs": ["latents"]}, "unknown callback_on_step_end_tensor_inputs 'latents'"),
     ],
 )
 def test_an_argument_that_cannot_be(options, message, pipeline, photograph):
     with pytest.raises(ValueError, match=message):
         pipeline()(photograph(), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"callback_on_step_end_tensor_inputs": "sample"}, "must be a list of names, got 'sample'"),
+        ({"callback_on_step_end": 3}, "callback_on_step_end must be a function, got int"),
+    ],
+)
+def test_an_argument_of_another_type(options, message, pipeline, photograph):
+    with pytest.raises(TypeError, match=message):
+        pipeline()(photograph(), **options)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "error", "message"),
+    [
+        (DDIMScheduler(), TypeError, "must be a FlowMatchEulerDiscreteScheduler, .* got DDIMScheduler"),
+        (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), ValueError, "invert_sigmas=True does not lead"),
+        (FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), ValueError, "stochastic_sampling=True does not"),
+        (FlowMatchEulerDiscreteScheduler(shift_terminal=0.1), ValueError, r"shift_terminal=0\.1 does not lead"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_scheduler_that_leads_elsewhere(scheduler, error, message, unet, pipeline, photograph):
+    with pytest.raises(error, match=message):
+        QuACRestorationPipeline(unet(), scheduler)
+    pipe = pipeline()
+    pipe.scheduler = scheduler
+    with pytest.raises(error, match=message):
+        pipe(photograph())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        (None, TypeError, "unet must be a UNet2DModel, with QuAC inside or without, got NoneType"),
+        (torch.nn.Conv2d(3, 3, 1), TypeError, "got Conv2d"),
+        ({"in_channels": 6}, ValueError, "from 3 channels to 3 .*, got in_channels=6 and 3"),
+        ({"num_class_embeds": 4}, ValueError, "must take images alone: its config has num_class_embeds=4"),
+    ],
+    ids=["none", "layer", "channels", "classes"],
+)
+def test_a_network_that_restores_nothing(changes, error, message, plain):
+    network = plain(**changes) if isinstance(changes, dict) else changes
+    with pytest.raises(error, match=message):
+        QuACRestorationPipeline(network, FlowMatchEulerDiscreteScheduler())
+
+
+def test_noise_at_the_start_that_cannot_be(pipeline):
+    for value in (-1, "a", float("nan"), True):
+        with pytest.raises(ValueError, match="start_noise must be a number ≥ 0"):
+            pipeline(start_noise=value)
+
+
+def test_numbers_of_numpy(pipeline, photograph):
+    pipe = pipeline()
+    expected = restored(pipe, photograph(), num_inference_steps=2)
+    assert torch.equal(restored(pipe, photograph(), num_inference_steps=np.int64(2)), expected)
+
+
+def test_another_pipeline_of_the_same_parts(pipeline, plain, photograph):
+    for pipe in (pipeline(), pipeline(plain())):
+        again = QuACRestorationPipeline.from_pipe(pipe)
+        again.set_progress_bar_config(disable=True)
+        assert again.unet is pipe.unet
+        assert torch.equal(restored(again, photograph()), restored(pipe, photograph()))
+
+
+def test_a_photograph_that_was_taken_upright(pipeline, photograph):
+    turned, upright = photograph(), photograph().transpose(Image.Transpose.ROTATE_270)
+    turned.getexif()[274] = 6
+    assert torch.equal(restored(pipeline(), turned), restored(pipeline(), upright))
+
+
+def test_a_pipeline_is_named_by_a_string_or_a_path():
+    from_pretrained = QuACRestorationPipeline.from_pretrained
+    assert isinstance(from_pretrained(Path("restoration_qacon.bsds")), QuACRestorationPipeline)
+    with pytest.raises(TypeError, match="named by a string or a path, got NoneType"):
+        from_pretrained(None)
 
 
 def test_in_front_of_a_classifier(pipeline, photographs):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import accelerate
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -178,7 +179,24 @@ def test_the_twins(activation, run):
     assert any(".act." in name for name in names) == (activation == "meta_acon")
 
 
+def test_photographs_are_read_as_they_were_taken(tmp_path):
+    photographs = runpy.run_path(str(SCRIPT), run_name="script")["photographs"]
+    grey = np.asarray(Image.fromarray(data.coffee()).convert("L"))
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "a.png")
+    turned = Image.fromarray(grey)
+    exif = turned.getexif()
+    exif[274] = 6
+    turned.save(tmp_path / "b.png", exif=exif)
+    deep, upright = photographs(tmp_path)
+    assert np.array_equal(deep, np.repeat(grey[..., None], 3, 2))
+    assert np.array_equal(upright, np.rot90(deep, 3))
+    (tmp_path / "c.jpg").write_bytes(b"no photograph")
+    with pytest.raises(SystemExit, match=r"cannot read .*c\.jpg"):
+        photographs(tmp_path)
+
+
 def test_degradations_are_chosen(run, tmp_path):
+    (tmp_path / "empty").mkdir()
     noisy = run("noisy", "--degradations", "noise=2,jpeg", "--clean", 0)
     hazy = run("hazy", "--degradations", "haze", "--clean", 0, "--shift", 2)
     assert json.loads((tmp_path / "hazy/scheduler/scheduler_config.json").read_text())["shift"] == 2
@@ -189,6 +207,14 @@ def test_degradations_are_chosen(run, tmp_path):
         ("--degradations", "jpeg=much", "could not convert"),
         ("--clean", 2, "--clean must be a share from 0 to 1"),
         ("--shift", 0, "--shift must be above 0"),
+        ("--steps", 0, "--steps: must be a whole number from 1"),
+        ("--validate-every", 0, "--validate-every: must be a whole number from 1"),
+        ("--patch", 17, "--patch must be a multiple of 2"),
+        ("--lr", "nan", "--lr must be above 0"),
+        ("--config", "nope", "--config nope: the registry has no file 'diffusers/nope.json'; it has"),
+        ("--config", tmp_path / "no.json", "No such file"),
+        ("--start", tmp_path, "is no folder of a saved pipeline"),
+        ("--val", tmp_path / "empty", "holds no photographs"),
     ):
         assert message in run("wrong", option, value, fails=True)
 

@@ -82,7 +82,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        ValueError: the model holds no QuAC.
+        ValueError: the model holds no QuAC, or another adapter's layers are inside what was put in.
 
     Example:
         >>> import tempfile, timm, quac_plugins as quac
@@ -92,6 +92,10 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     """
     record = _record(model)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(model).items()}
+    if wrapped := next((name for name in state if ".base_layer." in name), None):
+        raise ValueError(
+            f"{wrapped!r}: a layer that was put in is inside another adapter's (LoRA); merge or unload that one first"
+        )
     prior = record.prior
     config = {
         "peft_type": "QUAC",

@@ -60,9 +60,7 @@ class Arguments:
         return replace(self, images=images, others=others, named=tuple(named.items()))
 
 
-def arguments_of(
-    example: Example | None, size: Callable[[], tuple[int, int, int]], tokens: bool = False
-) -> Arguments:
+def arguments_of(example: Example | None, size: Callable[[], tuple[int, int, int]], tokens: bool = False) -> Arguments:
     """Arguments as a user gives them; without any, one image of ``size()``.
 
     Raises:

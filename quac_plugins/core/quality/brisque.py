@@ -58,7 +58,8 @@ def brisque(images: Tensor) -> Tensor:
     Returns:
         (B, 36) on the device of the images, float64 for float64 images and float32 otherwise, always finite. Shapes
             lie in [0.2, 10], variances are ≥ 0. Where a side of a distribution has no samples, its variance is 0 and
-            the shape 10 (OpenCV: NaN and 10); so a constant image gives shapes of 10 and zeros elsewhere.
+            the shape 10 (OpenCV: NaN and 10). A constant image gives shapes of 10 and zeros elsewhere (OpenCV: what the
+            rounding errors of its half size look like, which change with the image's sides).
 
     Raises:
         TypeError: ``images`` is not a tensor, or not of a floating dtype.
@@ -83,7 +84,7 @@ def brisque(images: Tensor) -> Tensor:
     parts = [
         _features(torch.cat([sums for sums, _ in scale]), scale[0][1], ratios) for scale in zip(*scales, strict=True)
     ]
-    features = torch.cat(parts, dim=1)
+    features = _settled(torch.cat(parts, dim=1))
     return features.to(torch.float64 if images.dtype == torch.float64 else torch.float32)
 
 
@@ -104,6 +105,17 @@ def _check(images: Tensor) -> None:
         )
     if images.shape[2] == 0 or images.shape[3] == 0:
         raise ValueError(f"brisque expects images with at least one pixel, got {tuple(images.shape)}")
+
+
+def _settled(features: Tensor) -> Tensor:
+    """(B, 36) with those of constant images in the place of their rounding errors, whose variance is below 1e-9.
+
+    One pixel of a neighbouring grey level among 25 millions makes a variance of 1e-8.
+    """
+    constant = features.new_zeros(2, 18)
+    constant[:, 0] = 10
+    constant[:, 2::4] = 10
+    return torch.where(features[:, 1:2] < 1e-9, constant.flatten(), features)
 
 
 def _blocks(images: Tensor) -> tuple[Tensor, ...]:

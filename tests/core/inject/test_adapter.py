@@ -373,6 +373,23 @@ def test_a_file_is_not_an_adapter(saved):
         load_adapter(host(), saved / WEIGHTS)
 
 
+def test_another_adapter_inside_is_refused_when_it_is_saved(tmp_path):
+    """LoRA keeps the layer it goes around as ``base_layer``: under these names nothing could be loaded."""
+
+    class Lora(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.base_layer = layer
+
+    model = timm.create_model("test_resnet_qacon")
+    site = model.get_submodule(quac.injection_of(model).sites[0].name)
+    name = next(name for name, module in site.named_modules() if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)))
+    site.set_submodule(name, Lora(site.get_submodule(name)))
+    with pytest.raises(ValueError, match=r"base_layer.*another adapter's \(LoRA\); merge or unload that one first"):
+        quac.save_adapter(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_to_save(tmp_path):
     for function in (adapter_state, lambda model: save_adapter(model, tmp_path / "adapter")):
         with pytest.raises(ValueError, match="ResNet holds no QuAC"):

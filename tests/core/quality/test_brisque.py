@@ -185,11 +185,19 @@ def test_always_finite_and_in_range(name):
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
-def test_constant_image(value):
+@pytest.mark.parametrize("value", [0.0, 50 / 255, 0.5, 250 / 255, 1.0])
+@pytest.mark.parametrize("size", [(24, 24), (63, 65), (255, 33), (7, 9), (1, 1)])
+def test_constant_image(size, value):
+    """What rounding leaves of it says nothing, least of all whether the sides are odd."""
     expected = torch.zeros(36)
     expected[SHAPES] = 10.0
-    torch.testing.assert_close(brisque(torch.full((2, 3, 24, 24), value)), expected.expand(2, 36), rtol=0, atol=1e-6)
+    assert torch.equal(brisque(torch.full((2, 3, *size), value)), expected.expand(2, 36))
+
+
+def test_a_single_pixel_is_not_constant():
+    images = torch.full((1, 3, 512, 512), 100 / 255)
+    images[..., 200, 300] += 1 / 255
+    assert brisque(images)[0, 1] > 1e-7
 
 
 def test_nan_is_black_and_outside_is_clamped(batch):
