@@ -2,12 +2,11 @@
 
     python examples/train_restoration.py --data DIR/train --val DIR/val --out restorer                 # Q-ACON
     python examples/train_restoration.py --data DIR/train --val DIR/val --activation silu --out twin    # without
-    accelerate launch examples/train_restoration.py --config restoration_large --mixed-precision bf16 \\
-        --num-workers 8 --max-minutes 24 --data DIR/train --val DIR/val --out restorer
+    accelerate launch examples/train_restoration.py --config restoration_large --mixed-precision bf16 --num-workers 8 …
 
 ``restoration_large`` is meant for a large GPU, where it has not been run yet. Two CPU cores need 6 s for each of its
 2,500 steps (13 GFLOP a patch), four hours in all: a device ten times as fast is done within 25 minutes. With
-``--max-minutes`` the training ends then, done or not, its learning rate having fallen in that time.
+``--max-minutes 24`` the training ends then, done or not, its learning rate having fallen in that time.
 DIR/train holds photographs of any sizes, in folders or not; by default QUAC_DATA/bsds. ``--out`` becomes a pipeline
 that ``QuACRestorationPipeline.from_pretrained`` and ``quac restore`` load. An interrupted run goes on from its last
 checkpoint in --work. The three activations share the network, the pictures, their order and the number of steps.
@@ -107,7 +106,7 @@ def build(args: argparse.Namespace) -> Any:
     if args.activation == "silu":
         unet = UNet2DModel(**options)
     else:
-        unet = QuACUNet2DModel(**options, quac={**config["quac"], "activation": args.activation})
+        unet = QuACUNet2DModel(**options, quac={**config.get("quac", {}), "activation": args.activation})
     torch.nn.init.zeros_(unet.conv_out.weight)  # at first every image is left alone
     torch.nn.init.zeros_(unet.conv_out.bias)
     return unet
@@ -118,8 +117,8 @@ def config_of(name: str) -> dict[str, Any]:
     try:
         file = name if name.endswith(".json") else quac.registry_file(f"diffusers/{name}.json")
         config = json.loads(Path(file).read_text(encoding="utf-8"))
-        if not isinstance(config, dict) or not {"block_out_channels", "quac"} <= set(config):
-            raise ValueError("it has no block_out_channels and quac, as a QuACUNet2DModel's")
+        if not isinstance(config, dict):
+            raise ValueError("it is not that of a network")
     except (OSError, ValueError) as error:
         raise SystemExit(f"--config {name}: {error}") from None
     return config
@@ -155,7 +154,8 @@ def draw_times(count: int, part: float, shift: float, generator: torch.Generator
 class Progress:
     """The part that is done of a training's steps or of its minutes, whichever is further; alike on every process.
 
-    The minutes are those of the main process since it began, with those of the runs it goes on from.
+    The minutes are those of the main process since it began (its imports apart), with those of the runs it goes on
+    from.
     """
 
     def __init__(self, steps: int, minutes: float | None, started: float):
@@ -178,11 +178,12 @@ class Progress:
         return min(max(self.step / self.steps, self.time), 1.0)
 
     def rate(self, warm_up: int = 100) -> float:
-        """Of the learning rate: up a line, then down half a cosine to nothing at the end."""
-        if self.step < warm_up:
-            return self.step / warm_up
-        left = (self.step - warm_up) / max(1, self.steps - warm_up)
-        return 0.5 * (1.0 + math.cos(math.pi * min(max(left, self.time), 1.0)))
+        """Of the learning rate: up a line, for 5 % of the minutes at most, then down half a cosine to nothing."""
+        up = max(self.step / warm_up, self.time / 0.05)
+        if up < 1:
+            return up
+        left = max((self.step - warm_up) / max(1, self.steps - warm_up), (self.time - 0.05) / 0.95, 0.0)
+        return 0.5 * (1.0 + math.cos(math.pi * min(left, 1.0)))
 
     def state_dict(self) -> dict[str, float]:
         """What a checkpoint keeps."""
@@ -232,8 +233,9 @@ def train(args: argparse.Namespace, accelerator: Accelerator, started: float) ->
         total += loss.detach()  # read now and then, since a GPU would be waited for
         done = step + 1
         log, keep = done % args.log_every == 0, done % args.checkpoint_every == 0 or done == args.steps
-        if (log or keep) and not math.isfinite(total):
-            raise SystemExit("the loss is not finite: take a smaller --lr")
+        judge = args.val is not None and done % args.validate_every == 0
+        if log or keep or judge:
+            check(total)
         if log:
             speed = (done - first) / (time.perf_counter() - began)
             loss = float(total) / args.log_every
@@ -241,7 +243,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, started: float) ->
             total.zero_()
         if keep:
             save(args, accelerator, done)
-        if args.val is not None and done % args.validate_every == 0 and accelerator.is_main_process:
+        if judge and accelerator.is_main_process:
             ema.store(unet.parameters())
             ema.copy_to(unet.parameters())
             validate(
@@ -253,9 +255,15 @@ def train(args: argparse.Namespace, accelerator: Accelerator, started: float) ->
         raise SystemExit(f"no step could be taken in --max-minutes {args.max_minutes:g}: the start took longer")
     if done < args.steps:
         accelerator.print(f"step {done} of {args.steps}: --max-minutes {args.max_minutes:g} are over", file=sys.stderr)
+        check(total)
         if done > first and not keep:
             save(args, accelerator, done)
     return unet, ema
+
+
+def check(total: Tensor) -> None:
+    if not math.isfinite(total):
+        raise SystemExit("the loss is not finite: take a smaller --lr")
 
 
 def save(args: argparse.Namespace, accelerator: Accelerator, done: int) -> None:
@@ -290,11 +298,10 @@ def resume(args: argparse.Namespace, accelerator: Accelerator) -> int:
         return 0
     latest = max(folders, key=lambda folder: int(folder.name.partition("-")[2]))
     was = json.loads((latest / "args.json").read_text(encoding="utf-8"))
-    if was != fixed(args):
-        differ = [
-            f"--{key.replace('_', '-')} was {was.get(key)!r}" for key in fixed(args) if was.get(key) != fixed(args)[key]
-        ]
-        raise SystemExit(f"{latest} is of another run: {', '.join(differ)}; give another --work")
+    if was != (now := fixed(args)):
+        differ = [f"--{key.replace('_', '-')} was {was[key]!r}" for key in was if key in now and was[key] != now[key]]
+        reason = ", ".join(differ) or "made by another version of this script"
+        raise SystemExit(f"{latest} is of another run: {reason}; give another --work")
     accelerator.load_state(str(latest))
     return int(latest.name.partition("-")[2])
 
@@ -424,12 +431,11 @@ def main() -> None:
         parser.error(f"--lr must be above 0, got {args.lr}")
     if not 0 <= args.ema_decay < 1:
         parser.error(f"--ema-decay must be from 0 to 1, got {args.ema_decay}")
-    if args.patch % (multiple := 2 ** (len(config_of(args.config)["block_out_channels"]) - 1)):
+    levels = len(config_of(args.config).get("block_out_channels", (224, 448, 672, 896)))  # as UNet2DModel's
+    if args.patch % (multiple := 2 ** (levels - 1)):
         parser.error(f"--patch must be a multiple of {multiple} for --config {args.config}, got {args.patch}")
     if args.start is not None and not (args.start / "unet" / "config.json").is_file():
         parser.error(f"--start {args.start} is no folder of a saved pipeline")
-    if args.val is not None:
-        photographs(args.val)  # before the work, not after it
     if not 0 <= args.clean <= 1:
         parser.error(f"--clean must be a share from 0 to 1, got {args.clean}")
     if not 0 < args.shift < math.inf:
@@ -438,6 +444,8 @@ def main() -> None:
         parser.error(f"--batch-size must be a multiple of the {accelerator.num_processes} processes")
     if args.max_minutes is not None and not 0 < args.max_minutes < math.inf:
         parser.error(f"--max-minutes must be above 0, got {args.max_minutes}")
+    if args.val is not None and accelerator.is_main_process:
+        photographs(args.val)  # what cannot be read is said before the work, not after it
     unet, ema = train(args, accelerator, started)
     if accelerator.is_main_process:
         ema.copy_to(unet.parameters())

@@ -69,34 +69,52 @@ def _open(path: Path) -> Any:
         raise FileNotFoundError(f"there is no picture {path}")
     try:
         with Image.open(path) as image:
-            if (frames := getattr(image, "n_frames", 1)) > 1:
-                typer.echo(f"{path} holds {frames} pictures; the first is restored", err=True)
             image.load()
             found = ImageOps.exif_transpose(image)
             if image.format not in _NOTED:
                 found.info.pop("exif", None)
+            if image.format != "MPO":  # a photograph with its previews
+                _tell_of_others(image, path)
             return _in_rgb(found)
     except Exception as error:  # decoders of broken files raise anything
         raise OSError(f"cannot read {path}: {type(error).__name__}: {error}") from error
 
 
+def _tell_of_others(image: Any, path: Path) -> None:
+    """That a file holds more pictures than the first; one that is broken after it is none of our affair."""
+    try:
+        frames = getattr(image, "n_frames", 1)
+    except Exception:  # decoders of broken files raise anything
+        return
+    if frames > 1:
+        typer.echo(f"{path} holds {frames} pictures; the first is restored", err=True)
+
+
 def _in_rgb(image: Any) -> Any:
-    """A picture whose profile, if it has one, is of RGB: printers' and grey ones say nothing of what is written."""
+    """A picture whose profile, if it has one, is of RGB: printers' and grey ones say nothing of what is written.
+
+    Of 8 bits a colour it is converted; else the profile is left out, and its numbers are taken as they are.
+    """
     from PIL import ImageCms
 
     profile = image.info.get("icc_profile")
     if not profile or profile[16:20] == b"RGB ":
         return image
     del image.info["icc_profile"]
-    if image.mode in ("CMYK", "L"):
-        try:
-            own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            found: Any = ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
-        except (ImageCms.PyCMSError, OSError, ValueError):  # a broken profile says nothing
-            return image
-        found.info.pop("icc_profile", None)
-        return found
-    return image
+    if image.mode == "L" and "transparency" in image.info:
+        image = image.convert("LA")
+    inks = image.getchannel("L") if image.mode == "LA" else image
+    if inks.mode not in ("CMYK", "L"):
+        return image
+    try:
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        found: Any = ImageCms.profileToProfile(inks, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):  # a broken profile says nothing
+        return image
+    if image.mode == "LA":
+        found.putalpha(image.getchannel("A"))
+    found.info = {key: value for key, value in image.info.items() if key != "icc_profile"}
+    return found
 
 
 def _save(image: Any, path: Path, like: Any) -> None:
@@ -114,9 +132,17 @@ def _save(image: Any, path: Path, like: Any) -> None:
     options: dict[str, Any] = {"icc_profile": like.info.get("icc_profile")}
     if kind in ("JPEG", "WEBP"):
         options["quality"] = 95
+    notes: dict[str, Any] = {}
     if "dpi" in like.info:
-        options["dpi"] = like.info["dpi"]
+        notes["dpi"] = like.info["dpi"]
     if kind in _NOTED and like.info.get("exif"):
-        options["exif"] = like.getexif()
-    image.save(buffer, format=kind, **options)
+        notes["exif"] = like.getexif()
+    try:
+        image.save(buffer, format=kind, **options, **notes)
+    except Exception:  # notes of another format may be too long for this one, or make no sense
+        if not notes:
+            raise
+        buffer = io.BytesIO()
+        image.save(buffer, format=kind, **options)
+        typer.echo(f"{path}: {' and '.join(notes)} could not be written into it", err=True)
     write_beside(path, buffer.getvalue())

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, TypeVar
 
-import numpy as np
 from torch import Tensor
 
 from quac_plugins.core.names import unknown
@@ -32,8 +31,8 @@ def named(key: str) -> Iterator[None]:
 
 
 def whole_number(what: str, value: Any, least: int = 1, most: int | None = None) -> None:
-    """ValueError unless ``value`` is an int, or one of NumPy's, from ``least`` to ``most``."""
-    wrong = isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least
+    """ValueError unless ``value`` is an int from ``least`` to ``most``."""
+    wrong = isinstance(value, bool) or not isinstance(value, int) or value < least
     if wrong or (most is not None and value > most):
         limits = f"≥ {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{what} must be a whole number {limits}, got {value!r}")

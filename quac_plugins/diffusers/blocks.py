@@ -3,7 +3,7 @@
 A ``ResnetBlock2D`` calls one module, ``nonlinearity``, three times: after each of its two norms and on the embedding of
 the timestep. Parameters for every channel need modules of their own. They become children of the norms, ``norm1.act``
 and ``norm2.act``, so that all parameters keep their names and diffusers' own ``forward`` runs as it is. A transformer's
-``GELU`` and ``GEGLU`` are a projection and its activation in one: the latter becomes a child, ``act``.
+``GELU`` is a projection and its activation in one: the latter becomes a child, ``act``. Gates (GEGLU) are left alone.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from typing import Any, TypeVar
 
-from diffusers.models.activations import GEGLU, GELU
+from diffusers.models.activations import GELU
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
@@ -36,20 +36,6 @@ class ActGELU(GELU):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, N, C) → (B, N, inner)."""
         return self.act(self.proj(hidden_states))
-
-
-class ActGEGLU(GEGLU):
-    """A projection whose one half weighs the other after an activation, ``act``."""
-
-    act: nn.Module
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(B, N, C) → (B, N, inner)."""
-        hidden_states, gate = self.proj(hidden_states).chunk(2, dim=-1)
-        return hidden_states * self.act(gate)
-
-
-_WITH_ACT = {GELU: ActGELU, GEGLU: ActGEGLU}
 
 
 class EmbeddingActivation(nn.Module):
@@ -90,10 +76,10 @@ def with_activations(model: M) -> M:
         SiLU()
     """
     for block in list(model.modules()):
-        if type(block) in _WITH_ACT:
+        if type(block) is GELU:
             layer: Any = block
-            layer.act = nn.GELU(getattr(block, "approximate", "none"))
-            layer.__class__ = _WITH_ACT[type(block)]
+            layer.act = nn.GELU(layer.approximate)
+            layer.__class__ = ActGELU
         if not isinstance(block, ResnetBlock2D) or isinstance(block.nonlinearity, EmbeddingActivation):
             continue
         norms, act = (block.norm1, block.norm2), block.nonlinearity
@@ -118,10 +104,9 @@ def without_activations(model: M) -> M:
         'GroupNorm'
     """
     for block in list(model.modules()):
-        if isinstance(block, tuple(_WITH_ACT.values())) and type(block.act) is nn.GELU:
-            layer: Any = block
-            del layer.act
-            layer.__class__ = type(block).__base__
+        if isinstance(block, ActGELU) and type(block.act) is nn.GELU:
+            del block.act
+            block.__class__ = GELU  # type: ignore[assignment]
         if isinstance(block, ResnetBlock2D) and isinstance(block.nonlinearity, EmbeddingActivation):
             plain, norms = block.nonlinearity.embedding, (block.norm1, block.norm2)
             acts = [norm.act for norm in norms if isinstance(norm, ActGroupNorm)] or [block.nonlinearity.maps]

@@ -125,7 +125,7 @@ def quality_of_image(pipe: Any, image: Any) -> Tensor:
     """
     function = _quality_function(_network(pipe))
     try:
-        pictures = pictures_of(_in_unit_range(pipe, image))
+        pictures = pictures_of(_in_unit_range(pipe, image), upright=False)  # the pipeline does not turn it either
     except (TypeError, ValueError) as error:
         raise ValueError(f"{error}. Its quality cannot be measured: give quality=(B, Q)") from error
     with torch.no_grad():

@@ -32,13 +32,14 @@ class Picture:
     alpha: PIL.Image.Image | None = None
 
 
-def pictures_of(image: Any) -> list[Picture]:
+def pictures_of(image: Any, upright: bool = True) -> list[Picture]:
     """Every image of what a user gave.
 
     Args:
-        image: a PIL image of any mode but floats (16 bits are read as such; it is turned the way up that its camera
-            noted), an array (H, W), (H, W, C) or (B, H, W, C), a tensor (H, W), (C, H, W) or (B, C, H, W), or a list of
-            these; C is 1 or 3. Floats lie in [0, 1]; integers are uint8 or uint16, whose largest value is 1.
+        image: a PIL image of any mode but floats (16 bits are read as such), an array (H, W), (H, W, C) or
+            (B, H, W, C), a tensor (H, W), (C, H, W) or (B, C, H, W), or a list of these; C is 1 or 3. Floats lie in
+            [0, 1]; integers are uint8 or uint16, whose largest value is 1.
+        upright: turn PIL images the way up that their camera noted.
 
     Raises:
         TypeError: it is none of these.
@@ -49,7 +50,9 @@ def pictures_of(image: Any) -> list[Picture]:
         >>> [tuple(picture.pixels.shape) for picture in pictures_of(np.zeros((2, 8, 6, 3), np.uint8))]
         [(3, 8, 6), (3, 8, 6)]
     """
-    found = [picture for one in (image if isinstance(image, (list, tuple)) else [image]) for picture in _read(one)]
+    found = [
+        picture for one in (image if isinstance(image, (list, tuple)) else [image]) for picture in _read(one, upright)
+    ]
     if not found:
         raise ValueError("there is no image")
     for index, picture in enumerate(found):
@@ -66,9 +69,9 @@ def pictures_of(image: Any) -> list[Picture]:
     return found
 
 
-def _read(image: Any) -> list[Picture]:
+def _read(image: Any, upright: bool) -> list[Picture]:
     if isinstance(image, PIL.Image.Image):
-        return [_of_pil(image)]
+        return [_of_pil(PIL.ImageOps.exif_transpose(image) if upright else image)]
     if isinstance(image, (np.ndarray, Tensor)):
         return [Picture(pixels) for pixels in _of_numbers(image)]
     raise TypeError(f"image must be a PIL image, an array, a tensor or a list of these, got {type(image).__name__}")
@@ -77,7 +80,6 @@ def _read(image: Any) -> list[Picture]:
 def _of_pil(image: PIL.Image.Image) -> Picture:
     if image.mode == "F":
         raise ValueError("the image holds floats (PIL mode F), which have no agreed range; give an array in [0, 1]")
-    image = PIL.ImageOps.exif_transpose(image)
     clear = image.info.get("transparency")
     if image.mode == "I" or image.mode.startswith("I;16"):
         deep = np.asarray(image)

@@ -102,7 +102,7 @@ class QuACMixin:
             **kwargs: of ``ModelMixin.from_pretrained``: ``subfolder``, ``variant``, ``torch_dtype``, ``revision``, …
 
         Raises:
-            ValueError: ``quac`` for a network that holds QuAC already.
+            ValueError: ``quac`` for a network that holds QuAC already; or weights of what was put in are missing.
         """
         loading = {key: value for key, value in kwargs.items() if key in _LOADING}
         config: Any = cls.load_config(pretrained_model_name_or_path, **loading)  # type: ignore[attr-defined]
@@ -118,7 +118,15 @@ class QuACMixin:
             raise ValueError(
                 f"{pretrained_model_name_or_path} was saved with QuAC inside ({config['quac']}); load it without quac="
             )
-        return _aligned(super().from_pretrained(pretrained_model_name_or_path, **kwargs))  # type: ignore[misc]
+        loaded = _aligned(super().from_pretrained(pretrained_model_name_or_path, **kwargs))  # type: ignore[misc]
+        model: nn.Module = loaded[0] if isinstance(loaded, tuple) else loaded
+        absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        if absent and kwargs.get("device_map") is None:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has no weights of {absent[0]!r} and {len(absent) - 1} others, where "
+                f"its config ({config['quac']}) puts QuAC: it was saved by another version, or the config was changed"
+            )
+        return loaded
 
     def enable_layerwise_casting(self: Any, *args: Any, **kwargs: Any) -> None:
         """See ``ModelMixin.enable_layerwise_casting``; what was put in keeps the dtype it has, as norms do.

@@ -16,9 +16,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from numbers import Real
 from pathlib import Path
 from typing import Any, Union
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImagePipelineOutput, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
@@ -66,17 +68,18 @@ class QuACRestorationPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ("sample", "quality")
+    _interrupt: bool
+    _num_timesteps: int
 
     def __init__(self, unet: Any, scheduler: FlowMatchEulerDiscreteScheduler, start_noise: float = 0.0):
         super().__init__()
         _check_network(unet)
         check_scheduler(scheduler)
-        known = isinstance(start_noise, (int, float)) and not isinstance(start_noise, bool)
-        if not known or not 0 <= start_noise < math.inf:
+        if isinstance(start_noise, bool) or not isinstance(start_noise, Real) or not 0 <= start_noise < math.inf:
             raise ValueError(f"start_noise must be a number ≥ 0, got {start_noise!r}")
         self._interrupt, self._num_timesteps = False, 0
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.register_to_config(start_noise=start_noise)
+        self.register_to_config(start_noise=float(start_noise))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -155,7 +158,8 @@ class QuACRestorationPipeline(DiffusionPipeline):
             return_dict: an ``ImagePipelineOutput``, or a tuple with the images.
             callback_on_step_end: called after each step as ``f(pipe, step, timestep, tensors)``; returns the tensors
                 that it changed. Images of each size are restored together, one size after another. One that sets
-                ``pipe._interrupt = True`` ends the call: the images are as they were after that step, or as they came.
+                ``pipe._interrupt = True`` ends the call, and those of other threads: the images are as they were after
+                their latest step, or as they came.
             callback_on_step_end_tensor_inputs: which of ``"sample"`` (B, 3, H, W) in [−1, 1] and ``"quality"`` it gets;
                 a ``PipelineCallback`` says so itself.
 
@@ -165,8 +169,9 @@ class QuACRestorationPipeline(DiffusionPipeline):
 
         Raises:
             TypeError, ValueError: an argument cannot be; see :func:`pictures_of` for images.
-            RuntimeError: the network made NaN or infinity of an image.
+            RuntimeError: an image became NaN or infinity.
         """
+        num_inference_steps, tile_size, tile_overlap = map(_plain, (num_inference_steps, tile_size, tile_overlap))
         whole_number("num_inference_steps", num_inference_steps)
         one_of("output_type", output_type, list(OUTPUTS))
         network: Any = unwrap(self.unet)
@@ -189,6 +194,9 @@ class QuACRestorationPipeline(DiffusionPipeline):
         with self.progress_bar(total=num_inference_steps * len(groups)) as bar:
             for indices in groups.values():
                 images = torch.stack([pictures[i].pixels for i in indices]).to(self._execution_device)
+                if self.interrupt:
+                    restored.update(zip(indices, images.cpu(), strict=True))
+                    continue
                 q = quality[indices].to(images.device) if quality is not None else self.quality_of(images)
                 noise = [generator[i] for i in indices] if isinstance(generator, list) else generator
                 x = self._start(images, noise)
@@ -201,13 +209,11 @@ class QuACRestorationPipeline(DiffusionPipeline):
                     tensors = changed_by(callback_on_step_end, self, step, t, {"sample": x, "quality": q}, names)
                     x, q = tensors["sample"], tensors["quality"]
                     bar.update()
+                for index, finite in zip(indices, torch.isfinite(x).flatten(1).all(1).tolist(), strict=True):
+                    if not finite:
+                        raise _not_finite(index if len(pictures) > 1 else None, network.dtype)
                 restored.update(zip(indices, (x / 2 + 0.5).clamp(0, 1).cpu(), strict=True))
         self.maybe_free_model_hooks()
-        for index, pixels in restored.items():
-            if not bool(torch.isfinite(pixels).all()):
-                where = f"image {index}" if len(pictures) > 1 else "the image"
-                hint = "" if network.dtype == torch.float32 else f"; {network.dtype} may have too small a range for it"
-                raise RuntimeError(f"the network made NaN or infinity of {where}{hint}")
         results = [Picture(restored[i], picture.alpha) for i, picture in enumerate(pictures)]
         images = give_back(results, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -253,6 +259,17 @@ def _check_network(unet: Any) -> None:
     for name in ("class_embed_type", "num_class_embeds", "cross_attention_dim"):
         if getattr(config, name, None):
             raise ValueError(f"unet must take images alone: its config has {name}={getattr(config, name)!r}")
+
+
+def _plain(value: Any) -> Any:
+    """One of NumPy's whole numbers as Python's."""
+    return int(value) if isinstance(value, np.integer) else value
+
+
+def _not_finite(index: int | None, dtype: torch.dtype) -> RuntimeError:
+    where = "the image" if index is None else f"image {index}"
+    hint = "" if dtype == torch.float32 else f"; {dtype} may have too small a range for the network"
+    return RuntimeError(f"{where} became NaN or infinity{hint}")
 
 
 def _located(source: Any) -> Any:

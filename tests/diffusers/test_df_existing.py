@@ -262,6 +262,13 @@ def test_another_pipeline_around_the_same_network(moved_pipe, photograph):
     assert np.array_equal(run("img2img", again, image), run("img2img", pipe, image))
 
 
+def test_q_is_that_of_the_image_as_the_pipeline_sees_it(moved_pipe, photograph):
+    """diffusers does not turn what a camera turned."""
+    pipe, turned = moved_pipe("img2img"), photograph(size=(32, 32))
+    turned.getexif()[274] = 6
+    assert np.array_equal(run("img2img", pipe, turned), run("img2img", pipe, photograph(size=(32, 32))))
+
+
 def test_another_pipeline_of_its_own_class(moved_pipe, photograph):
     pipe, image = moved_pipe("img2img"), photograph(size=(32, 32))
     again = type(pipe).from_pipe(pipe)

@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.hooks import apply_layerwise_casting
 from diffusers.models.attention_processor import AttnProcessor
+from safetensors.torch import load_file, save_file
 
 import quac_plugins as quac
 from quac_plugins.diffusers import QuACUNet2DConditionModel, QuACUNet2DModel, add_to_model, models, quac_class
@@ -279,6 +280,14 @@ def test_conditional_networks(changes):
     assert quac.injection_of(model).tap == "conv_in"
     assert all("norm" in site.name or "conv_act" in site.name for site in quac.injection_of(model).sites)
     assert isinstance(model, UNet2DConditionModel)
+
+
+def test_weights_that_the_config_asks_for_are_missing(unet, tmp_path):
+    unet({"where": "all"}).save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if "conv_act" not in n}, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"has no weights of 'conv_act\..*was saved by another version"):
+        QuACUNet2DModel.from_pretrained(tmp_path)
 
 
 def test_any_network_of_diffusers_has_its_class():

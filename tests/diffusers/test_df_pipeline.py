@@ -176,7 +176,8 @@ def test_a_callback_ends_the_call(pipeline, photograph):
             r"'sample' \(1, 3, 8, 8\), expected a tensor \(1, 3, 32, 48\)",
         ),
         ({"sample": None}, ValueError, "returned 'sample' None, expected a tensor"),
-        ({"sample": torch.full((1, 3, 32, 48), torch.nan)}, RuntimeError, "made NaN or infinity of the image$"),
+        ({"sample": torch.full((1, 3, 32, 48), torch.nan)}, RuntimeError, "the image became NaN or infinity$"),
+        ({"sample": torch.full((1, 3, 32, 48), torch.inf)}, RuntimeError, "the image became NaN or infinity$"),
     ],
 )
 def test_what_a_callback_returns_is_checked(returned, error, message, pipeline, photograph):

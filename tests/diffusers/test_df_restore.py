@@ -99,13 +99,38 @@ def srgb(light):
 def test_a_grey_profile_is_applied(saved, photograph, pipeline, tmp_path):
     """Linear light, as a scanner's: its colours are those that the profile means."""
     grey = photograph().convert("L")
-    grey.save(tmp_path / "photo.tif", icc_profile=linear_grey())
-    assert run(tmp_path / "photo.tif", tmp_path / "out.png", "--model", saved).exit_code == 0
+    exif = grey.getexif()
+    exif[0x010F] = "a scanner"
+    grey.save(tmp_path / "photo.png", icc_profile=linear_grey(), exif=exif)
+    assert run(tmp_path / "photo.png", tmp_path / "out.png", "--model", saved).exit_code == 0
     meant = grey.point(lambda value: round(255 * srgb(value / 255)))
     right, wrong = (np.asarray(pipeline()(image).images[0], float) for image in (meant, grey))
     with Image.open(tmp_path / "out.png") as out:
+        assert out.getexif()[0x010F] == "a scanner"
         assert np.abs(np.asarray(out, float) - right).mean() < 2  # a step of 1 in some pixels of what went in
     assert np.abs(wrong - right).mean() > 20
+
+
+def test_a_grey_profile_beside_transparency(saved, photograph, tmp_path):
+    grey = photograph().convert("LA")
+    grey.putalpha(100)
+    grey.save(tmp_path / "photo.png", icc_profile=linear_grey())
+    assert run(tmp_path / "photo.png", tmp_path / "out.png", "--model", saved).exit_code == 0
+    with Image.open(tmp_path / "out.png") as out:
+        assert out.mode == "RGBA"
+        assert set(np.asarray(out)[..., 3].flatten()) == {100}
+
+
+def test_notes_that_do_not_fit_are_left_out_and_that_is_said(saved, photograph, tmp_path):
+    photo = photograph()
+    exif = photo.getexif()
+    exif[0x010F] = "x" * 70000  # a JPEG has room for 64 KB
+    photo.save(tmp_path / "photo.png", exif=exif)
+    done = run(tmp_path / "photo.png", tmp_path / "out.jpg", "--model", saved)
+    assert done.exit_code == 0
+    assert "out.jpg: exif could not be written into it" in done.stderr
+    with Image.open(tmp_path / "out.jpg") as out:
+        assert out.size == photo.size
 
 
 def test_clear_pixels_are_white_where_there_is_no_transparency(saved, photograph, tmp_path):

@@ -153,20 +153,11 @@ def test_another_transformer_needs_an_example():
     assert [site.name for site in quac.injection_of(host).sites] == ["transformer_blocks.0.ff.net.0.act"]
 
 
-def test_the_feed_forward_layers_of_a_unet():
-    """A GEGLU's gate is an activation where all are asked for, and left alone by default."""
-    torch.manual_seed(0)
+def test_gates_are_left_alone():
+    """A UNet's GEGLU weighs one half of its channels by the other."""
     host = UNet2DConditionModel(
         block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, attention_head_dim=4, cross_attention_dim=8,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    ).eval()  # fmt: skip
-    arguments = (torch.rand(2, 4, 16, 16), 1, torch.rand(2, 4, 8))
-    q = torch.rand(2, 36)
-    with torch.no_grad():
-        expected = host(*arguments)[0]
-        assert torch.equal(add_to_model(host)(*arguments, quality=q)[0], expected)
-        assert not any("ff.net" in site.name for site in quac.injection_of(host).sites)
-        quac.remove(host)
-        assert torch.equal(host(*arguments)[0], expected)
-        assert torch.equal(add_to_model(host, {"where": "all"})(*arguments, quality=q)[0], expected)
-        assert any("ff.net.0.act" in site.name for site in quac.injection_of(host).sites)
+    )  # fmt: skip
+    add_to_model(host, {"where": "all"})
+    assert not any("ff.net" in site.name for site in quac.injection_of(host).sites)

@@ -92,10 +92,12 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     """
     record = _record(model)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(model).items()}
-    if wrapped := next((name for name in state if ".base_layer." in name), None):
-        raise ValueError(
-            f"{wrapped!r}: a layer that was put in is inside another adapter's (LoRA); merge or unload that one first"
-        )
+    for prefix in record.prefixes():
+        if wrapped := [name for name in state if name.startswith(prefix) and "base_layer." in name[len(prefix) :]]:
+            raise ValueError(
+                f"{wrapped[0]!r}: a layer that was put in is inside another adapter's (LoRA); merge or unload that one "
+                "first"
+            )
     prior = record.prior
     config = {
         "peft_type": "QUAC",

@@ -108,14 +108,14 @@ def _check(images: Tensor) -> None:
 
 
 def _settled(features: Tensor) -> Tensor:
-    """(B, 36) with those of constant images in the place of their rounding errors, whose variance is below 1e-9.
+    """(B, 36) with those of constant images in the place of their rounding errors, whose variance is below 1e-8.
 
-    One pixel of a neighbouring grey level among 25 millions makes a variance of 1e-8.
+    One pixel of a neighbouring grey level among 25 millions makes a variance of 1e-7, rounding one of 4e-10.
     """
     constant = features.new_zeros(2, 18)
     constant[:, 0] = 10
     constant[:, 2::4] = 10
-    return torch.where(features[:, 1:2] < 1e-9, constant.flatten(), features)
+    return torch.where(features[:, 1:2] < 1e-8, constant.flatten(), features)
 
 
 def _blocks(images: Tensor) -> tuple[Tensor, ...]:

@@ -373,6 +373,15 @@ def test_a_file_is_not_an_adapter(saved):
         load_adapter(host(), saved / WEIGHTS)
 
 
+def test_a_host_may_call_a_layer_as_lora_does(tmp_path):
+    """timm's DLA has a ``base_layer``."""
+    host = torch.nn.Sequential()
+    host.backbone = timm.create_model("dla46_c", num_classes=3)
+    model = inject(host, QuACConfig(where="all"), torch.rand(1, 3, 64, 64))
+    assert any(".base_layer." in name for name in adapter_state(model))
+    assert save_adapter(model, tmp_path) == tmp_path
+
+
 def test_another_adapter_inside_is_refused_when_it_is_saved(tmp_path):
     """LoRA keeps the layer it goes around as ``base_layer``: under these names nothing could be loaded."""
 

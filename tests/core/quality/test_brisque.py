@@ -185,7 +185,7 @@ def test_always_finite_and_in_range(name):
 
 
 @pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("value", [0.0, 50 / 255, 0.5, 250 / 255, 1.0])
+@pytest.mark.parametrize("value", [0.0, 50 / 255, 0.5, 180 / 255, 250 / 255, 1.0])
 @pytest.mark.parametrize("size", [(24, 24), (63, 65), (255, 33), (7, 9), (1, 1)])
 def test_constant_image(size, value):
     """What rounding leaves of it says nothing, least of all whether the sides are odd."""
@@ -195,9 +195,10 @@ def test_constant_image(size, value):
 
 
 def test_a_single_pixel_is_not_constant():
-    images = torch.full((1, 3, 512, 512), 100 / 255)
+    """Among the rounding errors that this level leaves."""
+    images = torch.full((1, 3, 2048, 2048), 180 / 255)
     images[..., 200, 300] += 1 / 255
-    assert brisque(images)[0, 1] > 1e-7
+    assert 1e-7 < brisque(images)[0, 1] < 1e-2
 
 
 def test_nan_is_black_and_outside_is_clamped(batch):
