@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import accelerate
@@ -159,9 +160,24 @@ def test_the_rate_falls_over_the_minutes_where_they_end_first(monkeypatch):
     forget()
 
 
-def test_what_diverged_in_the_last_minutes_is_not_saved(run, tmp_path):
-    message = run("wild", "--steps", 10**6, "--checkpoint-every", 10**6, "--log-every", 10**6, "--max-minutes", 0.4,
-                  "--lr", 1e30, fails=True)  # fmt: skip
+LIMITED = ("--steps", 10**6, "--checkpoint-every", 10**6, "--log-every", 10**6, "--max-minutes", 60)
+
+
+def hours_go_by(patch):
+    """After the third step."""
+    steps, step, clock = [], torch.optim.AdamW.step, time.perf_counter
+
+    def count(self, *args, **kwargs):
+        steps.append(1)
+        return step(self, *args, **kwargs)
+
+    patch.setattr(torch.optim.AdamW, "step", count)
+    patch.setattr(time, "perf_counter", lambda: clock() + 1e6 * (len(steps) >= 3))
+
+
+def test_what_diverged_in_the_last_minutes_is_not_saved(run, tmp_path, monkeypatch):
+    hours_go_by(monkeypatch)
+    message = run("wild", *LIMITED, "--lr", 1e30, fails=True)
     assert "the loss is not finite: take a smaller --lr" in message
     assert not (tmp_path / "wild").exists()
     assert not list((tmp_path / "wild-work").glob("step-*"))
@@ -176,15 +192,16 @@ def test_a_folder_of_an_earlier_version_is_refused(run, tmp_path):
     assert "of another run: made by another version of this script; give another" in run("earlier", fails=True)
 
 
-def test_it_ends_when_the_minutes_are_over(run, tmp_path, capsys):
-    limit = ("--steps", 10**6, "--checkpoint-every", 10**6, "--log-every", 10**6)
-    run("limited", *limit, "--max-minutes", 0.4)
+def test_it_ends_when_the_minutes_are_over(run, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        hours_go_by(patch)
+        run("limited", *LIMITED)
     (checkpoint,) = (tmp_path / "limited-work").glob("step-*")
-    steps = checkpoint.name.removeprefix("step-")
-    assert f"step {steps} of 1000000: --max-minutes 0.4 are over" in capsys.readouterr().err
-    run("limited", *limit, "--max-minutes", 0.4)  # they are: nothing is left to do
+    assert checkpoint.name == "step-3"
+    assert "step 3 of 1000000: --max-minutes 60 are over" in capsys.readouterr().err
+    run("limited", *LIMITED)  # they are: nothing is left to do
     assert list((tmp_path / "limited-work").glob("step-*")) == [checkpoint]
-    assert "--max-minutes was 0.4; give another --work" in run("limited", *limit, "--max-minutes", 0.3, fails=True)
+    assert "--max-minutes was 60.0; give another --work" in run("limited", *LIMITED[:-1], 61, fails=True)
     assert "no step could be taken in --max-minutes 1e-06" in run("none", "--max-minutes", 1e-6, fails=True)
     assert not (tmp_path / "none").exists()
     assert "--max-minutes must be above 0" in run("none", "--max-minutes", "nan", fails=True)
