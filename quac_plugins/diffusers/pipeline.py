@@ -244,8 +244,13 @@ class QuACRestorationPipeline(DiffusionPipeline):
         return tiled(function, x, tile, min(overlap, tile // 2), multiple)
 
 
-# From its annotations diffusers knows which networks another pipeline of this class may take over.
-QuACRestorationPipeline.__init__.__annotations__["unet"] = Union[QuACUNet2DModel, UNet2DModel]  # noqa: UP007
+# By its annotations diffusers checks what it loads, and knows what another pipeline of this class may take over. Its
+# older versions do not read those that are strings.
+QuACRestorationPipeline.__init__.__annotations__.update(
+    unet=Union[QuACUNet2DModel, UNet2DModel],  # noqa: UP007
+    scheduler=FlowMatchEulerDiscreteScheduler,
+    start_noise=float,
+)
 
 
 def _check_network(unet: Any) -> None:
