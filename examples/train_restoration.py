@@ -6,7 +6,7 @@
 
 ``restoration_large`` is meant for a large GPU, where it has not been run yet. Two CPU cores need 6 s for each of its
 2,500 steps (13 GFLOP a patch), four hours in all: a device ten times as fast is done within 25 minutes. With
-``--max-minutes 24`` the training ends then, done or not, its learning rate having fallen in that time.
+``--max-minutes 24`` the training ends after the step in which they do, its learning rate having fallen in that time.
 DIR/train holds photographs of any sizes, in folders or not; by default QUAC_DATA/bsds. ``--out`` becomes a pipeline
 that ``QuACRestorationPipeline.from_pretrained`` and ``quac restore`` load. An interrupted run goes on from its last
 checkpoint in --work. The three activations share the network, the pictures, their order and the number of steps.
@@ -392,7 +392,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=whole(1), default=2500)
     parser.add_argument(
-        "--max-minutes", type=float, help="end then, if --steps are not done: the learning rate falls with the time"
+        "--max-minutes", type=float, help="end after the step in which they do: the learning rate falls with the time"
     )
     parser.add_argument(
         "--batch-size", type=whole(1), default=32, help="over all processes; many, of many degradations"
