@@ -1,3 +1,4 @@
+import functools
 import os
 import socket
 
@@ -28,6 +29,11 @@ def cheap():
     return channel_statistics
 
 
+@functools.cache
+def picture_of(name):
+    return getattr(data, name)()[..., :3]
+
+
 @pytest.fixture(scope="session")
 def photographs():
     """Real photographs, cropped square and scaled: photographs(4, 64) is a float tensor (4, 3, 64, 64) in [0, 1]."""
@@ -35,7 +41,7 @@ def photographs():
     def load(count=4, size=64):
         images = []
         for i in range(count):
-            picture = getattr(data, NAMES[i % len(NAMES)])()[..., :3]
+            picture = picture_of(NAMES[i % len(NAMES)])
             side = min(picture.shape[:2]) - 16 * (i // len(NAMES))  # other crops when asked for more
             square = torch.from_numpy(np.ascontiguousarray(picture[:side, -side:])).permute(2, 0, 1)[None].float() / 255
             images.append(torch.nn.functional.interpolate(square, size=(size, size), mode="area"))

@@ -550,7 +550,7 @@ def test_states_of_other_fits_are_refused(photos, quick, build, interrupt, tmp_p
 # Several processes
 
 SCRIPT = """
-import os, sys, timm, torch, quac_plugins as quac
+import os, sys, time, timm, torch, quac_plugins as quac
 from quac_plugins.evaluate.processes import is_main_process
 
 folder, out = sys.argv[1:]
@@ -580,7 +580,7 @@ if "WORLD_SIZE" in os.environ:
         save_file(host.state_dict(), weights + ".part")
         os.rename(weights + ".part", weights)
     while not os.path.exists(weights):
-        pass
+        time.sleep(0.1)
     command = f"fit-prior test_resnet --images {folder} --out {out}/adapter --corruptions contrast --steps 2"
     command += f" --base-checkpoint {weights} --num-classes 5 --input-size 64 --views 1 --draws 1 --device cpu"
     app(command.split(), standalone_mode=False)

@@ -71,17 +71,36 @@ def test_the_runner_finishes_what_it_has_built(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "change", "message"),
+    ("config", "changes"),
     [
-        (QUAC, "cfg.model.backbone.quac['qualty'] = 'x'", "model.backbone.quac.qualty: unknown option"),
-        (QUAC, "cfg.model.backbone.quac['where'] = 'layer9.*'", "model.backbone.quac.where: where='layer9.*' matches"),
-        (ACT, "cfg.model.backbone.act_cfg['init'] = 1", "model.backbone.act_cfg.init: unknown init 1"),
+        (
+            QUAC,
+            {
+                "cfg.model.backbone.quac['qualty'] = 'x'": "model.backbone.quac.qualty: unknown option",
+                "cfg.model.backbone.quac['where'] = 'layer9.*'": "model.backbone.quac.where: where='layer9.*' matches",
+            },
+        ),
+        (ACT, {"cfg.model.backbone.act_cfg['init'] = 1": "model.backbone.act_cfg.init: unknown init 1"}),
     ],
 )
-def test_an_error_says_its_path(config, change, message, tmp_path):
-    done = run(tmp_path, config, START, change, "Runner.from_cfg(cfg)")
-    assert done.stderr.splitlines()[-1].startswith("ValueError: ")
-    assert message in done.stderr.splitlines()[-1]
+def test_an_error_says_its_path(config, changes, tmp_path):
+    build = """
+        import copy
+        kept = cfg
+        for change in CHANGES:
+            cfg = copy.deepcopy(kept)
+            cfg.experiment_name = str(len(change))
+            exec(change)
+            try:
+                Runner.from_cfg(cfg)
+            except ValueError as error:
+                print("ValueError:", str(error).splitlines()[-1])
+    """
+    done = run(tmp_path, config, START, f"CHANGES = {list(changes)}", build)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("ValueError: ")]
+    for line, message in zip(lines, changes.values(), strict=True):
+        assert message in line
 
 
 def test_a_model_that_nobody_finishes_is_warned_of(tmp_path):

@@ -174,7 +174,7 @@ def test_the_prior_is_fitted_when_the_weights_are_there(config, folder, tmp_path
     torch.save({"state_dict": plain.model.state_dict()}, tmp_path / "host.pth")
     hook = {
         "type": "FitPriorHook", "images": str(folder), "limit": 4, "corruptions": ["contrast"], "severity": 5,
-        "steps": 20, "views": 2, "input_size": 64,
+        "steps": 6, "views": 1, "input_size": 64,
     }  # fmt: skip
     prior = {"type": "DegradationPrior", "backbone": host, "site": "auto"}
     cfg = config(prior, load_from=str(tmp_path / "host.pth"), custom_hooks=[hook])

@@ -70,7 +70,8 @@ def test_a_fit_on_images_of_another_size():
     model = hosted("pvt_v2_b0", (224, 224))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "quac_prior" not in name}
     pictures = (torch.rand(3, 128, 128, 3) * 255).byte().numpy()
-    report = quac.fit_prior(model, pictures, corruptions=["contrast"], steps=6, views=2, input_size=128, progress=False)
+    options = {"steps": 4, "views": 1, "draws": 2, "input_size": 128, "progress": False}
+    report = quac.fit_prior(model, pictures, corruptions=["contrast"], **options)
     assert report.images["all"] == 3
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -147,7 +147,7 @@ def test_gradient_reaches_the_images_and_is_finite(photographs):
         assert torch.equal(q.detach(), brisque_tone(images))
         q.sum().backward()
         assert leaf.grad.isfinite().all()
-    images = photographs(1, 16).double()
+    images = photographs(1, 10).double()
     images = images.clamp(0.01, 0.99).requires_grad_()  # not at the edges of the clamp
     assert torch.autograd.gradcheck(lambda x: tone(x)[:, :6], images)
 
@@ -164,11 +164,10 @@ class Quality(torch.nn.Module):
         return brisque_tone(images)
 
 
-@pytest.mark.parametrize("strict", [False, True])
-def test_exports_with_a_dynamic_batch_and_size(photographs, strict):
+def test_exports_with_a_dynamic_batch_and_size(photographs):
     dim = torch.export.Dim
     dynamic = {0: dim("batch", min=1, max=64), 2: dim("height", min=8, max=512), 3: dim("width", min=8, max=512)}
-    program = torch.export.export(Quality(), (photographs(4, 64),), dynamic_shapes=(dynamic,), strict=strict)
+    program = torch.export.export(Quality(), (photographs(4, 64),), dynamic_shapes=(dynamic,), strict=False)
     for images in (photographs(4, 64), torch.rand(3, 3, 45, 70)):
         torch.testing.assert_close(program.module()(images), brisque_tone(images), rtol=1e-5, atol=1e-6)
 
