@@ -4,8 +4,8 @@
     python examples/train_restoration.py --data DIR/train --val DIR/val --activation silu --out twin    # without
     accelerate launch examples/train_restoration.py --config restoration_large --mixed-precision bf16 --num-workers 8 …
 
-``restoration_large`` is meant for a large GPU, where it has not been run yet. Two CPU cores need 6 s for each of its
-2,500 steps (13 GFLOP a patch), four hours in all: a device ten times as fast is done within 25 minutes. With
+``restoration_large`` is meant for a large GPU, where it has not been run yet. Its 2,500 steps are 0.41 TFLOP each (13
+GFLOP a patch), so that 0.7 TFLOP/s are enough for 25 minutes; two CPU cores, at 6 s a step, need four hours. With
 ``--max-minutes 24`` the training ends after the step in which they do, its learning rate having fallen in that time.
 DIR/train holds photographs of any sizes, in folders or not; by default QUAC_DATA/bsds. ``--out`` becomes a pipeline
 that ``QuACRestorationPipeline.from_pretrained`` and ``quac restore`` load. An interrupted run goes on from its last
