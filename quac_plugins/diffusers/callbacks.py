@@ -19,8 +19,8 @@ def tensor_inputs(callback: Any, names: Any, known: tuple[str, ...]) -> list[str
         ValueError: a name is not of ``known``.
 
     Example:
-        >>> tensor_inputs(print, ["sample"], ("sample", "quality"))
-        ['sample']
+        >>> tensor_inputs(print, ["latents"], ("latents", "quality"))
+        ['latents']
     """
     if callback is not None and not callable(callback):
         raise TypeError(f"callback_on_step_end must be a function, got {type(callback).__name__}")
@@ -46,9 +46,9 @@ def changed_by(callback: Any, pipe: Any, step: int, t: Tensor, tensors: Mapping[
         TypeError, ValueError: it returned something else than tensors of the same shapes by their names.
 
     Example:
-        >>> changed_by(lambda pipe, step, t, given: {"sample": given["sample"] + 1}, None, 0, None,
-        ...            {"sample": Tensor([1.0])}, ["sample"])
-        {'sample': tensor([2.])}
+        >>> changed_by(lambda pipe, step, t, given: {"latents": given["latents"] + 1}, None, 0, None,
+        ...            {"latents": Tensor([1.0])}, ["latents"])
+        {'latents': tensor([2.])}
     """
     if callback is None:
         return dict(tensors)

@@ -15,7 +15,7 @@ import PIL.ImageOps
 import torch
 from torch import Tensor
 
-OUTPUTS = ("pil", "np", "pt")
+OUTPUTS = ("pil", "np", "pt", "latent")
 _TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 
 
@@ -129,8 +129,8 @@ def give_back(pictures: Sequence[Picture], output_type: str) -> Any:
 
     Args:
         pictures: of any sizes.
-        output_type: ``"pil"``, a list; ``"np"``, (B, H, W, 3), or ``"pt"``, (B, 3, H, W), and a list of such without B
-            where the sizes differ.
+        output_type: ``"pil"``, a list; ``"np"``, (B, H, W, 3), or else tensors, (B, 3, H, W), and a list of such
+            without B where the sizes differ.
     """
     if output_type == "pil":
         return [_to_pil(picture) for picture in pictures]

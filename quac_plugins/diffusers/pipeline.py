@@ -67,7 +67,7 @@ class QuACRestorationPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet"
-    _callback_tensor_inputs = ("sample", "quality")
+    _callback_tensor_inputs = ("latents", "quality")
     _interrupt: bool
     _num_timesteps: int
 
@@ -138,7 +138,7 @@ class QuACRestorationPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[[Any, int, int, dict[str, Any]], dict[str, Any]] | None = None,
-        callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("sample",),
+        callback_on_step_end_tensor_inputs: tuple[str, ...] | list[str] = ("latents",),
     ) -> Any:
         """Restore images.
 
@@ -154,14 +154,15 @@ class QuACRestorationPipeline(DiffusionPipeline):
                 256 left a level that was on average 7 of 255 from that without tiles.
             tile_overlap: of neighbouring tiles, which pass smoothly into each other there; None: 64, a quarter of a
                 tile at most. An image that needs tiles is restored alone.
-            output_type: ``"pil"``, ``"np"`` (B, H, W, 3) or ``"pt"`` (B, 3, H, W).
+            output_type: ``"pil"``, ``"np"`` (B, H, W, 3), ``"pt"`` (B, 3, H, W), or ``"latent"``: what the last step
+                left, (B, 3, H, W) around [−1, 1], not clamped.
             return_dict: an ``ImagePipelineOutput``, or a tuple with the images.
             callback_on_step_end: called after each step as ``f(pipe, step, timestep, tensors)``; returns the tensors
                 that it changed. Images of each size are restored together, one size after another. One that sets
                 ``pipe._interrupt = True`` ends the call, and those of other threads: the images are as they were after
                 their latest step, or as they came.
-            callback_on_step_end_tensor_inputs: which of ``"sample"`` (B, 3, H, W) in [−1, 1] and ``"quality"`` it gets;
-                a ``PipelineCallback`` says so itself.
+            callback_on_step_end_tensor_inputs: which of ``"latents"``, the images (B, 3, H, W) around [−1, 1], and
+                ``"quality"`` it gets; a ``PipelineCallback`` says so itself.
 
         Returns:
             The restored images in the order they were given, of their sizes; with the transparency of PIL images, which
@@ -191,11 +192,12 @@ class QuACRestorationPipeline(DiffusionPipeline):
             groups.setdefault((shape, index) if max(shape) > tile_size else shape, []).append(index)
         self._interrupt, self._num_timesteps = False, num_inference_steps
         restored: dict[int, Tensor] = {}
+        latent = output_type == "latent"
         with self.progress_bar(total=num_inference_steps * len(groups)) as bar:
             for indices in groups.values():
                 images = torch.stack([pictures[i].pixels for i in indices]).to(self._execution_device)
                 if self.interrupt:
-                    restored.update(zip(indices, images.cpu(), strict=True))
+                    restored.update(zip(indices, (2 * images - 1 if latent else images).cpu(), strict=True))
                     continue
                 q = quality[indices].to(images.device) if quality is not None else self.quality_of(images)
                 noise = [generator[i] for i in indices] if isinstance(generator, list) else generator
@@ -206,13 +208,13 @@ class QuACRestorationPipeline(DiffusionPipeline):
                         break
                     v = self._velocity(x, t, q, tile_size // multiple * multiple, overlap, multiple)
                     x = scheduler.step(v, t, x, return_dict=False)[0]
-                    tensors = changed_by(callback_on_step_end, self, step, t, {"sample": x, "quality": q}, names)
-                    x, q = tensors["sample"], tensors["quality"]
+                    tensors = changed_by(callback_on_step_end, self, step, t, {"latents": x, "quality": q}, names)
+                    x, q = tensors["latents"], tensors["quality"]
                     bar.update()
                 for index, finite in zip(indices, torch.isfinite(x).flatten(1).all(1).tolist(), strict=True):
                     if not finite:
                         raise _not_finite(index if len(pictures) > 1 else None, network.dtype)
-                restored.update(zip(indices, (x / 2 + 0.5).clamp(0, 1).cpu(), strict=True))
+                restored.update(zip(indices, (x if latent else (x / 2 + 0.5).clamp(0, 1)).cpu(), strict=True))
         self.maybe_free_model_hooks()
         results = [Picture(restored[i], picture.alpha) for i, picture in enumerate(pictures)]
         images = give_back(results, output_type)

@@ -120,22 +120,40 @@ def test_a_callback_sees_and_changes_each_step(pipeline, photograph):
 
     def note(pipe, step, timestep, tensors):
         seen.append((step, float(timestep), sorted(tensors)))
-        return {"sample": torch.zeros_like(tensors["sample"])}
+        return {"latents": torch.zeros_like(tensors["latents"])}
 
     found = restored(
         pipe,
         photograph(),
         num_inference_steps=3,
         callback_on_step_end=note,
-        callback_on_step_end_tensor_inputs=["sample", "quality"],
+        callback_on_step_end_tensor_inputs=["latents", "quality"],
     )
-    assert [(step, names) for step, _, names in seen] == [(i, ["quality", "sample"]) for i in range(3)]
+    assert [(step, names) for step, _, names in seen] == [(i, ["latents", "quality"]) for i in range(3)]
     assert torch.equal(found, torch.full_like(found, 0.5))
+
+
+def test_latents_are_what_the_last_step_left(pipeline, photograph):
+    pipe, images, seen = pipeline(), [photograph(), photograph(size=(40, 24))], []
+
+    def note(pipe, step, timestep, tensors):
+        seen.append(tensors["latents"])
+        pipe._interrupt = len(seen) == 3  # in the second image
+
+    given = {"num_inference_steps": 2, "callback_on_step_end": note, "output_type": "latent"}
+    found = pipe(images, **given).images
+    assert [latents.shape for latents in found] == [latents.shape[1:] for latents in (seen[1], seen[2])]
+    assert all(torch.equal(latents, kept[0]) for latents, kept in zip(found, (seen[1], seen[2]), strict=True))
+    seen.clear()
+    found = pipe(
+        [images[0]] * 2, callback_on_step_end=lambda *given: {"latents": 0 * given[3]["latents"]}, output_type="latent"
+    )
+    assert torch.equal(found.images, torch.zeros(2, 3, *found.images.shape[2:]))
 
 
 def test_a_callback_of_diffusers_says_itself_what_it_needs(pipeline, photograph):
     class Note(PipelineCallback):
-        tensor_inputs = ("sample", "quality")
+        tensor_inputs = ("latents", "quality")
 
         def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
             seen.append(sorted(callback_kwargs))
@@ -145,7 +163,7 @@ def test_a_callback_of_diffusers_says_itself_what_it_needs(pipeline, photograph)
     for callback in (Note(), MultiPipelineCallbacks([Note()])):
         found = restored(pipe, photograph(), num_inference_steps=2, callback_on_step_end=callback)
         assert torch.equal(found, restored(pipe, photograph(), num_inference_steps=2))
-    assert seen == [["quality", "sample"]] * 4
+    assert seen == [["latents", "quality"]] * 4
     assert pipe.num_timesteps == 2
 
 
@@ -153,7 +171,7 @@ def test_a_callback_ends_the_call(pipeline, photograph):
     pipe, seen = pipeline(), []
 
     def end(pipe, step, timestep, tensors):
-        seen.append(tensors["sample"])
+        seen.append(tensors["latents"])
         pipe._interrupt = step == 1
 
     found = restored(pipe, photograph(), num_inference_steps=5, callback_on_step_end=end)
@@ -169,15 +187,15 @@ def test_a_callback_ends_the_call(pipeline, photograph):
     ("returned", "error", "message"),
     [
         (3, TypeError, "must return a dict of tensors, got int"),
-        ({"latents": torch.zeros(1)}, ValueError, "unknown tensor returned by callback_on_step_end 'latents'"),
+        ({"sample": torch.zeros(1)}, ValueError, "unknown tensor returned by callback_on_step_end 'sample'"),
         (
-            {"sample": torch.zeros(1, 3, 8, 8)},
+            {"latents": torch.zeros(1, 3, 8, 8)},
             ValueError,
-            r"'sample' \(1, 3, 8, 8\), expected a tensor \(1, 3, 32, 48\)",
+            r"'latents' \(1, 3, 8, 8\), expected a tensor \(1, 3, 32, 48\)",
         ),
-        ({"sample": None}, ValueError, "returned 'sample' None, expected a tensor"),
-        ({"sample": torch.full((1, 3, 32, 48), torch.nan)}, RuntimeError, "the image became NaN or infinity$"),
-        ({"sample": torch.full((1, 3, 32, 48), torch.inf)}, RuntimeError, "the image became NaN or infinity$"),
+        ({"latents": None}, ValueError, "returned 'latents' None, expected a tensor"),
+        ({"latents": torch.full((1, 3, 32, 48), torch.nan)}, RuntimeError, "the image became NaN or infinity$"),
+        ({"latents": torch.full((1, 3, 32, 48), torch.inf)}, RuntimeError, "the image became NaN or infinity$"),
     ],
 )
 def test_what_a_callback_returns_is_checked(returned, error, message, pipeline, photograph):
@@ -275,13 +293,13 @@ def test_over_the_hub(pipeline, photograph, hub):
     [
         ({"num_inference_steps": 0}, "num_inference_steps must be a whole number ≥ 1, got 0"),
         ({"num_inference_steps": 1.5}, "num_inference_steps must be a whole number"),
-        ({"output_type": "latent"}, "unknown output_type 'latent'.*pil, np, pt"),
+        ({"output_type": "jpeg"}, "unknown output_type 'jpeg'.*pil, np, pt, latent"),
         ({"tile_size": 1}, "tile_size must be a whole number ≥ 2"),
         ({"tile_size": 64, "tile_overlap": 40}, "tile_overlap must be a whole number from 0 to 32, got 40"),
         ({"quality": torch.rand(2, 36)}, r"quality must be a floating point tensor \(1, 36\), .* got \(2, 36\)"),
         ({"generator": [torch.Generator()] * 2}, "2 generators were given for 1 images"),
         ({"quality": torch.full((1, 36), torch.nan)}, "quality holds NaN or infinity"),
-        ({"callback_on_step_end_tensor_inputs": ["latents"]}, "unknown callback_on_step_end_tensor_inputs 'latents'"),
+        ({"callback_on_step_end_tensor_inputs": ["sample"]}, "unknown callback_on_step_end_tensor_inputs 'sample'"),
     ],
 )
 def test_an_argument_that_cannot_be(options, message, pipeline, photograph):
@@ -292,7 +310,7 @@ def test_an_argument_that_cannot_be(options, message, pipeline, photograph):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"callback_on_step_end_tensor_inputs": "sample"}, "must be a list of names, got 'sample'"),
+        ({"callback_on_step_end_tensor_inputs": "latents"}, "must be a list of names, got 'latents'"),
         ({"callback_on_step_end": 3}, "callback_on_step_end must be a function, got int"),
     ],
 )
