@@ -164,10 +164,11 @@ class Quality(torch.nn.Module):
         return brisque_tone(images)
 
 
-def test_exports_with_a_dynamic_batch_and_size(photographs):
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_with_a_dynamic_batch_and_size(photographs, strict):
     dim = torch.export.Dim
     dynamic = {0: dim("batch", min=1, max=64), 2: dim("height", min=8, max=512), 3: dim("width", min=8, max=512)}
-    program = torch.export.export(Quality(), (photographs(4, 64),), dynamic_shapes=(dynamic,), strict=False)
+    program = torch.export.export(Quality(), (photographs(4, 64),), dynamic_shapes=(dynamic,), strict=strict)
     for images in (photographs(4, 64), torch.rand(3, 3, 45, 70)):
         torch.testing.assert_close(program.module()(images), brisque_tone(images), rtol=1e-5, atol=1e-6)
 
