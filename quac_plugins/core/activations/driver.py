@@ -43,6 +43,11 @@ def make_norm(norm: str, width: int) -> nn.Module:
     raise ValueError(f"unknown norm {norm!r}; known: {', '.join(NORMS)}")
 
 
+def _is_learning(norm: nn.Module) -> bool:
+    """Whether a norm takes the statistics of the batch; it may be frozen while all else trains."""
+    return type(norm) is nn.BatchNorm2d and (norm.training or norm.running_mean is None)
+
+
 def _saturate(z: Tensor, dtype: torch.dtype) -> Tensor:
     """In ``dtype``; what leaves the range of float16 stays at its end, since a norm makes NaN of infinity."""
     return z.clamp(-65504, 65504).to(dtype) if dtype == torch.float16 else z.to(dtype)
@@ -140,7 +145,7 @@ class DrivenActivation(ChannelActivation):
 
     def hidden(self, z: Tensor) -> Tensor:
         """h = σ(norm2(fc2 norm1(fc1 z))) of z (B, C + Q), (B, C + Q); in z's dtype."""
-        if self.norm == "batch" and self.training and z.shape[0] == 1:
+        if z.shape[0] == 1 and (_is_learning(self.bn1) or _is_learning(self.bn2)):
             raise ValueError(
                 f"layer {self.layer!r}: norm='batch' cannot train on a batch of one (a variance needs two). Use "
                 "norm='layer', 'group' or 'none' (timm.create_model(…, norm='layer')), or model.eval()"

@@ -272,8 +272,9 @@ class QualityContext:
         return (
             f"layer {layer!r} was called before any image reached the model, so there are no quality features. They "
             f"are computed where layer {self.tap or 'the model itself'!r} is called (if it was replaced, remove QuAC "
-            "and inject it again). Call the model on images, or give the features: `with "
-            f"quac_plugins.quality_of(model, q): …` with q of shape (B, {self.channels})."
+            "and inject it again; a copy of a part of a model is without it). Call the model on images, or give the "
+            f"features: `with quac_plugins.quality_of(model, q): …`, model being whatever is called, also such a part, "
+            f"and q of shape (B, {self.channels})."
         )
 
 

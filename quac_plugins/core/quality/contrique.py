@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from quac_plugins.core.quality.table import QualityFunction, quality_family
+from quac_plugins.core.quality.table import QualityFunction, quality_family, shared
 
 CHANNELS = 2048
 ENVIRONMENT = "QUAC_CONTRIQUE"
@@ -183,11 +183,17 @@ class Contrique:
     def __deepcopy__(self, memo: dict[int, Any]) -> Contrique:
         return self
 
-    def __reduce__(self) -> tuple[type[Contrique], tuple[str]]:
-        return Contrique, (self.path,)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _of, (self.path,)
 
     def __repr__(self) -> str:
         return f"Contrique({self.path!r})"
+
+
+def _of(path: str) -> Contrique:
+    """The one of this checkpoint; the environment may name another one by now."""
+    function: Contrique = shared(Contrique, path, "" if path else os.environ.get(ENVIRONMENT, ""))
+    return function
 
 
 @quality_family("contrique")
@@ -203,7 +209,7 @@ def contrique(path: str = "") -> QualityFunction:
         >>> contrique().channels
         2048
     """
-    function = Contrique(path)
+    function = _of(path)
     if path or os.environ.get(ENVIRONMENT):
         function.load()
     return QualityFunction(f"contrique:{path}" if path else "contrique", CHANNELS, function)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from quac_plugins.core.names import unknown
-from quac_plugins.core.quality.table import QualityFunction, quality_family
+from quac_plugins.core.quality.table import QualityFunction, quality_family, shared
 
 # Listed by pyiqa as no-reference, but of folders of images, or of images with captions.
 _NOT_OF_AN_IMAGE = ("clipscore", "fid", "fid_dinov2", "inception_score", "sfid")
@@ -88,8 +88,8 @@ class PyIQA:
     def __deepcopy__(self, memo: dict[int, Any]) -> PyIQA:
         return self
 
-    def __reduce__(self) -> tuple[type[PyIQA], tuple[str]]:
-        return PyIQA, (self.name,)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return shared, (PyIQA, self.name)
 
     def __repr__(self) -> str:
         return f"PyIQA({self.name!r})"
@@ -120,4 +120,4 @@ def pyiqa_metric(name: str) -> QualityFunction:
     if name not in known:
         why = "needs more than an image" if name in _NOT_OF_AN_IMAGE else "compares with a reference image"
         raise ValueError(f"the pyiqa metric {name!r} {why}. No-reference metrics: {', '.join(known)}")
-    return QualityFunction(f"pyiqa:{name}", 1, PyIQA(name))
+    return QualityFunction(f"pyiqa:{name}", 1, shared(PyIQA, name))

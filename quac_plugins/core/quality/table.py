@@ -11,6 +11,7 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,7 @@ class QualityFunction:
 
 _TABLE: dict[str, QualityFunction] = {}
 _FAMILIES: dict[str, Callable[[str], QualityFunction]] = {}
+_ALIVE: WeakValueDictionary[tuple[Any, ...], Any] = WeakValueDictionary()
 
 
 def quality_function(name: str, channels: int) -> Callable[[QualityCallable], QualityCallable]:
@@ -82,6 +84,23 @@ def quality_family(prefix: str) -> Callable[[Callable[[str], QualityFunction]], 
         return build
 
     return register
+
+
+def shared(make: Callable[[str], Any], argument: str, *conditions: str) -> Any:
+    """``make(argument)``, or what it made before under the same conditions while that is in use.
+
+    So a name of a family is one function, equal to itself, with one network in memory, and none when nobody uses it.
+
+    Example:
+        >>> class Metric:
+        ...     def __init__(self, name):
+        ...         self.name = name
+        >>> metric = shared(Metric, "sharpness")
+        >>> shared(Metric, "sharpness") is metric, shared(Metric, "noise") is metric
+        (True, False)
+    """
+    made = _ALIVE.get((make, argument, *conditions))
+    return made if made is not None else _ALIVE.setdefault((make, argument, *conditions), make(argument))
 
 
 def _discover() -> None:

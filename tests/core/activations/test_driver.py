@@ -151,6 +151,23 @@ def test_batch_of_one_with_batch_norm_says_what_to_use(name):
     assert module.eval()(torch.randn(1, 8, 4, 4), *arguments(name, 1)).shape == (1, 8, 4, 4)
 
 
+@pytest.mark.parametrize("kernels", ["reference", "fused"])
+def test_batch_of_one_trains_with_frozen_batch_norms_whatever_computes_it(kernels, monkeypatch):
+    monkeypatch.setenv("QUAC_KERNELS", kernels)
+    module = make("qacon", norm="batch")
+    x, others = torch.randn(1, 8, 4, 4), arguments("qacon", 1)
+    expected = module.eval()(x, *others)
+    module.train()
+    module.bn1.eval()
+    with pytest.raises(ValueError, match="batch of one"):  # one of them still learns
+        module(x, *others)
+    module.bn2.eval()
+    torch.testing.assert_close(module(x, *others), expected)
+    module.eval().bn1.train()
+    with pytest.raises(ValueError, match="batch of one"):
+        module(x, *others)
+
+
 @pytest.mark.parametrize("norm", ["layer", "group", "none"])
 def test_without_batch_norm_an_image_does_not_depend_on_its_neighbours(norm):
     module = make("qacon", norm=norm)

@@ -178,6 +178,17 @@ def test_given_quality_serves_parts_of_a_model(model, photographs):
         assert torch.equal(part, model.act1(torch.ones(2, model.act1.channels, 8, 8), torch.zeros(2, 6)))
 
 
+def test_a_copied_part_says_how_to_give_it_quality_and_takes_it(model, photographs):
+    part, x = copy.deepcopy(model.layer2), torch.rand(2, 32, 12, 12)
+    with pytest.raises(QualityError, match=r"copy of a part.*quality_of\(model, q\).*also such a part.*\(B, 6\)"):
+        part(x)
+    q = torch.rand(2, 6)
+    with quality_of(model, q):
+        expected = model.layer2(x)
+    with quality_of(part, q):
+        assert torch.equal(part(x), expected)
+
+
 @pytest.mark.parametrize("q", [torch.zeros(2, 5), torch.zeros(6), torch.zeros(2, 6, 2, 2), torch.zeros(2, 6).int()])
 def test_given_quality_of_a_wrong_shape_or_dtype_is_refused(model, q):
     with pytest.raises(ValueError, match=r"\(B, 6\)"), quality_of(model, q):

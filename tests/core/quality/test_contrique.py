@@ -1,8 +1,11 @@
 """CONTRIQUE's encoder against torchvision's ResNet-50, from checkpoints in the official format."""
 
 import copy
+import gc
 import io
 import pickle
+import shutil
+import weakref
 
 import pytest
 import torch
@@ -52,6 +55,23 @@ def without_environment(monkeypatch):
 def images():
     crops = [torch.tensor(getattr(data, name)()[100:196, 100:228]) for name in ("astronaut", "coffee")]
     return torch.stack(crops).permute(0, 3, 1, 2).float() / 255
+
+
+def test_a_checkpoint_is_one_function_while_it_is_in_use(checkpoint, tmp_path, monkeypatch):
+    found = resolve_quality(f"contrique:{checkpoint}")
+    again = pickle.loads(pickle.dumps(resolve_quality(f"contrique:{checkpoint}")))
+    assert found == resolve_quality(f"contrique:{checkpoint}") == again == copy.deepcopy(found)
+    assert again.function is found.function
+    monkeypatch.setenv("QUAC_CONTRIQUE", str(checkpoint))
+    named = resolve_quality("contrique")
+    assert named == resolve_quality("contrique") != found
+    other = shutil.copy(checkpoint, tmp_path / "other.tar")
+    monkeypatch.setenv("QUAC_CONTRIQUE", str(other))
+    assert resolve_quality("contrique") != named  # which may hold other weights
+    alive = weakref.ref(found.function)
+    del found, again
+    gc.collect()
+    assert alive() is None
 
 
 def expected_of(reference, images):

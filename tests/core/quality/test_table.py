@@ -3,13 +3,16 @@
 import sys
 
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import quac_plugins as quac
 import quac_plugins.core.quality as package
 from quac_plugins.core.quality import table
-from quac_plugins.core.quality.table import QualityFunction, quality_names, resolve_quality
+from quac_plugins.core.quality.table import QualityFunction, quality_names, resolve_quality, shared
+from quac_plugins.core.quality.tap import QualityTap
 
 
 def mean_and_std(images):
@@ -72,6 +75,23 @@ def test_a_callable_object_is_named_after_its_class():
 def test_a_callable_without_a_width_is_refused(quality):
     with pytest.raises(ValueError, match=r"expected \(1, Q\)"):
         resolve_quality(quality)
+
+
+def test_activations_and_prior_with_a_family_of_one_name_share_one_tap(monkeypatch):
+    class Mean:
+        def __init__(self, name):
+            self.name = name
+
+        def __call__(self, images):
+            return images.mean((1, 2, 3))[:, None]
+
+    monkeypatch.setitem(table._FAMILIES, "mean", lambda name: QualityFunction(f"mean:{name}", 1, shared(Mean, name)))
+    assert resolve_quality("mean:a") == resolve_quality("mean:a") != resolve_quality("mean:b")
+    for second, taps in (("mean:a", 1), ("mean:b", 2)):
+        model = timm.create_model("test_resnet")
+        quac.inject(model, quac.QuACConfig(quality="mean:a"))
+        quac.inject(model, quac.PriorConfig(experts=["fog"], quality=second))
+        assert sum(isinstance(module, QualityTap) for module in model.modules()) == taps
 
 
 @pytest.mark.parametrize("spec", [None, 3, ["brisque"], torch.zeros(1)])
