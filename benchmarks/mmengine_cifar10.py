@@ -17,7 +17,6 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import mmpretrain.utils.dependency
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
@@ -130,8 +129,6 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=400)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    # its language models do not know newer versions of transformers
-    mmpretrain.utils.dependency.WITH_MULTIMODAL = False
     # mmengine 0.10 reads its own checkpoints by full unpickling, which torch has to be asked for since 2.6
     os.environ.setdefault("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))

@@ -19,6 +19,7 @@ from quac_plugins.mmengine.degradations import CorruptedDataset, CorruptImage, C
 from quac_plugins.mmengine.finishing import finish
 from quac_plugins.mmengine.hooks import FitPriorHook
 from quac_plugins.mmengine.initialization import keep_what_was_put_in
+from quac_plugins.mmengine.language_models import leave_out_broken_language_models
 from quac_plugins.mmengine.quality import Quality
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "finish",
 ]
 
+leave_out_broken_language_models()
 look_over_models(check_sites)
 keep_what_was_put_in()
 check_unfinished_builds(check_sites)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -79,7 +80,8 @@ def build_quac_resnet(quac: Any = None, prior: Any = None, input_size: Any = Non
         **kwargs: of the ResNet.
 
     Raises:
-        ImportError: there is no default scope, and neither mmpretrain, mmseg nor mmdet is installed.
+        ImportError: there is no default scope, and neither mmpretrain, mmseg nor mmdet is installed, or the first of
+            them that is cannot be imported (mmpretrain without mmcv or mmcv-lite).
     """
     return build_quac_backbone(**_parts_of_resnet(quac, prior, input_size, **kwargs))
 
@@ -91,6 +93,12 @@ def _parts_of_resnet(quac: Any = None, prior: Any = None, input_size: Any = None
         installed = next((p for p in ("mmpretrain", "mmdet", "mmseg") if find_spec(p)), None)
         if installed is None:
             raise ImportError("QuACResNet needs mmpretrain, mmdet or mmseg: python -m pip install mmpretrain")
+        try:
+            import_module(f"{installed}.registry")  # MMEngine would only say that it knows no such name
+        except ImportError as error:
+            raise ImportError(
+                f"QuACResNet takes the ResNet of {installed}, which cannot be imported: {error}"
+            ) from error
         name = f"{installed}.{name}"
     quac = {} if quac is None and prior is None else quac
     return {"backbone": {"type": name, **kwargs}, "quac": quac, "prior": prior, "input_size": input_size}

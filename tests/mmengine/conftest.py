@@ -3,13 +3,14 @@
 import copy
 
 import numpy as np
-import plain_mmpretrain  # noqa: F401
 import pytest
 import torch
 from mmengine.registry import DefaultScope
 from mmpretrain.registry import MODELS
 from PIL import Image
 from skimage import data
+
+import quac_plugins.mmengine  # noqa: F401
 
 PREPROCESSOR = {"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375], "to_rgb": True}
 CLASSIFIER = {

@@ -26,7 +26,7 @@ ACT = """
 START = """
     import sys
     import mmpretrain.utils.dependency
-    mmpretrain.utils.dependency.WITH_MULTIMODAL = False
+    mmpretrain.utils.dependency.WITH_MULTIMODAL = False  # mmpretrain's models come before quac_plugins.mmengine here
     from mmengine.config import Config
     from mmengine.runner import Runner
     cfg = Config.fromfile("config.py")

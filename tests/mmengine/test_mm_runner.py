@@ -5,7 +5,6 @@ import copy
 import itertools
 
 import numpy as np
-import plain_mmpretrain  # noqa: F401  (for spawned processes)
 import pytest
 import torch
 from mmengine.config import Config
@@ -19,6 +18,7 @@ from mmpretrain.registry import MODELS
 from mmpretrain.structures import DataSample
 
 import quac_plugins as quac
+import quac_plugins.mmengine  # what spawned processes have of the conftest
 
 QUAC = {"type": "QuACResNet", "depth": 18, "quac": {"where": "spatial", "quality": "brisque"}}
 PIPELINE = [{"type": "LoadImageFromFile"}, {"type": "PackInputs"}]
