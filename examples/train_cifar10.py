@@ -212,7 +212,7 @@ def run(args: argparse.Namespace, form: str, seed: int) -> EvaluationReport:
         judge(args, model, HOST.format(seed))
         model = rounded(repaired(args, model, seed))
     found = judge(args, model, kept.with_suffix(".json").name)
-    quac.push(halved(model.cpu()), NAMES[form], whole=True, dry_run=kept)
+    quac.push(halved(model.cpu()), NAMES[form], whole=True, dry_run=kept, overwrite=True)
     return found
 
 
@@ -294,7 +294,7 @@ def publish(args: argparse.Namespace, form: str, reports: list[EvaluationReport]
         description=f"Trained by examples/train_cifar10.py on pictures of CIFAR-10, 32×32. The weights here are those "
         f"of seed {args.seeds[best]}, the best of {len(reports)} on the val split: clean {top1:.2f} %, mean over the "
         f"corruptions {mean_of(reports[best]):.2f} %.",
-        dry_run=ROOT / "hub" / name,
+        dry_run=ROOT / "hub" / name, overwrite=True,
     )  # fmt: skip
     config = json.loads((kept / "config.json").read_text(encoding="utf-8"))
     size, sha256 = pushed.files["model.safetensors"]

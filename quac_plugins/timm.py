@@ -7,6 +7,7 @@ Everything that timm's factory takes passes through.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -21,6 +22,7 @@ from quac_plugins.core.activations import ACTIVATIONS, ChannelActivation
 from quac_plugins.core.inject import PriorConfig, QuACConfig, inject, injection_of
 from quac_plugins.core.inject.fingerprint import base_name
 from quac_plugins.core.inject.surgery import WidthSwitch
+from quac_plugins.core.names import unknown
 from quac_plugins.core.prior.fdm import FDMS
 from quac_plugins.core.prior.routed import RoutedFDM
 from quac_plugins.core.quality.tap import QualityTap
@@ -30,6 +32,7 @@ from quac_plugins.hub.published import Published, find_published, pretrained_cfg
 from quac_plugins.registry import Entry, published
 
 SUFFIXES = ("_qacon", "_ddp", "_qacon_ddp")
+_UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 OPTIONS = ("activation", "where", "quality", "init", "norm", "reduction")
 PRIOR_OPTIONS = ("site", "fdm", "fdm_width", "fdm_act", "experts", "top_k", "freeze")
 
@@ -115,6 +118,8 @@ def create_quac(
     except Exception as error:
         if pretrained and not whole and _is_network(error):
             raise RuntimeError(_not_found(base, suffix, pretrained_cfg)) from error
+        if isinstance(error, TypeError) and (option := _UNEXPECTED.search(str(error))) and option[1] in kwargs:
+            raise TypeError(_no_option(base, suffix, option[1])) from error
         raise
     adapter = pretrained and found is not None and found.kind == "adapter"
     for config in configs if not adapter or given else ():
@@ -128,6 +133,15 @@ def create_quac(
     elif pretrained and found is not None and not adapter:
         _load_whole(model, str(found.folder() / MODEL_FILES[-1]), kwargs, cache_dir)
     return model
+
+
+def _no_option(base: str, suffix: str, option: str) -> str:
+    """What is said of an option that neither the base nor what is put into it takes."""
+    own = [*(OPTIONS if "_qacon" in suffix else ()), *(PRIOR_OPTIONS if "_ddp" in suffix else ())]
+    other = next((s for s, names in (("_qacon", OPTIONS), ("_ddp", PRIOR_OPTIONS)) if option in names), None)
+    if other is not None:
+        return f"{base}{suffix} takes no {option!r}: that is an option of {base}{other} and {base}_qacon_ddp"
+    return str(unknown(f"{base}{suffix} takes no", option, dict.fromkeys([*own, "quality"])))
 
 
 def _load_whole(model: nn.Module, file: str | None, kwargs: dict[str, Any], cache_dir: Any) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from quac_plugins.files import same_file
 from quac_plugins.parsing import numbers
 
 WRONG, UNREADABLE, INTERRUPTED = 2, 3, 130
@@ -66,19 +68,69 @@ def images_of(mean: str | None, std: str | None, input_size: str | None) -> dict
     return {"mean": means, "std": stds, "input_size": size[0] if size and len(size) == 1 else size}
 
 
-def check_outputs(json: Path | None, plot: Path | None, option: str = "--plot") -> None:
-    """Refuse before the work what could not be written after it."""
-    for path in (json, plot):
-        if path is not None:
-            if path.is_dir():
-                raise IsADirectoryError(f"{path} is a directory, not a file to write")
-            check_folder(path.parent)
+def check_outputs(
+    json: Path | None, plot: Path | None, option: str = "--plot", inputs: Iterable[Path | None] = ()
+) -> None:
+    """Refuse before the work what could not be written after it, or would replace what is not a report of ours.
+
+    Args:
+        json: where a report goes; one that is there already is replaced.
+        plot: where a figure goes.
+        option: its name.
+        inputs: files, and folders of pictures, that the command reads, or writes elsewhere.
+
+    Raises:
+        OSError, ValueError: see :func:`check_output`.
+    """
+    inputs = list(inputs)
+    if json is not None:
+        check_output("--json", json, inputs)
+        if json.is_file() and json.stat().st_size and not _REPORT.search(_head(json)):
+            raise FileExistsError(f"--json: {json} is there already, and is no report; give another file, or delete it")
     if plot is not None:
+        check_output(option, plot, [*inputs, json])
         if plot.suffix.lower() not in _PICTURES:
             raise ValueError(f"{option}: {plot.name} must end in one of {', '.join(_PICTURES)}")
         from quac_plugins.evaluate.plot import require_matplotlib
 
         require_matplotlib()
+
+
+def check_output(option: str, path: Path, inputs: Iterable[Path | None]) -> None:
+    """Refuse a file that cannot be written, or that is one of the inputs, by whatever name or link.
+
+    Raises:
+        OSError: it is a folder, or its folder can neither be made nor written into.
+        ValueError: it is an input, or among the pictures that are read.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"{option}: {path} is a directory, not a file to write")
+    for given in inputs:
+        if given is None or (path.exists() and not path.is_file()):  # a device is no file that could be lost
+            continue
+        if given.is_dir():
+            inside = Path(os.path.realpath(given)) in Path(os.path.realpath(path)).parents
+            if inside and path.suffix.lower() in (*_PICTURES, *_RASTERS):
+                raise ValueError(f"{option}: {path} would be one of the pictures in {given}; give another place")
+        elif same_file(path, given):
+            raise ValueError(f"{option}: {path} would replace {given}, which is needed itself; give another file")
+    check_folder(Path(os.path.realpath(path)).parent)
+
+
+def files_of(adapter: str | None) -> list[Path]:
+    """The files of an adapter that is a folder here, which no output may replace."""
+    from quac_plugins.core.inject.saved import CONFIG_NAME, WEIGHTS_NAME
+
+    return [Path(adapter) / name for name in (CONFIG_NAME, WEIGHTS_NAME)] if adapter is not None else []
+
+
+_REPORT = re.compile(rb'"(model|what)"\s*:')
+_RASTERS = (".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".gif")
+
+
+def _head(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(1 << 16)
 
 
 def check_folder(folder: Path) -> None:

@@ -56,7 +56,8 @@ def evaluate_command(
     Runs on several GPUs or processes with: torchrun --nproc-per-node N -m quac_plugins.cli evaluate …
     """
     with common.plain_errors(debug):
-        common.check_outputs(json, plot)
+        inputs = [data, base_checkpoint, checkpoint, class_map, *common.files_of(adapter)]
+        common.check_outputs(json, plot, inputs=inputs)
         images = common.images_of(mean, std, input_size)
         severities = numbers(severity, int, "--severity")
         import torch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 import warnings
 from enum import Enum
 from pathlib import Path
@@ -120,7 +120,8 @@ def fit_prior_command(
 
     with common.plain_errors(debug):
         _check(out, images, pairs, corruptions, overwrite)
-        common.check_outputs(json, plot)
+        inputs = [images, *(pairs or ()), base_checkpoint, checkpoint, *common.files_of(adapter)]
+        common.check_outputs(json, plot, inputs=[*inputs, *common.files_of(str(out))])
         if routed and pairs is not None:
             raise ValueError("--routed needs corruptions to tell apart, and --pairs bring none")
         prior: dict[str, Any] = _given(site=_one_or_several(site), fdm=fdm, fdm_act=fdm_act, top_k=top_k)
@@ -195,7 +196,8 @@ def fit_qacon_command(
     """
     with common.plain_errors(debug):
         _check(out, images, pairs, corruptions, overwrite)
-        common.check_outputs(json, plot)
+        inputs = [images, *(pairs or ()), base_checkpoint, checkpoint, class_map, *common.files_of(adapter)]
+        common.check_outputs(json, plot, inputs=[*inputs, *common.files_of(str(out))])
         if labels and images is None:
             raise ValueError("--labels needs --images, a folder of folders of classes")
         looks = common.images_of(mean, std, input_size)
@@ -239,8 +241,11 @@ def _fit(
     states, main = out / STATES, is_main_process()
     if not main:
         warnings.simplefilter("ignore")  # the first process says the same
-    elif not resume and states.is_dir():
-        shutil.rmtree(states)
+    elif not resume:
+        for state in states.glob("fit-*.pt"):  # and nothing else that may lie there
+            state.unlink()
+        with contextlib.suppress(OSError):
+            states.rmdir()
     try:
         report = getattr(quac_plugins, kind)(network, images, checkpoint=states, deep=deep, **_given(**options))
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ import typer
 
 from quac_plugins.commands import common
 
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace other files of the same names in --out.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
 
 
@@ -28,6 +29,7 @@ def push_command(
     message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write what would be sent to a folder instead.")] = False,
     out: Annotated[Path | None, typer.Option(help="That folder. By default ./push/ORG/NAME.")] = None,
+    overwrite: Overwrite = False,
     debug: common.Debug = False,
 ) -> None:
     """Send an adapter or a model to the Hub in one commit, with a card written from what was measured."""
@@ -40,6 +42,7 @@ def push_command(
             folder, repo_id, metrics=metrics, fit=fit, base_model=base_model, license=license,
             description=description, private=private, revision=revision, commit_message=message,
             dry_run=(out or Path("push", *repo_id.split("/"))) if dry_run else None,
+            overwrite=overwrite,
         )  # fmt: skip
         typer.echo(str(pushed))
 
@@ -49,13 +52,14 @@ def pull_command(
     out: Annotated[Path | None, typer.Option(help="Copy it here; else it stays in the Hub's cache.")] = None,
     revision: Revision = None,
     force: Annotated[bool, typer.Option("--force", help="Fetch again what the cache has.")] = False,
+    overwrite: Overwrite = False,
     debug: common.Debug = False,
 ) -> None:
     """Fetch an adapter or a model from the Hub, verify it, and print its folder."""
     with common.plain_errors(debug):
         from quac_plugins.hub.fetch import pull
 
-        typer.echo(str(pull(repo_id, out, revision=revision, force=force)))
+        typer.echo(str(pull(repo_id, out, revision=revision, force=force, overwrite=overwrite)))
 
 
 def info_command(

@@ -33,14 +33,10 @@ def restore_command(
     """Restore a blurred, noisy, hazy, dark or compressed picture."""
     with common.plain_errors(debug):
         picture = _open(image)
-        if compare is not None and compare.resolve() in (image.resolve(), out.resolve()):
-            raise ValueError(f"--compare {compare} would replace a picture; give another file")
-        common.check_outputs(None, compare, "--compare")
         if out.suffix.lower() not in _WRITTEN:
             raise ValueError(f"{out.name} must end in one of {', '.join(_WRITTEN)}")
-        if out.is_dir():
-            raise IsADirectoryError(f"{out} is a directory, not a file to write")
-        common.check_folder(out.parent)
+        common.check_output("the result", out, [image])
+        common.check_outputs(None, compare, "--compare", inputs=[image, out])
         where = common.checked_device(device)
         import torch
 
@@ -121,7 +117,7 @@ def _save(image: Any, path: Path, like: Any) -> None:
     """With the colour profile of what was restored, without which its colours are others, and with its notes."""
     from PIL import Image
 
-    from quac_plugins.evaluate.report import write_beside
+    from quac_plugins.files import write_file
 
     if image.mode == "RGBA" and path.suffix.lower() in (".jpg", ".jpeg", ".bmp"):  # which have no transparency
         ground = Image.new("RGB", image.size, "white")
@@ -145,4 +141,4 @@ def _save(image: Any, path: Path, like: Any) -> None:
         buffer = io.BytesIO()
         image.save(buffer, format=kind, **options)
         typer.echo(f"{path}: {' and '.join(notes)} could not be written into it", err=True)
-    write_beside(path, buffer.getvalue())
+    write_file(path, buffer.getvalue())

@@ -84,6 +84,14 @@ class QualityOptions:
     quality_channels: int | None
     tap: str = "image"
 
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        """A new config; TypeError that names the nearest option for one that there is not."""
+        known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+        for key in options:
+            if key not in known:
+                raise TypeError(str(unknown(f"unknown option of {cls.__name__}:", key, known)))
+        return super().__new__(cls)
+
     def check_quality(self) -> None:
         """ValueError or TypeError for a value that cannot be."""
         one_of("channel_order", self.channel_order, ["rgb", "bgr"])

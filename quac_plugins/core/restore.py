@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from quac_plugins.core.inject.surgery import unwrap
 from quac_plugins.core.precision import full_precision
 from quac_plugins.core.quality.context import QualityContext, quality_given
-from quac_plugins.core.quality.tap import QualityTap
+from quac_plugins.core.quality.tap import FAR, QualityTap
 from quac_plugins.core.restorer_output import as_tensor
 
 QUALITIES = ("restored", "degraded")
@@ -261,13 +261,20 @@ class RestoreThen(nn.Module):
         if normalization is not None:
             mean, std = normalization
             images = torch.stack([images[:, i] * std[i] + mean[i] for i in range(channels)], dim=1)
-        elif "images" not in self._warned and _can_look(images):
+        if "images" not in self._warned and _can_look(images):
             low, high = _range(images)
-            if low < -0.05 or high > 1.05:
+            if normalization is None and (low < -0.05 or high > 1.05):
                 self._warn(
                     "images",
                     f"images lie in [{low:.2f}, {high:.2f}], but no normalization is known, so they are taken to be in "
                     "[0, 1] and clamped. Give the mean and std that normalize them: restore_then(…, mean=…, std=…)",
+                )
+            elif normalization is not None and (low < FAR[0] or high > FAR[1]):
+                self._warn(
+                    "images",
+                    f"images lie in [{low:.2f}, {high:.2f}] once mean={self.mean} and std={self.std} are undone, far "
+                    "from [0, 1], and are clamped. Divide pictures in 0..255 by 255 and normalize them, or give the "
+                    "mean and std that they come with: restore_then(…, mean=…, std=…)",
                 )
         if channels == 1:
             images = images.expand(-1, 3, -1, -1)

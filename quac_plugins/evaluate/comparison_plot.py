@@ -15,7 +15,7 @@ from quac_plugins.core.activations.base import ChannelActivation
 from quac_plugins.core.activations.curves import activation_curves
 from quac_plugins.core.inject import injection_of
 from quac_plugins.evaluate.plot import require_matplotlib
-from quac_plugins.evaluate.report import write_beside
+from quac_plugins.files import write_file
 
 _SHAPES = 3  # activations drawn
 _BEFORE, _AFTER = "#b5651d", "#1f6fb4"
@@ -57,7 +57,7 @@ def draw_comparison(
             _shape(figure.add_subplot(grid[2, 2 * place : 2 * place + 2]), name, y)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=Path(path).suffix.lstrip(".").lower() or "png", dpi=110)
-    write_beside(path, buffer.getvalue())
+    write_file(path, buffer.getvalue())
 
 
 _X = torch.linspace(-4, 4, 161)

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import warnings
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,8 @@ def read_image(path: str | os.PathLike[str], upright: bool = False) -> Image.Ima
         OSError: if the file cannot be read or decoded, whatever the decoder raised.
     """
     try:
+        if not Path(path).is_file():  # a pipe would be waited for
+            raise FileNotFoundError("it is not there" if not os.path.exists(path) else "it is no regular file")
         with Image.open(path) as image:
             image.load()
             if upright:
@@ -230,16 +233,68 @@ def _imagenet_c_places(root: Path) -> dict[tuple[str, int], Path]:
 
 
 def _folders(root: Path) -> list[Path]:
-    return sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    """The folders in a folder, sorted; a link that leads back to it, or above it, is none of them."""
+    found = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    above = _above(root)
+    circles = [str(folder) for folder in found if _identity(folder) in above]
+    if circles:
+        warnings.warn(f"links that lead back to {root} are no folders of classes: {_some(circles)}", stacklevel=2)
+    return [folder for folder in found if str(folder) not in circles]
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Return the image files below a folder, sorted; hidden files and folders are left out, links are followed."""
-    found = []
-    for parent, inner, files in os.walk(folder, followlinks=True):
-        inner[:] = [name for name in inner if not name.startswith(".")]
-        found += [Path(parent, f) for f in files if not f.startswith(".") and Path(f).suffix.lower() in EXTENSIONS]
-    return sorted(found)
+def image_files(folder: Path, once: bool = True) -> list[Path]:
+    """Return the image files below a folder, sorted; hidden files and folders are left out.
+
+    Links are followed, but never in circles: a folder is entered by one of the ways that lead to it. Every picture is
+    there once, under its own name before those of links to it; a picture that is linked into the folders of two
+    classes belongs to both, since each is asked for.
+
+    Args:
+        folder: where to look.
+        once: False gives a file under each of its names, where names matter, as in pairs.
+    """
+    entered = _above(folder)
+    waiting, later = deque([folder]), deque[Path]()  # links after folders, so that a picture has its own name
+    files: list[Path] = []
+    links: list[Path] = []
+    while waiting or later:
+        here = waiting.popleft() if waiting else later.popleft()
+        if here is not folder:
+            if (place := _identity(here)) in entered:
+                continue
+            entered.add(place)
+        try:
+            entries = sorted(os.scandir(here), key=lambda entry: entry.name)
+        except OSError as error:
+            warnings.warn(f"the pictures in {here} are left out, since it cannot be read: {error}", stacklevel=2)
+            continue
+        for entry in entries:
+            path = here / entry.name
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                (later if entry.is_symlink() else waiting).append(path)
+            elif path.suffix.lower() in EXTENSIONS:
+                (links if entry.is_symlink() else files).append(path)
+    found: dict[tuple[int, int] | Path, Path] = {}
+    for path in (*sorted(files), *sorted(links)):
+        found.setdefault(_identity(path) if once else path, path)
+    return sorted(found.values())
+
+
+def _above(folder: Path) -> set[tuple[int, int] | Path]:
+    """A folder and those that it is in."""
+    real = folder.resolve()
+    return {_identity(place) for place in (real, *real.parents)}
+
+
+def _identity(path: Path) -> tuple[int, int] | Path:
+    """What two names of one file or folder share; a link that leads nowhere is itself."""
+    try:
+        found = path.stat()
+    except OSError:
+        return path
+    return found.st_dev, found.st_ino
 
 
 def _some(names: list[str]) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quac_plugins.evaluate.report import EvaluationReport, write_beside
+from quac_plugins.evaluate.report import EvaluationReport
+from quac_plugins.files import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -103,7 +104,7 @@ def _draw(
     figure.legend(loc="outside lower center", ncols=min(6, len(bars) + len(lines)), frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=Path(path).suffix.lstrip(".").lower() or "png", dpi=150)
-    write_beside(path, buffer.getvalue())
+    write_file(path, buffer.getvalue())
 
 
 def _figure(groups: int, bars: int) -> tuple[Figure, Axes]:

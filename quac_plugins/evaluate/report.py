@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from quac_plugins.files import write_file
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -80,7 +81,7 @@ class EvaluationReport:
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write the report; a reader sees the old file or the whole new one, never a part."""
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        write_beside(path, text.encode("utf-8", "backslashreplace"))
+        write_file(path, text.encode("utf-8", "backslashreplace"))
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> EvaluationReport:
@@ -127,23 +128,6 @@ def software_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
-
-
-def write_beside(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file by way of a temporary one in the same directory, which is made if it is not there."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    umask = os.umask(0)
-    os.umask(umask)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def _percent(value: float | None) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from quac_plugins.files import write_file
 
 
 class Checkpoints:
@@ -71,13 +74,13 @@ class Checkpoints:
         return ValueError(f"{self._path(stage)} is no whole state of this fit: it {what}; delete it to start again")
 
     def save(self, stage: str, state: dict[str, Any], of: str = "") -> None:
-        """Write beside, then rename: an interruption never leaves half a file."""
+        """Whole or not at all: an interruption never leaves half a file."""
         path = self._path(stage)
         if path is None or not self.writes:
             return
-        beside = path.with_suffix(".tmp")
-        torch.save({"digest": self.digest + of, "state": state, "made": self._made}, beside)
-        os.replace(beside, path)
+        buffer = io.BytesIO()  # torch tells of a full disk in words of its own
+        torch.save({"digest": self.digest + of, "state": state, "made": self._made}, buffer)
+        write_file(path, buffer.getvalue())
         self._own.add(path)
 
     def clear(self) -> None:
@@ -86,7 +89,6 @@ class Checkpoints:
             return
         for path in self._own:
             path.unlink(missing_ok=True)
-            path.with_suffix(".tmp").unlink(missing_ok=True)
         if self._made:
             with contextlib.suppress(OSError):  # there is something else in it
                 self.folder.rmdir()

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quac_plugins.evaluate.report import write_beside
+from quac_plugins.files import write_file
 
 if TYPE_CHECKING:
     import os
@@ -74,7 +74,7 @@ class FitReport:
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
         """Write the report; beside, then renamed."""
-        write_beside(path, (json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n").encode())
+        write_file(path, (json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n").encode())
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> FitReport:
@@ -103,7 +103,7 @@ class FitReport:
             axes.legend(fontsize="x-small", ncols=2)
         buffer = io.BytesIO()
         figure.savefig(buffer, format=Path(path).suffix.lstrip(".").lower() or "png", dpi=150)
-        write_beside(path, buffer.getvalue())
+        write_file(path, buffer.getvalue())
 
     def __str__(self) -> str:
         """A few lines."""

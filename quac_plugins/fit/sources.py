@@ -230,7 +230,7 @@ def _listed(source: Any, role: str = "") -> list[_Listed] | Iterator[_Listed]:
     """List what a source holds; ``role`` tells the two sources of pairs apart in messages."""
     if isinstance(source, str | os.PathLike):
         path = Path(source)
-        return _folder(path) if path.is_dir() else _files([path])
+        return _folder(path, once=not role) if path.is_dir() else _files([path])
     if isinstance(source, Mapping | Set | bytes):
         raise TypeError(f"{role}images are given as {type(source).__name__}; expected {_KINDS}")
     if isinstance(source, np.ndarray | torch.Tensor | Image.Image):
@@ -270,8 +270,8 @@ def _labelled_files(items: list[Any]) -> list[_Listed]:
     ]
 
 
-def _folder(folder: Path) -> list[_Listed]:
-    files = image_files(folder)
+def _folder(folder: Path, once: bool) -> list[_Listed]:
+    files = image_files(folder, once)
     if not files:
         raise ValueError(f"no images below {folder} (extensions: {', '.join(sorted(EXTENSIONS))})")
     return [_file(path, path.relative_to(folder).as_posix()) for path in files]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from quac_plugins.core.inject.saved import CONFIG_NAME, WEIGHTS_NAME
+from quac_plugins.files import copy_files, disk_errors
 from quac_plugins.hub.verify import check_cached, check_file, refuse_pickles
 
 ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME)
@@ -87,6 +86,7 @@ def pull(
     revision: str | None = None,
     force: bool = False,
     token: str | bool | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Fetch an adapter or a whole model from the Hub, with its card and figures, and verify it.
 
@@ -96,6 +96,7 @@ def pull(
         revision: branch, tag or commit.
         force: fetch again what the cache has.
         token: None is the one of ``hf auth login`` or ``HF_TOKEN``.
+        overwrite: replace other files of the same names (config, weights, README.md, metrics.json) in the folder.
 
     Returns:
         The folder that holds it: ``load_adapter(model, folder)`` reads an adapter,
@@ -103,6 +104,7 @@ def pull(
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError, ValueError: see :func:`fetch`.
+        FileExistsError: another file of such a name is in the folder; nothing was written.
     """
     options: dict[str, Any] = {"optional": EXTRAS, "force": force, "token": token}
     try:
@@ -113,15 +115,8 @@ def pull(
         found = fetch(repo_id, revision, files=MODEL_FILES, **options)
     if folder is None:
         return found
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".pull-") as beside:
-        for path in sorted(found.iterdir()):
-            if path.name in (*ADAPTER_FILES, *MODEL_FILES, *EXTRAS):
-                shutil.copyfile(path, Path(beside) / path.name)
-        for path in sorted(Path(beside).iterdir()):
-            path.replace(folder / path.name)
-    return folder
+    wanted = (*ADAPTER_FILES, *MODEL_FILES, *EXTRAS)
+    return copy_files([path for path in found.iterdir() if path.name in wanted], folder, overwrite)
 
 
 class _NotAnAdapter(FileNotFoundError):
@@ -134,7 +129,7 @@ def _verified(repo_id: str, name: str, revision: str | None, force: bool, token:
 
     def download(again: bool) -> Path:
         options: Any = {"revision": revision, "force_download": again, "token": token}
-        with _one_at_a_time(repo_id, name):
+        with _one_at_a_time(repo_id, name), disk_errors(Path(constants.HF_HUB_CACHE)):
             return Path(hf_hub_download(repo_id, name, library_name="quac-plugins", **options))
 
     path = download(force)

@@ -16,6 +16,7 @@ from torch import nn
 from quac_plugins.core.inject.adapter import check_adapter_files, is_fresh, save_adapter
 from quac_plugins.core.inject.saved import WEIGHTS_NAME
 from quac_plugins.core.inject.surgery import injection_of, nothing_inside
+from quac_plugins.files import copy_files, disk_errors
 from quac_plugins.hub.card import make_card, read_metrics
 from quac_plugins.hub.fetch import ADAPTER_FILES, EXTRAS, MODEL_FILES, is_network
 from quac_plugins.hub.verify import refuse_pickles, sha256_of
@@ -61,6 +62,7 @@ def push(
     commit_message: str | None = None,
     token: str | bool | None = None,
     dry_run: str | Path | None = None,
+    overwrite: bool = False,
 ) -> Pushed:
     """Send what was put into a model, or the whole model, to the Hub.
 
@@ -85,6 +87,7 @@ def push(
         commit_message: None says what was sent.
         token: None is the one of ``hf auth login`` or ``HF_TOKEN``.
         dry_run: write the files into this folder and send nothing.
+        overwrite: replace other files of the same names in the folder of ``dry_run``.
 
     Returns:
         The commit, and each file with its size and hash.
@@ -92,6 +95,7 @@ def push(
     Raises:
         FileNotFoundError: there is no such folder, or it holds neither an adapter nor a model.
         ValueError: the model holds nothing to send, a file is damaged or a pickle, or a figure cannot be read.
+        FileExistsError: another file of such a name is in the folder of ``dry_run``; nothing was written.
         PermissionError: the Hub refused the token.
         ConnectionError: the Hub could not be reached, or answered with an error.
 
@@ -107,7 +111,7 @@ def push(
     validate_repo_id(repo_id)
     if repo_id.count("/") != 1 and not (dry_run is not None and is_published_name(repo_id)):
         raise ValueError(f"repo_id must be 'org/name', got {repo_id!r}")
-    with tempfile.TemporaryDirectory(prefix="quac-push-") as temporary:
+    with disk_errors(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix="quac-push-") as temporary:
         folder = Path(temporary)
         _stage(model, folder, whole)
         reports = read_metrics(metrics)
@@ -118,12 +122,7 @@ def push(
         (folder / "README.md").write_text(card, encoding="utf-8")
         files = {path.name: (path.stat().st_size, sha256_of(path)) for path in sorted(folder.iterdir())}
         if dry_run is not None:
-            target = Path(dry_run)
-            target.mkdir(parents=True, exist_ok=True)
-            for path in sorted(folder.iterdir()):
-                shutil.copyfile(path, target / f".{path.name}.part")
-                (target / f".{path.name}.part").replace(target / path.name)
-            return Pushed(repo_id, files, folder=target)
+            return Pushed(repo_id, files, folder=copy_files(folder.iterdir(), dry_run, overwrite))
         what = "model" if MODEL_FILES[-1] in files else "adapter"
         info = _send(folder, repo_id, private, revision, commit_message or f"Upload {what} with quac-plugins", token)
         return Pushed(repo_id, files, commit=info.oid, url=info.commit_url)

@@ -59,8 +59,8 @@ def test_an_interrupted_save_leaves_the_state_before(tmp_path, monkeypatch):
     keep = Checkpoints(tmp_path, KEY)
     keep.save("fog", STATE)
 
-    def half(content, path):
-        path.write_bytes(b"half")
+    def half(content, file):
+        file.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", half)

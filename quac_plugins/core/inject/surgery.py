@@ -145,7 +145,10 @@ def nothing_inside(model: nn.Module, todo: str) -> ValueError:
 
 
 def inject(
-    model: nn.Module, config: QuACConfig | PriorConfig | None = None, example: Example | None = None
+    model: nn.Module,
+    config: QuACConfig | PriorConfig | None = None,
+    example: Example | None = None,
+    **options: Any,
 ) -> nn.Module:
     """Put quality-adaptive activations, or a degradation prior, into a host, in place.
 
@@ -158,11 +161,13 @@ def inject(
             its ``pretrained_cfg`` says, or than (B, 3, 224, 224). For a host that takes more than images its arguments,
             the images first: a tuple ``(images, timestep)``, or a dict by name. Tokens (B, N, C) in place of images:
             with ``tap="given"`` only.
+        **options: none; options are those of the config, as the error says.
 
     Returns:
         The model.
 
     Raises:
+        TypeError: the config is none, or an option was given without one.
         ValueError: the model already holds such; a pattern of ``where`` or ``site`` matches nothing; an unknown name;
             an example that begins with no images.
         RuntimeError: the host does not run on such images, or no layer of it sees the image.
@@ -177,9 +182,17 @@ def inject(
         >>> torch.allclose(host(images), before)
         True
     """
+    if options:
+        kinds = [kind for kind in (QuACConfig, PriorConfig) if set(options) & set(kind.__dataclass_fields__)]
+        kind = type(config) if config is not None else kinds[0] if kinds else QuACConfig
+        given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        raise TypeError(f"inject takes its options in a config: inject(model, {kind.__name__}({given}))")
     config = config if config is not None else QuACConfig()
     if not isinstance(config, (QuACConfig, PriorConfig)):
-        raise TypeError(f"config must be a QuACConfig or a PriorConfig, got {type(config).__name__}")
+        raise TypeError(
+            f"config must be a QuACConfig or a PriorConfig, got {type(config).__name__}: inject(model, "
+            "QuACConfig(where=…))"
+        )
     whole, model = model, unwrap(model)
     there = injection_of(model)
     holds = there is not None and (there.config if isinstance(config, QuACConfig) else there.prior)

@@ -143,9 +143,11 @@ class FDM(nn.Module):
         return f"{self.name!r}, {self.site.channels} channels, {self.site.layout}, fold={self.fold}"
 
 
-def all_zero(*tensors: Tensor) -> bool:
-    """Whether tensors hold zeros alone, as far as they hold anything."""
-    return not any(bool(tensor.any()) for tensor in tensors if not tensor.is_meta)
+def all_zero(*values: Any) -> bool:
+    """Whether tensors hold zeros alone, as far as they hold anything; what is no tensor (quantized) was not made so."""
+    if not all(isinstance(value, Tensor) for value in values):
+        return False
+    return not any(bool(tensor.any()) for tensor in values if not tensor.is_meta)
 
 
 def standardized(x: Tensor, module: Any, grid: Grid | None = None) -> Tensor:

@@ -52,20 +52,26 @@ class Gate(nn.Module):
     def forward(self, q: Tensor) -> Tensor:
         """Logits (B, 1 + E) of q (B, Q), at least float32 in a host of any dtype."""
         with full_precision(q):
-            h = self.hidden(q)
-            return F.linear(h, self.fc2.weight.to(h.dtype), self.fc2.bias.to(h.dtype))
+            return _linear(self.fc2, self.hidden(q))
 
     def hidden(self, q: Tensor) -> Tensor:
         """(B, 64) of q (B, Q): what the choice is read from."""
         wide = torch.promote_types(self.mean.dtype, torch.float32)
         # far from all that was fitted on, no choice may grow without bounds
         h = ((q.to(wide) - self.mean.to(wide)) / self.std.to(wide)).clamp(-_FARTHEST, _FARTHEST)
-        return F.linear(h, self.fc1.weight.to(wide), self.fc1.bias.to(wide)).relu()
+        return _linear(self.fc1, h).relu()
 
     @property
     def is_fresh(self) -> bool:
         """Whether it is as it was made: no choice is preferred."""
-        return all_zero(self.mean, self.std - 1, self.fc2.weight, self.fc2.bias)
+        return all_zero(self.mean, self.std - 1, *self.fc2.state_dict().values())
+
+
+def _linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """A linear layer in x's dtype; what took its place (quantized, adapted) is called as it is."""
+    if type(layer) is not nn.Linear:
+        return layer(x)
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
 
 
 class RoutedFDM(nn.Module):

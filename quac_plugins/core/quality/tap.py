@@ -18,6 +18,8 @@ from quac_plugins.core.quality.padding import quality_of_each, sizes_of
 from quac_plugins.core.quality.rows import can_expand, expand_rows
 from quac_plugins.core.quality.table import QualityFunction
 
+FAR = (-2.0, 3.0)  # beyond what noise, padding and resizing leave of undone images
+
 
 class QualityTap(nn.Module):
     """Computes the quality feature of the images that enter a layer.
@@ -57,7 +59,7 @@ class QualityTap(nn.Module):
         self.std = tuple(std) if std is not None else None
         self.channel_order = channel_order
         self.given = given
-        self._range_checked = mean is not None
+        self._range_checked = False
 
     def extra_repr(self) -> str:
         """What is computed, for ``print(model)``."""
@@ -124,8 +126,7 @@ class QualityTap(nn.Module):
             else:
                 channels = [images[:, i] * std[i] + mean[i] for i in range(min(self.in_chans, len(mean)))]
                 images = torch.stack(channels, dim=1)
-        else:
-            self._check_range(images)
+        self._check_range(images)
         if self.in_chans <= 2:
             images = images.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
         else:
@@ -151,15 +152,27 @@ class QualityTap(nn.Module):
             )
 
     def _check_range(self, images: Tensor) -> None:
-        """Once: without mean and std images should be in [0, 1]; another range means an unknown normalization."""
-        if self._range_checked or torch.compiler.is_compiling() or images.is_meta or images.numel() == 0:
+        """Once: undone images are in [0, 1], and far from it where they came with another normalization."""
+        graph = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(images) is not Tensor
+        if self._range_checked or graph or images.is_meta or images.numel() == 0:
             return
         self._range_checked = True
-        low, high = (float(edge) for edge in torch.aminmax(images.detach()))
-        if low < -0.05 or high > 1.05:
+        try:
+            low, high = (float(edge) for edge in torch.aminmax(images.detach()))
+        except RuntimeError:  # under vmap and the like nobody may look
+            return
+        if self.mean is None and (low < -0.05 or high > 1.05):
             warnings.warn(
                 f"images entering layer {self.layer!r} lie in [{low:.2f}, {high:.2f}], but no normalization was "
                 "given, so the quality features are computed as if they were in [0, 1]. Give the mean and std that "
                 "normalize them: QuACConfig(mean=…, std=…)",
+                stacklevel=2,
+            )
+        elif self.mean is not None and (low < FAR[0] or high > FAR[1]):
+            warnings.warn(
+                f"images entering layer {self.layer!r} lie in [{low:.2f}, {high:.2f}] once mean={self.mean} and "
+                f"std={self.std} are undone, far from [0, 1], so their quality features mean nothing. Divide pictures "
+                "in 0..255 by 255 and normalize them, or give the mean and std that they come with: QuACConfig(mean=…, "
+                "std=…)",
                 stacklevel=2,
             )

@@ -416,3 +416,19 @@ def test_a_host_that_takes_more_than_images_says_why(cheap):
         quac.inject(Timed(), quac.QuACConfig(quality=cheap))
     with pytest.raises(ValueError, match="example"):
         quac.inject(Timed(), quac.QuACConfig(quality=cheap), example=torch.rand(3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: quac.inject(nn.ReLU(), where="all"), r"options in a config: inject\(model, QuACConfig\(where='all'\)"),
+        (lambda: quac.inject(nn.ReLU(), site="auto"), r"inject\(model, PriorConfig\(site='auto'\)\)"),
+        (lambda: quac.inject(nn.ReLU(), "all"), r"a QuACConfig or a PriorConfig, got str: inject\(model, QuACConfig"),
+        (lambda: quac.QuACConfig(wher="all"), "QuACConfig: 'wher'; did you mean 'where'"),
+        (lambda: timm.create_model("test_resnet_qacon", wher="all"), "takes no 'wher'; did you mean 'where'"),
+        (lambda: timm.create_model("test_resnet_qacon", site="auto"), "'site': that is an option of test_resnet_ddp"),
+    ],
+)
+def test_options_that_are_none_are_answered_with_those_that_are(wrong, message):
+    with pytest.raises(TypeError, match=message):
+        wrong()

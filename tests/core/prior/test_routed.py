@@ -259,3 +259,20 @@ def test_gradients_through_a_graph():
     for name, parameter in model.named_parameters():
         wanted = expected[name] if expected[name] is not None else torch.zeros_like(parameter)
         torch.testing.assert_close(parameter.grad, wanted, atol=1e-3, rtol=1e-3, msg=name)
+
+
+def test_a_gate_of_quantized_layers_chooses_as_before():
+    """Int8 layers in the places of its own, as torch's dynamic quantization puts them there."""
+    from torch.ao.nn.quantized.dynamic import Linear
+
+    module, x, q = routed(top_k=2), features(batch=5), asking_for(0, 1, 2, 3, 4, sharpness=3.0)
+    expected = given(module, x, q)
+    small = copy.deepcopy(module)
+    for name in ("fc1", "fc2"):
+        layer = getattr(small.gate, name)
+        layer.qconfig = torch.ao.quantization.default_dynamic_qconfig
+        setattr(small.gate, name, Linear.from_float(layer))
+    found = given(small, x, q)
+    assert not small.gate.is_fresh
+    assert torch.equal(small.gate(q).argmax(dim=1), module.gate(q).argmax(dim=1))
+    assert (found - expected).abs().max() < 0.02 * (expected - x).abs().max()

@@ -109,7 +109,7 @@ def test_images_of_another_range_are_warned_about_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         q_of(tap_of(), torch.rand(1, 3, 8, 8))
-        q_of(tap_of(mean=(0.5,), std=(0.5,)), torch.randn(1, 3, 8, 8) * 9)
+        q_of(tap_of(mean=(0.5,), std=(0.5,)), torch.randn(1, 3, 8, 8))
         q_of(tap_of(), torch.rand(0, 3, 8, 8))
     with pytest.warns(UserWarning, match=r"'stem\.conv' lie in \[-2\.00, 2\.00\].*QuACConfig\(mean=…, std=…\)"):
         q_of(tap, torch.linspace(-2, 2, 192).reshape(1, 3, 8, 8))
@@ -224,3 +224,19 @@ def test_features_only_sees_the_image_and_preserves(name, kwargs, normalized):
         with quac.quality_of(model, torch.full((2, 36), 2.0)):
             assert not torch.allclose(model(images)[-1], expected[-1])
     assert model.feature_info.channels() == base.feature_info.channels()
+
+
+def test_images_far_from_their_normalization_are_warned_about_once(photographs):
+    """Pictures in 0..255, as a user forgets to scale them; noise and padding stay within what is usual."""
+    tap = tap_of(3, *IMAGENET)
+    images = photographs(2, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        q_of(tap, torch.randn(2, 3, 8, 8))
+        tap_of(3, *IMAGENET).to_rgb((images - torch.tensor(IMAGENET[0]).view(3, 1, 1)) / 0.225)
+    tap = tap_of(3, *IMAGENET)
+    with pytest.warns(UserWarning, match=r"'stem\.conv' lie in .* far from \[0, 1\].*Divide pictures in 0\.\.255"):
+        q_of(tap, images * 255)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        q_of(tap, images * 255)

@@ -1,0 +1,159 @@
+"""Files that are written: whole or not at all, into what they name, and over no file that is none of ours.
+
+What a path names is what is written: a device or a pipe gets the bytes and stays what it is, a link leads to the file
+that is replaced. An error of the disk says which file it is about, and what to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+__all__ = ["copy_files", "disk_errors", "read_json", "same_file", "write_file"]
+
+_NO_ROOM = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "your quota on this disk is used up",
+    errno.EFBIG: "no file may become so large here (ulimit -f)",
+    errno.EROFS: "the disk can only be read",
+}
+_DESCRIPTOR = re.compile(r"/(?:dev|proc/(?:self|thread-self|\d+))/fd/(\d+)\Z")
+_STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
+
+
+class _NotWritten(OSError):
+    """An error of the disk that is told already."""
+
+
+def write_file(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file: a reader sees the old one or the whole new one, never a part.
+
+    It goes to a temporary file in the same folder first, which is made if it is not there. A link stays, and the file
+    that it leads to is replaced. A device, a pipe or ``/dev/stdout`` is written into.
+
+    Raises:
+        OSError: it cannot be written; what was there is as it was.
+    """
+    with disk_errors(path):
+        descriptor = _descriptor(path)
+        if descriptor is not None:  # opened anew, a file behind it would be written over from its beginning
+            sys.stdout.flush()
+            with os.fdopen(os.dup(descriptor), "wb") as file:
+                file.write(content)
+            return
+        target = Path(os.path.realpath(path))
+        if target.exists() and not target.is_file():
+            with open(target, "wb") as file:
+                file.write(content)
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        umask = os.umask(0)
+        os.umask(umask)
+        mode = target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~umask
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".quac-")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+            os.chmod(name, mode)
+            os.replace(name, target)
+        except BaseException:
+            os.unlink(name)
+            raise
+
+
+def copy_files(files: Iterable[Path], folder: str | os.PathLike[str], overwrite: bool = False) -> Path:
+    """Copy files into a folder, which is made if it is not there: all of them, or none.
+
+    Raises:
+        FileExistsError: another file of such a name is there, and ``overwrite`` is not given.
+        NotADirectoryError: the folder is a file.
+        OSError: they cannot be written.
+    """
+    folder, files = Path(folder), sorted(files)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, not a folder to write into")
+    for path in files:
+        there = folder / path.name
+        if there.is_dir():
+            raise IsADirectoryError(f"{there} is a folder, and {path.name} would have to go there; give another folder")
+        if os.path.lexists(there) and not overwrite and not _equal(path, there):
+            raise FileExistsError(
+                f"{there} is there already, and is another file; give another folder, or --overwrite (overwrite=True)"
+            )
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".quac-") as beside:
+            copies = [Path(shutil.copyfile(path, Path(beside) / path.name)) for path in files]
+            for copy in copies:
+                copy.replace(folder / copy.name)
+    return folder
+
+
+def read_json(path: str | os.PathLike[str], most: int = 4 << 20) -> Any:
+    """What a JSON file holds; a file of someone else's can be wrong, and no more.
+
+    Args:
+        path: of the file.
+        most: bytes that it may have.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is too large, not UTF-8, no JSON, or nested too deeply.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"there is no file {os.fspath(path)}")
+    if (size := os.path.getsize(path)) > most:
+        raise ValueError(f"{os.fspath(path)} has {size} bytes, where {most} are the most that can be expected")
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        told = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{os.fspath(path)} is no JSON that can be read: {told}") from error
+
+
+def same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two paths lead to one file, by links of either kind or by name; also to one that is not there yet."""
+    with contextlib.suppress(OSError):
+        return os.path.samefile(one, other)
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+@contextlib.contextmanager
+def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Say of an error of the disk which file was not written, and why."""
+    try:
+        yield
+    except OSError as error:
+        reason = _NO_ROOM.get(error.errno or 0)
+        if reason is None or isinstance(error, _NotWritten):
+            raise
+        told = _NotWritten(f"{os.fspath(path)} was not written: {reason}. Make room there, or give another place")
+        told.errno = error.errno
+        raise told from error
+
+
+def _descriptor(path: str | os.PathLike[str]) -> int | None:
+    """The number of the open file that a path stands for, as ``/dev/stdout`` and ``/dev/fd/3`` do."""
+    name = os.path.abspath(path)
+    for _ in range(40):
+        if name in _STANDARD:
+            return _STANDARD[name]
+        if found := _DESCRIPTOR.match(name):
+            return int(found[1])
+        if not os.path.islink(name):
+            return None
+        name = os.path.normpath(os.path.join(os.path.dirname(name), os.readlink(name)))
+    return None
+
+
+def _equal(one: Path, other: Path) -> bool:
+    return other.is_file() and one.stat().st_size == other.stat().st_size and one.read_bytes() == other.read_bytes()
