@@ -14,12 +14,13 @@ TF32 rounds coarser, and a result that does not depend on what else is in the ba
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quac_plugins.core.graphs import count_up_to, exporting, in_graph, log_gamma
 from quac_plugins.core.native import compiled_or, kernels_choice
 from quac_plugins.core.quality.brisque_cpu import scales_of, sums_of
 from quac_plugins.core.quality.table import quality_function
@@ -81,10 +82,7 @@ def brisque(images: Tensor) -> Tensor:
     ratios = _shape_ratios(images)
     scales = [_two_scales(block, ratios.dtype) for block in _blocks(images)]
     # fitted together: these are many small operations
-    parts = [
-        _features(torch.cat([sums for sums, _ in scale]), scale[0][1], ratios) for scale in zip(*scales, strict=True)
-    ]
-    features = _settled(torch.cat(parts, dim=1))
+    features = _settled(_features(torch.cat(scales), ratios))
     return features.to(torch.float64 if images.dtype == torch.float64 else torch.float32)
 
 
@@ -112,10 +110,9 @@ def _settled(features: Tensor) -> Tensor:
 
     One pixel of a neighbouring grey level among 25 millions makes a variance of 1e-7, rounding one of 4e-10.
     """
-    constant = features.new_zeros(2, 18)
-    constant[:, 0] = 10
-    constant[:, 2::4] = 10
-    return torch.where(features[:, 1:2] < 1e-8, constant.flatten(), features)
+    column = torch.arange(36, device=features.device) % 18
+    shapes = (column == 0) | (column % 4 == 2)
+    return torch.where(features[:, 1:2] < 1e-8, shapes.to(features.dtype) * 10, features)
 
 
 def _blocks(images: Tensor) -> tuple[Tensor, ...]:
@@ -124,24 +121,31 @@ def _blocks(images: Tensor) -> tuple[Tensor, ...]:
     Eager kernels pass over memory some two hundred times; from the cache that is three times as fast for 32
     images of 224×224. Graphs are not split: they are fused, and their batch may be symbolic.
     """
-    if images.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if images.device.type != "cpu" or in_graph():
         return (images,)
     return images.split(max(1, _BLOCK_PIXELS // (images.shape[2] * images.shape[3])))
 
 
-def _two_scales(images: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, int]]:
-    """Of the full and of half the size: sums (B, 5, 5), and how many pixels there are."""
+def _two_scales(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of the full and of half the size, and each of 5 distributions: the 5 sums, and how many pixels; (B, 2, 5, 6)."""
 
-    def by_operation() -> list[tuple[Tensor, int]]:
+    def by_operation() -> Tensor:
         grey = _grey(images)
-        return [(_all_sums(scale, dtype), scale.shape[-2] * scale.shape[-1]) for scale in (grey, _halve(grey))]
+        return counted([grey, _halve(grey)], lambda scale: _all_sums(scale, dtype))
 
-    def in_one_pass() -> list[tuple[Tensor, int]]:
+    def in_one_pass() -> Tensor:
         down, across = (_taps(size, max(1, size // 2), images) for size in images.shape[2:])
         scales = scales_of(images.resolve_neg().float(), across, down, _LUMA, _LUMA_ONE, _C)
-        return [(sums_of(scale, _WINDOW, _C), scale.shape[-2] * scale.shape[-1]) for scale in scales]
+        return counted(scales, lambda scale: sums_of(scale, _WINDOW, _C))
+
+    def counted(scales: Iterable[Tensor], sums_in: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.stack([_with_count(sums_in(scale), scale) for scale in scales], dim=1)
 
     return compiled_or("cpu", "BRISQUE", in_one_pass, by_operation) if _is_compiled(images) else by_operation()
+
+
+def _with_count(sums: Tensor, scale: Tensor) -> Tensor:
+    return torch.cat([sums, torch.ones_like(sums[..., :1]) * (scale.shape[-2] * scale.shape[-1])], dim=-1)
 
 
 def _wide(device: torch.device) -> torch.dtype:
@@ -169,21 +173,20 @@ def _luma(levels: Tensor) -> Tensor:
     return total.mul_(1.0 / _LUMA_ONE).nan_to_num(0.0)
 
 
-def _exact() -> bool:
-    """Whether a fused multiply-add has to be spelled out, since the compiler would round twice."""
-    is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
-    return torch.compiler.is_compiling() and not is_exporting()
+def _exact(x: Tensor) -> bool:
+    """Whether a fused multiply-add has to be spelled out, since compilers and ONNX round twice."""
+    return (torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()) and x.device.type != "mps"
 
 
 def _add_scaled(total: Tensor, x: Tensor, weight: float) -> Tensor:
     """total + weight · x with one rounding; overwrites total."""
-    if _exact() and total.device.type != "mps":
+    if _exact(total):
         return (total.double() + weight * x.double()).float()
     return total.add_(x, alpha=weight)  # eager kernels fuse this
 
 
 def _blur(padded: Tensor) -> Tensor:
-    """Gaussian window on images (B, H + 6, W + 6) that were padded by 3; (B, H, W)."""
+    """Gaussian window on images (…, H + 6, W + 6) that were padded by 3; (…, H, W)."""
     height, width = padded.shape[-2] - 6, padded.shape[-1] - 6
     # rows in sequence, columns from the centre outwards in pairs: the rounding errors of the reference
     rows = padded[..., :width] * _WINDOW[3]
@@ -199,8 +202,9 @@ def _blur(padded: Tensor) -> Tensor:
 def _normalized(grey: Tensor) -> Tensor:
     """Mean-subtracted, contrast-normalized coefficients, eq. (1)-(3); (B, H, W)."""
     padded = F.pad(grey[:, None], (3, 3, 3, 3), mode="replicate")[:, 0]
-    mean = _blur(padded)
-    variance = _blur(padded * padded).sub_(mean * mean)
+    both = padded, padded * padded  # in a graph, at once: half as many operations
+    mean, square = _blur(torch.stack(both)).unbind() if exporting() else map(_blur, both)
+    variance = square - mean * mean
     # clamped above 0, since the square root has no gradient there (and is slow on negatives)
     deviation = variance.clamp(min=1e-14).sqrt()
     usable = variance.detach().sign().clamp_(max=0.0).add_(1.0)
@@ -245,8 +249,7 @@ def _halve(grey: Tensor) -> Tensor:
 
 def _near_and_far(size: int, term: Callable[[int], Tensor]) -> Tensor:
     """Sum of the terms of both halves (one is 0 in each sample); of an even size, all is near."""
-    graph = torch.compiler.is_compiling() or torch.jit.is_tracing()  # where sizes may be symbolic
-    return term(0) if not graph and size % 2 == 0 else term(0) + term(1)
+    return term(0) if not in_graph() and size % 2 == 0 else term(0) + term(1)
 
 
 def _every_second(x: Tensor, axis: int) -> tuple[Tensor, ...]:
@@ -254,11 +257,14 @@ def _every_second(x: Tensor, axis: int) -> tuple[Tensor, ...]:
     # one pixel misses one to read; a trace must not compare sizes, so its images have at least two
     after = 3 if not torch.jit.is_tracing() and x.shape[axis] == 1 else 2
     padding = (1, after, 0, 0) if axis == -1 else (0, 0, 1, after)
-    return F.pad(x[:, None], padding, mode="replicate")[:, 0].unfold(axis, 5, 2).unbind(-1)
+    padded = F.pad(x[:, None], padding, mode="replicate")[:, 0]
+    last = padded.shape[axis] - 4
+    windows = [slice(first, last + first, 2) for first in range(5)]
+    return tuple(padded[..., window] if axis == -1 else padded[..., window, :] for window in windows)
 
 
 def _add_product(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    if _exact() and total.device.type != "mps":
+    if _exact(total):
         return (total.double() + x.double() * weight.double()).float()
     return torch.addcmul(total, x, weight)
 
@@ -271,21 +277,21 @@ def _shape_ratios(like: Tensor) -> Tensor:
     """
     dtype = _wide(like.device)
     inverse = 1.0 / (_SHAPE_FIRST + _SHAPE_STEP * torch.arange(_SHAPE_COUNT, device=like.device, dtype=dtype))
-    return (2.0 * torch.lgamma(2.0 * inverse) - torch.lgamma(inverse) - torch.lgamma(3.0 * inverse)).exp()
+    once, twice, thrice = log_gamma(torch.stack([inverse, 2.0 * inverse, 3.0 * inverse])).unbind()
+    return (2.0 * twice - once - thrice).exp()
 
 
-def _features(sums: Tensor, pixels: int, ratios: Tensor) -> Tensor:
-    """The 18 features of one scale; (B, 18), in the dtype of ``ratios``."""
-    # products over the border count as zeros: each mean is over all pixels
-    shape, mean, left, right_ = _fit(sums, pixels, ratios)
-    first = torch.stack([shape[:, 0], (left[:, 0] + right_[:, 0]) / 2], dim=1)
-    rest = torch.stack([shape[:, 1:], mean[:, 1:], left[:, 1:], right_[:, 1:]], dim=2)
-    return torch.cat([first, rest.flatten(1)], dim=1)
+def _features(sums: Tensor, ratios: Tensor) -> Tensor:
+    """The 36 features of sums (B, 2, 5, 6); (B, 36), in the dtype of ``ratios``."""
+    shape, mean, left, right = _fit(sums, ratios)
+    first = torch.stack([shape[..., 0], (left[..., 0] + right[..., 0]) / 2], dim=-1)
+    rest = torch.stack([part[..., 1:] for part in (shape, mean, left, right)], dim=-1)
+    return torch.cat([first, rest.flatten(2)], dim=-1).flatten(1)
 
 
 def _is_compiled(images: Tensor) -> bool:
     """Whether C++ computes it; by the size of an image alone, so that features do not depend on the batch."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.jit.is_scripting():
+    if in_graph() or torch.jit.is_scripting():
         return False
     if (torch.is_grad_enabled() and images.requires_grad) or images.device.type != "cpu":
         return False
@@ -301,6 +307,10 @@ def _all_sums(grey: Tensor, dtype: torch.dtype) -> Tensor:
     """Sums (B, 5, 5) of the normalized coefficients and of their products with four neighbours."""
     y = _normalized(grey)
     height, width = y.shape[-2:]
+    if exporting():  # at once, in a fifth of the operations; zeros beyond the border count nowhere
+        around = F.pad(y, (0, 1, 1, 1))
+        neighbours = [around[:, 1 + down :][:, :height, right:][..., :width] for down, right in _SHIFTS]
+        return _sums(torch.stack([y, *(y * there for there in neighbours)], dim=1), dtype)
     sums = [_sums(y, dtype)]
     for down, right in _SHIFTS:
         top, bottom = max(0, -down), max(0, down)
@@ -311,7 +321,7 @@ def _all_sums(grey: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _sums(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of each image of x (B, H, W): sums of squares left and right of 0, of magnitudes, numbers left, right; (B, 5)."""
+    """Of each image of x (…, H, W): sums of squares left and right of 0, of magnitudes, numbers left, right; (…, 5)."""
 
     def total(t: Tensor) -> Tensor:
         return t.sum(-1).sum(-1, dtype=dtype)  # rows first: the order of summation is the same in every batch
@@ -324,17 +334,18 @@ def _sums(x: Tensor, dtype: torch.dtype) -> Tensor:
     balance, used = total(sign), squares(sign).round().sum(-1)  # right - left, right + left
     magnitudes = total(right) - total(left)
     return torch.stack(
-        [squares(left).sum(-1), squares(right).sum(-1), magnitudes, (used - balance) / 2, (used + balance) / 2], dim=1
+        [squares(left).sum(-1), squares(right).sum(-1), magnitudes, (used - balance) / 2, (used + balance) / 2], dim=-1
     )
 
 
-def _fit(sums: Tensor, pixels: int, ratios: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Fit asymmetric generalized Gaussians by moments (Lasmar, Stitou, Berthoumieu, 2009) to sums (B, N, 5).
+def _fit(sums: Tensor, ratios: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Fit asymmetric generalized Gaussians by moments (Lasmar, Stitou, Berthoumieu, 2009) to sums (…, 6).
 
     Returns:
-        shape, mean, left variance, right variance, each (B, N).
+        shape, mean, left variance, right variance, each (…).
     """
-    left_squares, right_squares, magnitudes, lefts, rights = sums.unbind(-1)
+    # products over the border count as zeros: each mean is over all pixels
+    left_squares, right_squares, magnitudes, lefts, rights, pixels = sums.unbind(-1)
     left, right = left_squares / lefts.clamp(min=1.0), right_squares / rights.clamp(min=1.0)
     tiny = 1e-30  # under the roots for their gradient; in divisors where all samples are 0
     left_deviation, right_deviation = (left + tiny).sqrt(), (right + tiny).sqrt()
@@ -348,7 +359,7 @@ def _fit(sums: Tensor, pixels: int, ratios: Tensor) -> tuple[Tensor, Tensor, Ten
         # a side without samples: the reference has NaN, and its search ends at the largest shape
         ratio = torch.where((lefts > 0) & (rights > 0), ratio * skew, torch.ones_like(ratio))
         # the nearest entry, the larger of two equally near: as a search upwards that stops when it gets worse
-        nearest = torch.searchsorted((ratios[1:] + ratios[:-1]) / 2, ratio, right=True)
+        nearest = count_up_to((ratios[1:] + ratios[:-1]) / 2, ratio)
         shape = _SHAPE_FIRST + _SHAPE_STEP * nearest
         scale = ratios[nearest].sqrt()
     # Γ(2/α)/Γ(1/α) · sqrt(Γ(1/α)/Γ(3/α)) of the mean, eq. (13)-(16), is sqrt(r(α))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from quac_plugins.core.graphs import exporting, in_graph
 from quac_plugins.core.quality.brisque import brisque
 from quac_plugins.core.quality.table import quality_function
 
@@ -67,7 +68,7 @@ def _blocks(images: Tensor) -> tuple[Tensor, ...]:
 
     Small pictures come in one piece; graphs are not split, since their batch may be symbolic.
     """
-    if images.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if images.device.type != "cpu" or in_graph():
         return (images,)
     return images.split(max(1, _BLOCK_PIXELS // (images.shape[2] * images.shape[3])))
 
@@ -98,16 +99,22 @@ def _percentiles(pixels: Tensor, wide: torch.dtype) -> Tensor:
     """Percentiles of the luminance of (B, 3, H, W) in [0, 1]; (B, 5), in the dtype ``wide``."""
     red, green, blue = pixels.unbind(1)
     luminance = red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2]
-    levels = (luminance * (_LEVELS - 1)).round_().clamp_(max=_LEVELS - 1).long().flatten(1)
-    # integers: a sum that is the same in whatever order a GPU adds
-    counts = levels.new_zeros((levels.shape[0], _LEVELS), dtype=torch.int32)
-    counts = counts.scatter_add(1, levels, torch.ones_like(levels, dtype=torch.int32))
-    below = counts.cumsum(1, dtype=torch.int32)
-    last = below[:, -1:] - 1  # rank of the brightest pixel
+    levels = (luminance * (_LEVELS - 1)).round_().clamp_(max=_LEVELS - 1).flatten(1)
+    last = torch.zeros_like(levels[:, :1], dtype=torch.int32) + (levels.shape[1] - 1)  # rank of the brightest pixel
     position = torch.cat([last.to(wide) * (percentile / 100.0) for percentile in PERCENTILES], dim=1)
     lower = position.floor()
     ranks = lower.to(torch.int32)
     ranks = torch.cat([ranks, torch.minimum(ranks + 1, last)], dim=1)
-    # the level of the pixel of a rank: as many levels lie below it as have no more than ``rank`` pixels up to them
-    low, high = torch.searchsorted(below, ranks, right=True).to(wide).chunk(2, dim=1)
+    low, high = _of_ranks(levels, ranks).to(wide).chunk(2, dim=1)
     return (low + (high - low) * (position - lower)) / (_LEVELS - 1)
+
+
+def _of_ranks(levels: Tensor, ranks: Tensor) -> Tensor:
+    """Of levels (B, N), whole numbers below 2^16, those that would stand at ranks (B, M) if they were sorted; (B, M)."""
+    if exporting():  # slower, in two operations that every format knows
+        return levels.sort(dim=1).values.gather(1, ranks.long())
+    # integers: a sum that is the same in whatever order a GPU adds
+    counts = torch.zeros((levels.shape[0], _LEVELS), dtype=torch.int32, device=levels.device)
+    counts = counts.scatter_add(1, levels.long(), torch.ones_like(levels, dtype=torch.int32))
+    # as many levels lie below that of a rank as have no more than ``rank`` pixels up to them
+    return torch.searchsorted(counts.cumsum(1, dtype=torch.int32), ranks, right=True)
