@@ -13,7 +13,7 @@ _SHIFT = 16
 
 
 def in_graph() -> bool:
-    """Whether a graph is being made (compiled, exported or traced): its sizes may be symbols, its values are unknown."""
+    """Whether a graph is being made (compiled, exported, traced): sizes may be symbols, values are unknown."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quac_plugins.core.activations import ACTIVATIONS, ChannelActivation, DrivenActivation
+from quac_plugins.core.graphs import exporting
 from quac_plugins.core.names import unknown
 from quac_plugins.core.prior.sites import Grid, PriorSite
 
@@ -119,11 +120,12 @@ class FDM(nn.Module):
         """r(z) of standardized features (B, C, H, W)."""
         if self.fold == 1:
             return self.body(z)
-        if z.shape[0] == 0:  # which pixel_unshuffle leaves as it is
+        exported = exporting()  # for all sizes
+        if not exported and z.shape[0] == 0:  # which pixel_unshuffle leaves as it is
             return z
         height, width = z.shape[2:]
         bottom, right = -height % self.fold, -width % self.fold
-        if bottom or right:
+        if exported or bottom or right:
             z = F.pad(z, (0, right, 0, bottom), mode="replicate")
         z = F.pixel_shuffle(self.body(F.pixel_unshuffle(z, self.fold)), self.fold)
         return z[:, :, :height, :width]

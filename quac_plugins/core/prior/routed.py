@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from quac_plugins.core.graphs import in_graph
 from quac_plugins.core.precision import full_precision
 from quac_plugins.core.prior.fdm import all_zero, resolve_fdm
 from quac_plugins.core.prior.sites import Grid, PriorSite
@@ -123,7 +124,7 @@ class RoutedFDM(nn.Module):
                 f"the prior after {self.layer!r} got features of {rows} images, but quality features of {q.shape[0]}"
             )
         weights = self.gate(q.to(x.device)).softmax(dim=1)
-        if self.soft or self.top_k >= weights.shape[1]:
+        if self.soft or self.top_k > len(self.experts):
             return weights
         best, chosen = weights.topk(self.top_k, dim=1)
         return torch.zeros_like(weights).scatter(1, chosen, best / best.sum(dim=1, keepdim=True))
@@ -136,8 +137,7 @@ class RoutedFDM(nn.Module):
             grid: (h, w) of tokens; by default that of the site.
         """
         weights = self.weights(x)
-        graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        everything = self.soft or graph or x.is_meta or isinstance(x, FakeTensor)
+        everything = self.soft or in_graph() or x.is_meta or isinstance(x, FakeTensor)
         y = self._by_all(x, weights, grid) if everything else self._by_chosen(x, weights, grid)
         if self.context is not None:
             self.context.mark(y)

@@ -110,7 +110,7 @@ def _percentiles(pixels: Tensor, wide: torch.dtype) -> Tensor:
 
 
 def _of_ranks(levels: Tensor, ranks: Tensor) -> Tensor:
-    """Of levels (B, N), whole numbers below 2^16, those that would stand at ranks (B, M) if they were sorted; (B, M)."""
+    """Those of levels (B, N), whole numbers below 2^16, that stand at ranks (B, M) once they are sorted; (B, M)."""
     if exporting():  # slower, in two operations that every format knows
         return levels.sort(dim=1).values.gather(1, ranks.long())
     # integers: a sum that is the same in whatever order a GPU adds
