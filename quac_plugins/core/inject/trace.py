@@ -478,6 +478,13 @@ def _backbone_output(features: Any, outputs: list[tuple[str, Tensor]], batch: in
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """In eval mode, and everything that the pass leaves on the modules (caches, buffers) is taken back."""
     before = {m: (dict(m.__dict__), dict(m._buffers)) for m in model.modules()}
+    own = vars(nn.Module())
+    caches = [  # that are filled in place
+        (value, copy.copy(value))
+        for module in model.modules()
+        for name, value in module.__dict__.items()
+        if type(value) in (dict, list) and name not in own
+    ]
     model.eval()
     try:
         yield
@@ -488,3 +495,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             for name in set(module.__dict__) - set(attributes):
                 del module.__dict__[name]
             module.__dict__.update(attributes)
+        for value, content in caches:
+            value.clear()
+            value.update(content) if isinstance(value, dict) else value.extend(content)

@@ -12,7 +12,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -56,6 +56,7 @@ class _Place:
     site: PriorSite
     feature: Feature
     main: bool = False
+    spans: bool = False  # several resolutions of the main path end inside: a list of stages, and no stage
 
     @property
     def key(self) -> Any:
@@ -78,7 +79,9 @@ def find_prior_sites(model: nn.Module, seen: Trace, patterns: list[str]) -> list
               has one, names these ends.
             - a module name; a glob (``"layer?"``); ``"re:"`` and a regular expression (searched for).
 
-            Of several modules that a pattern matches and that return the same tensor, it means the outermost.
+            Of several modules that a pattern matches and that return the same tensor, it means the outermost, but no
+            list of stages (several resolutions end inside) if it matches the last of them too: not every path through
+            the host calls the list.
 
     The main path of a host is made of the modules whose output everything passes that the host makes of the image
     (``Feature.cut``). What is inside a block is not on it: a block is a module in which branches meet that its own
@@ -132,7 +135,9 @@ def _places(model: nn.Module, seen: Trace) -> tuple[list[_Place], dict[str, str]
         else:
             usable.append(_Place(site, features[0]))
     off = _off_the_main_path(model, seen, usable)
-    return [_Place(p.site, p.feature, p.site.name not in off) for p in usable], unusable
+    main = {p.site.name: p.site.stride for p in usable if p.site.name not in off}
+    spans = {outer for name, stride in main.items() for outer in _around(name) if main.get(outer, stride) != stride}
+    return [replace(p, main=p.site.name in main, spans=p.site.name in spans) for p in usable], unusable
 
 
 def _site(model: nn.Module, feature: Feature, image: tuple[int, int]) -> PriorSite | str:
@@ -213,7 +218,7 @@ def _matching(model: nn.Module, seen: Trace, places: list[_Place], pattern: str)
         first = _auto(seen, places)
         if first is None or pattern == "auto":
             return [first] if first is not None else []
-        return [first, *_later(model, seen, places, first)]
+        return [first, *_later(model, places, first)]
     if pattern.startswith("re:"):
         try:
             regex = re.compile(pattern[3:])
@@ -224,11 +229,11 @@ def _matching(model: nn.Module, seen: Trace, places: list[_Place], pattern: str)
 
 
 def _outermost(places: Iterable[_Place]) -> list[_Place]:
-    """One place for each tensor, the one with the outermost name."""
+    """One place for each tensor: the outermost, but a stage before what holds several, which not every path calls."""
     found: dict[Any, _Place] = {}
     for place in places:
         known = found.setdefault(place.key, place)
-        if place.site.name.count(".") < known.site.name.count("."):
+        if (place.spans, place.site.name.count(".")) < (known.spans, known.site.name.count(".")):
             found[place.key] = place
     return list(found.values())
 
@@ -243,7 +248,7 @@ def _auto(seen: Trace, places: list[_Place]) -> _Place | None:
     return first[0] if first else None
 
 
-def _later(model: nn.Module, seen: Trace, places: list[_Place], first: _Place) -> list[_Place]:
+def _later(model: nn.Module, places: list[_Place], first: _Place) -> list[_Place]:
     """The ends of what comes after ``first``."""
     main = _outermost(place for place in places if place.main)
     named = _named(model, places, main)
@@ -263,24 +268,31 @@ def _later(model: nn.Module, seen: Trace, places: list[_Place], first: _Place) -
     if last:
         return list(last.values())
     quarters = []
+    depth = ends[-1].feature.layers if ends else 0  # with a classifier behind it or without
     for part in (2, 3, 4):
-        quarters += [place for place in ends if place.feature.layers <= part * _QUARTER * seen.layers][-1:]
+        quarters += [place for place in ends if place.feature.layers <= math.ceil(part * _QUARTER * depth)][-1:]
     return quarters
 
 
 def _named(model: nn.Module, places: list[_Place], main: list[_Place]) -> list[_Place]:
     """The places of the main path that a host of timm names as the ends of its stages, if it names usable ones."""
-    info = getattr(model, "feature_info", None)
-    if callable(getattr(info, "module_name", None)):
-        info = [{"module": name} for name in info.module_name()]  # type: ignore[union-attr]
-    entries = info if isinstance(info, (list, tuple)) else []
-    names = {str(entry.get("module")) for entry in entries if isinstance(entry, dict)}
-    found = [place for place in places if place.site.name in names]
+    info: Any = getattr(model, "feature_info", ())
+    entries = [info[i] for i in range(len(info))] if hasattr(info, "__len__") else []  # a list, or what acts as one
+    names = {_flat(str(entry.get("module"))) for entry in entries if isinstance(entry, dict)}
+    # timm's wrappers of features have the network as their only child, or those layers that they need under flat names
+    inside = f"{next(iter(model._modules))}." if len(model._modules) == 1 else ""
+    if not isinstance(info, (list, tuple)):
+        names &= {_flat(name.removeprefix(inside)) for name, _ in model.named_modules()}
+    found = [place for place in places if _flat(place.site.name.removeprefix(inside)) in names]
     if len(found) < len(names):
         return []
     makers = {place.key: place for place in main}  # of tensors that the named module only hands on
     found = [place if place.main else makers.get(place.feature.node, place) for place in found]
     return [place for place in found if place.main]
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
 
 
 def _nothing(model: nn.Module, places: list[_Place], unusable: dict[str, str], pattern: str) -> str:

@@ -41,9 +41,11 @@ class Caching(nn.Module):
         super().__init__()
         self.conv, self.act = nn.Conv2d(3, 8, 3), nn.GELU()
         self.register_buffer("steps", torch.zeros(()))
-        self.last = None
+        self.last, self.biases, self.shapes = None, {"before": 1}, []
 
     def forward(self, x):
+        self.biases["cpu"] = x
+        self.shapes.append(x.shape)
         self.steps = self.steps + 1
         self.last = self.act(self.conv(x))
         self.seen = x.shape
@@ -85,6 +87,8 @@ def test_what_a_host_keeps_of_a_pass_is_taken_back():
     assert model.last is None
     assert model.steps.item() == 0
     assert not hasattr(model, "seen")
+    assert model.biases == {"before": 1}
+    assert model.shapes == []
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ EXPECTED = {
     "regnety_008": (PriorSite("s1", 64, "nchw", stride=4), ["s1", "s2", "s3", "s4"]),
     # a stem of several layers is more than a first layer; one of several parallel branches is not
     "resnet50d": (PriorSite("act1", 64, "nchw", stride=2), ["act1", "layer1", "layer2", "layer3", "layer4"]),
-    "repvgg_a0": (PriorSite("stages.0", 48, "nchw", stride=4), ["stages.0", "stages.1", "stages.2", "stages"]),
+    "repvgg_a0": (PriorSite("stages.0", 48, "nchw", stride=4), ["stages.0", "stages.1", "stages.2", "stages.3"]),
     "deit_tiny_distilled_patch16_224": (
         PriorSite("blocks.1", 192, "tokens", 2, (14, 14), 16),
         ["blocks.1", "blocks.5", "blocks.8", "blocks.11"],
@@ -84,7 +84,7 @@ EXPECTED = {
     "torchvision resnet18": (PriorSite("layer1", 64, "nchw", stride=4), ["layer1", "layer2", "layer3", "layer4"]),
     "torchvision mobilenet_v2": (
         PriorSite("features.1", 16, "nchw", stride=2),
-        ["features.1", "features.3", "features.6", "features.13", "features"],
+        ["features.1", "features.3", "features.6", "features.13", "features.18"],
     ),
     "torchvision vgg11": (
         PriorSite("features.4", 128, "nchw", stride=2),
@@ -92,7 +92,7 @@ EXPECTED = {
     ),
     "torchvision squeezenet1_1": (
         PriorSite("features.3", 128, "nchw", stride=4),
-        ["features.3", "features.7", "features"],  # not the classifier, whose layers are convolutions too
+        ["features.3", "features.7", "features.12"],  # not the classifier, whose layers are convolutions too
     ),
     "torchvision vit_b_16": (
         PriorSite("encoder.layers.encoder_layer_1", 768, "tokens", 1, (14, 14), 16),
@@ -380,5 +380,7 @@ def test_quality_driven_activations_do_not_move_the_sites(name):
 
 def test_hosts_that_return_several_features():
     assert names(build("resnet18", features_only=True), "stages") == ["layer1", "layer2", "layer3", "layer4"]
+    plain = names(build("ghostnet_050"), "stages")
+    assert names(build("ghostnet_050", features_only=True), "stages") == [name.replace(".", "_") for name in plain]
     segmentation = torchvision.models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, aux_loss=True)
     assert names(segmentation, "auto") == ["backbone.layer1"]
