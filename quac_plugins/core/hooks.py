@@ -14,6 +14,7 @@ TAP_NAME = "quac_tap"
 AFTER_NAME = "quac_last"
 PRIOR_NAME = "quac_prior"
 PRIOR_TAP_NAME = "quac_prior_tap"
+OUR_CHILDREN = (TAP_NAME, PRIOR_TAP_NAME, PRIOR_NAME, AFTER_NAME)
 
 
 def tap_pre_hook(layer: Any, args: tuple, kwargs: dict) -> None:
@@ -63,14 +64,20 @@ def after_hook(layer: Any, args: tuple, output: Any) -> Any:
     return layer.quac_last(output)
 
 
+BEHIND: dict[str, Any] = {PRIOR_NAME: prior_hook, AFTER_NAME: after_hook}
 TAP_HOOKS = {TAP_NAME: (tap_pre_hook, tap_hook), PRIOR_TAP_NAME: (prior_tap_pre_hook, prior_tap_hook)}
 
 
-def add_prior_hook(layer: nn.Module) -> None:
-    """Repair the output of a layer before anybody else's hook sees it, and behind the taps, which mark it."""
-    layer.register_forward_hook(prior_hook, prepend=True, with_kwargs=True)
-    taps = [key for key, hook in layer._forward_hooks.items() if hook in (tap_hook, prior_tap_hook)]
-    for key in reversed(taps):
+def add_hook(layer: nn.Module, name: str) -> None:
+    """Let a layer call the prior or the activation behind it, before anybody else's hook sees what the layer returns.
+
+    The taps come first, which mark the layer's own output, then the prior, then the activation.
+    """
+    hook = BEHIND[name]
+    layer.register_forward_hook(hook, with_kwargs=name == PRIOR_NAME)
+    first = (tap_hook, prior_tap_hook, *BEHIND.values())
+    ours = {key: first.index(other) for key, other in layer._forward_hooks.items() if other in first}
+    for key in sorted(ours, key=lambda key: ours[key], reverse=True):
         layer._forward_hooks.move_to_end(key, last=False)  # type: ignore[attr-defined]
 
 
@@ -81,3 +88,47 @@ def remove_hooks(layer: nn.Module, *functions: Any) -> None:
             del hooks[key]
             for table in (layer._forward_pre_hooks_with_kwargs, layer._forward_hooks_with_kwargs):
                 table.pop(key, None)
+
+
+_IS = {"training", "_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"}  # what a module is
+
+
+def _tables() -> dict[str, Any]:
+    """Everything else that a bare module has: the tables of its hooks, all of them empty."""
+    return {name: value for name, value in vars(nn.Module()).items() if name not in _IS}
+
+
+def without_hooks(module: nn.Module) -> nn.Module:
+    """The module, with tables of its own in the place of those that a shallow copy shares with its model."""
+    module.__dict__.update(_tables())
+    return module
+
+
+def move_all(old: nn.Module, new: nn.Module) -> None:
+    """Let what hangs on a module hang on the one that takes its place: hooks of every kind and foreign attributes.
+
+    The very tables move, so that the order stays and handles that others keep still remove their hooks. Our own
+    children (a tap, a prior) go with the hooks that call them.
+
+    Args:
+        old: loses its hooks.
+        new: has none yet.
+    """
+    tables = _tables()
+    new.__dict__.update({name: old.__dict__.get(name, empty) for name, empty in tables.items()})
+    without_hooks(old)
+    new.__dict__.update(_foreign(old, new))
+    for name in [name for name in old._modules if name in OUR_CHILDREN]:
+        new.add_module(name, old.get_submodule(name))
+        delattr(old, name)
+
+
+def _foreign(module: nn.Module, other: nn.Module) -> dict[str, Any]:
+    """The attributes of a module that no code of its class speaks of, nor of the other's."""
+    known = set(vars(nn.Module()))
+    for cls in {*type(module).__mro__, *type(other).__mro__} - set(nn.Module.__mro__):
+        known |= {*vars(cls), *getattr(cls, "__annotations__", ())}
+        for function in vars(cls).values():
+            code = getattr(getattr(function, "fget", function), "__code__", None)
+            known |= set(code.co_names) if code is not None else set()
+    return {name: value for name, value in vars(module).items() if name not in known}

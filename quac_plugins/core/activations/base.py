@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quac_plugins.core.activations.kernels import HOSTS, fused, use_fused
 from quac_plugins.core.activations.reference import per_channel
+from quac_plugins.core.hooks import without_hooks
 from quac_plugins.core.names import unknown
 from quac_plugins.core.quality.context import QualityContext
 
@@ -156,7 +157,7 @@ class ChannelActivation(nn.Module):
 
 def _out_of_place(host: nn.Module) -> nn.Module:
     """The host's activation, sharing its parameters, without writing over its input: x is read again afterwards."""
-    host = copy.copy(host)
+    host = without_hooks(copy.copy(host))  # they see what the site returns
     if getattr(host, "inplace", False):
         setattr(host, "inplace", False)  # noqa: B010  (not an attribute that nn.Module declares)
     return host

@@ -11,7 +11,7 @@ from types import FunctionType
 
 from torch import nn
 
-from quac_plugins.core.hooks import PRIOR_NAME, add_prior_hook, prior_hook, remove_hooks
+from quac_plugins.core.hooks import PRIOR_NAME, add_hook, prior_hook, remove_hooks
 from quac_plugins.core.inject.example import Example
 from quac_plugins.core.inject.trace import Trace, trace
 
@@ -65,7 +65,7 @@ def let_chains_run(model: nn.Module, names: list[str], example: Example | None) 
             _check(trace(model, example), twice)
     except Exception:
         for name in twice:
-            add_prior_hook(model.get_submodule(name))
+            add_hook(model.get_submodule(name), PRIOR_NAME)
         raise
     for name in doubtful:
         (_chains if name in twice else _others).add(type(model.get_submodule(name)))

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from quac_plugins.core.activations import ChannelActivation
 from quac_plugins.core.hooks import (
     AFTER_NAME,
+    BEHIND,
     PRIOR_NAME,
     PRIOR_TAP_NAME,
-    TAP_HOOKS,
     TAP_NAME,
-    add_prior_hook,
-    after_hook,
-    prior_hook,
+    add_hook,
+    move_all,
     remove_hooks,
 )
 from quac_plugins.core.inject.config import QuACConfig
@@ -260,7 +259,6 @@ def place(
             _put_behind(host, AFTER_NAME, module)
         else:
             replaced[site.name] = (host,)
-            _hand_over(host, module)
             _swap(model, host, module)
     record = injection_of(model) or Injection()
     record.config, record.sites, record.quality, record.replaced = config, sites, quality, replaced
@@ -318,32 +316,18 @@ def _put_behind(host: nn.Module, name: str, module: nn.Module) -> None:
     host.add_module(name, module)
     if last is not None:
         host.add_module(AFTER_NAME, last)
-    if runs_children(host):
-        return
-    if name == PRIOR_NAME:
-        add_prior_hook(host)
-    else:
-        host.register_forward_hook(after_hook)
+    if not runs_children(host):
+        add_hook(host, name)
 
 
 def _take_off(host: nn.Module, name: str) -> nn.Module:
     """Undo :func:`_put_behind`; returns the module."""
-    hook = prior_hook if name == PRIOR_NAME else after_hook
-    if hook not in host._forward_hooks.values():
+    if BEHIND[name] not in host._forward_hooks.values():
         note_chain(host)  # which a copy of another process has seen, if not this one
-    remove_hooks(host, hook)
+    remove_hooks(host, BEHIND[name])
     module = host.get_submodule(name)
     delattr(host, name)
     return module
-
-
-def _hand_over(old: nn.Module, new: nn.Module) -> None:
-    """What was put onto a module of the host serves the activation that takes its place."""
-    for name in TAP_HOOKS:
-        if name in old._modules:
-            QualityTap.detach(old, name).attach(new, name)
-    if PRIOR_NAME in old._modules:
-        _put_behind(new, PRIOR_NAME, _take_off(old, PRIOR_NAME))
 
 
 def _build(site: Site, config: QuACConfig, host: nn.Module | None, context: QualityContext | None) -> nn.Module:
@@ -366,7 +350,8 @@ def _build(site: Site, config: QuACConfig, host: nn.Module | None, context: Qual
 
 
 def _swap(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` wherever ``old`` is: a module may hang at several places."""
+    """Put ``new`` wherever ``old`` is, with all that hangs on it: a module may hang at several places."""
+    move_all(old, new)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is old and parent is not new:
