@@ -3,9 +3,9 @@
 Requirements, all checked in the tests:
 
 1. several threads through one model do not see each other's q: in eager mode q is kept per thread;
-2. ``torch.compile(fullgraph=True)`` and ``torch.export`` cannot trace thread-local storage, so while compiling a plain
-   attribute is used: in a compiled whole model q never leaves its graph. A compiled region without the tap asks for q
-   when it runs, through a custom operator that does what eager mode does;
+2. ``torch.compile(fullgraph=True)`` and ``torch.export`` cannot trace thread-local storage: within one graph q is a
+   plain value, and operators hand it to the running thread and ask for it there (:mod:`compiled`). Plain attributes
+   say nothing about whose q it is: they show a graph its shape, or carry a gradient after they were recognized;
 3. ``deepcopy``, ``pickle`` and ``torch.save`` carry the wiring but never a q;
 4. under activation checkpointing a recomputation runs during backward, when the q of another forward may be current.
    Every forward therefore leaves a mark in the autograd graph, and a recomputation follows its input's graph back to
@@ -23,11 +23,12 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from quac_plugins.core.quality.compiled import define_operators, is_exporting, is_in_graph, note_in_graph
 
 
 class QualityError(RuntimeError):
@@ -37,7 +38,10 @@ class QualityError(RuntimeError):
 class _Forward:
     """The q of one forward pass; autograd nodes of that pass hold it, so it lives as long as its graph."""
 
-    __slots__ = ("__weakref__", "anchored", "given", "grad_enabled", "images", "order", "q", "recomputations")
+    __slots__ = (
+        "__weakref__", "anchored", "exported", "fixed", "given", "grad_enabled", "images", "lent", "order", "q",
+        "recomputations",
+    )  # fmt: skip
     _count = itertools.count()
 
     def __init__(self, q: Tensor, images: Tensor | None = None, given: bool = False):
@@ -48,6 +52,9 @@ class _Forward:
         self.grad_enabled = torch.is_grad_enabled()
         self.anchored = False  # the tap's layer has a gradient, so every graph of this pass leads to its mark
         self.recomputations = 0  # sites run under no_grad inside a forward with grad: reentrant checkpoints
+        self.exported = torch.compiler.is_compiling()  # by torch.export, which runs the code on tensors without data
+        self.fixed = False  # given inside of compiled code, and only there
+        self.lent: Tensor | None = None  # q as a graph returned it, where it has a gradient
 
 
 def _same(images: Tensor | None, others: Tensor) -> bool:
@@ -71,26 +78,9 @@ _handles = itertools.count()
 _contexts: weakref.WeakValueDictionary[int, QualityContext] = weakref.WeakValueDictionary()
 
 
-@lru_cache(maxsize=1)
-def _define_operator() -> Any:
-    """``torch.ops.quac_plugins.current_q``; made with the first context, since making it costs a third of an import."""
-
-    def current_q(like: Tensor, x: Tensor, handle: int, layer: str) -> Tensor:
-        """The q that belongs to x, when compiled code runs; ``like`` has its shape."""
-        q = _contexts[handle].current(x, layer)
-        if q.shape != like.shape or q.dtype != like.dtype:
-            raise QualityError(
-                f"layer {layer!r} is compiled apart from the layer that sees the images, and another thread uses the "
-                f"model with another batch (q {tuple(q.shape)}, there {tuple(like.shape)}). Compile the whole model, "
-                "or give each thread a copy."
-            )
-        return q.clone()
-
-    operator = torch.library.custom_op("quac_plugins::current_q", current_q, mutates_args=())
-    operator.register_fake(lambda like, x, handle, layer: torch.empty_like(like))
-    # quality functions that have a gradient: ``like`` is the q that was current when the graph ran
-    operator.register_autograd(lambda ctx, grad: (grad, None, None, None))
-    return operator
+def context_of(handle: int) -> QualityContext:
+    """The context that compiled code names so."""
+    return _contexts[handle]
 
 
 class QualityContext:
@@ -107,16 +97,17 @@ class QualityContext:
         self._reset()
 
     def _reset(self) -> None:
-        self.q: Tensor | None = None  # the plain attribute, read while compiling
-        self.given: Tensor | None = None
-        self._compiled = False  # the latest tap ran in compiled code, so q is in the plain attribute
-        self._gave = False  # the latest q was given, so a recomputed tap must not compute one
+        self.q: Tensor | None = None  # the latest of any thread; see requirement 2
+        self.given: Tensor | None = None  # likewise, while a thread is inside quality_of
+        self._given_here = False  # while tracing: it was given in the code that is traced
+        self._gifts: list[_Gift] = []  # of all threads
+        self._gave: dict[int, bool] = {}  # by thread: its latest q was given, so a recomputed tap must not compute one
         self._local = threading.local()
         self._lock = threading.Lock()
         self._alive: weakref.WeakSet[_Forward] = weakref.WeakSet()
         self._reentrant: deque[_Forward] = deque(maxlen=64)
         self._tap: weakref.ref[nn.Module] | None = None
-        _define_operator()
+        define_operators()
         self._handle = next(_handles)  # how compiled code names this context
         _contexts[self._handle] = self
 
@@ -134,10 +125,11 @@ class QualityContext:
     # -- written by the tap
 
     def given_q(self) -> Tensor | None:
-        """The q handed in by :func:`quality_of`, if this thread is inside one."""
-        if torch.compiler.is_compiling():
+        """The q handed in by :func:`quality_of`, if this thread is inside one; a graph asks again when it runs."""
+        if torch.compiler.is_dynamo_compiling():
             return self.given
-        return getattr(self._local, "given", None)
+        gifts: list[_Gift] = self._local.__dict__.get("gifts", [])
+        return gifts[-1].q if gifts else None
 
     def watch(self, tap: nn.Module) -> None:
         """Remember the tap that writes: once its layer is replaced and it is gone, its last q is nobody's."""
@@ -146,12 +138,43 @@ class QualityContext:
 
     def begin(self, q: Tensor, images: Tensor | None = None) -> None:
         """Start a forward pass whose quality features are q (B, Q)."""
-        self.q = q
-        if torch.compiler.is_compiling():
-            self._compiled = True
+        if torch.compiler.is_dynamo_compiling():
+            if not is_exporting():
+                given = None if self._given_here else self.given
+                q = torch.ops.quac_plugins.keep_q(q, given, self._handle, self._given_here)
+            self.q = q
+            note_in_graph(self._handle, True)
             return
-        self._gave = self.given_q() is not None
-        self._start(_Forward(q, images, self._gave))
+        self.q = q
+        self._start(_Forward(q, images, self.given_q() is not None))
+
+    def keep(self, q: Tensor, given: Tensor | None, fixed: bool) -> Tensor:
+        """Start a forward pass of the thread that runs a graph, and return its q: that of the graph, or the thread's.
+
+        Args:
+            q: as the graph has it.
+            given: what it was given by hand when it started, by whatever thread.
+            fixed: it was given by code inside the graph.
+        """
+        own = None if fixed else self.given_q()
+        is_own = given is own or (given is not None and own is not None and _same(given, own))
+        if not is_own:
+            if own is None or own.shape != q.shape or q.requires_grad:
+                raise QualityError(
+                    f"layer {self.tap!r} is compiled, and threads gave its model different quality features by hand, "
+                    "or one none, which compiled code cannot tell apart. Call the model uncompiled inside "
+                    "`with quality_of(…)`, or give each thread a copy"
+                )
+            q = own.to(q)
+        forward = _Forward(q.detach().clone(), given=fixed or own is not None)
+        forward.fixed = fixed
+        if _in_backward():  # the tap is recomputed
+            found = [f for f in self._waiting() if f.q.shape == q.shape and torch.equal(f.q, q)]
+            forward = found[0] if found else forward
+        self._start(forward)
+        lent = q.clone()
+        forward.lent = lent if lent.requires_grad or q.requires_grad else None
+        return lent
 
     def resume(self, images: Tensor, layer: str) -> bool:
         """If the tap's layer is recomputed during backward, go on with the forward pass that these images began."""
@@ -161,7 +184,8 @@ class QualityContext:
         if found and all(f.q.shape == found[0].q.shape and torch.equal(f.q, found[0].q) for f in found[1:]):
             self._start(found[0])
             return True
-        if found or (self._gave and self.given_q() is None):
+        own = self._gave.get(threading.get_ident(), any(self._gave.copy().values()))  # autograd has threads of its own
+        if found or (own and self.given_q() is None):
             raise QualityError(
                 f"layer {layer!r} is recomputed by activation checkpointing, after quality features were given by "
                 "hand, and it cannot be told whether these are its own. Call backward inside `with quality_of(…)`, or "
@@ -170,8 +194,10 @@ class QualityContext:
         return False
 
     def _start(self, forward: _Forward) -> None:
-        self._compiled = False
         self._local.forward = forward
+        if not _in_backward():
+            self._gave[threading.get_ident()] = forward.given
+        note_in_graph(self._handle, False)
         with self._lock:
             self._alive.add(forward)
 
@@ -180,28 +206,81 @@ class QualityContext:
         with self._lock:
             return list({id(f): f for f in [*self._alive, *self._reentrant]}.values())
 
+    def _give(self, q: Tensor) -> tuple[_Gift, _Forward | None]:
+        """Let this thread have q; returns what :meth:`_take_back` takes."""
+        gifts: list[_Gift] = self._local.__dict__.setdefault("gifts", [])
+        gift, before = _Gift(q, gifts), getattr(self._local, "forward", None)
+        gifts.append(gift)
+        with self._lock:
+            self._gifts.append(gift)
+            self.given = q
+        self.begin(q)
+        return gift, before
+
+    def _take_back(self, gift: _Gift, before: _Forward | None) -> None:
+        """End what :meth:`_give` began, in whatever order, since generators do not end in that of their beginnings."""
+        was_last = gift.gifts[-1] is gift
+        gift.gifts.remove(gift)
+        with self._lock:
+            self._gifts.remove(gift)
+            self.given = self._gifts[-1].q if self._gifts else None
+        if was_last and gift.gifts is self._local.__dict__.get("gifts"):
+            # an outer quality_of goes on; a finished forward pass does not become current again
+            self._local.forward = before if gift.gifts else None
+
     # -- read by the activations
 
     def current(self, x: Tensor, layer: str) -> Tensor:
         """The q (B, Q) of the forward pass that x belongs to; QualityError naming ``layer`` if there is none."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             if self.q is None:
                 raise QualityError(self._no_image(layer))
-            # in one graph with the tap, q is a value of that graph; else it is asked for when the graph runs
-            return self.q if self._compiled else torch.ops.quac_plugins.current_q(self.q, x, self._handle, layer)
+            if is_in_graph(self._handle):
+                return self.q
+            differentiated = self.q.requires_grad and torch.is_grad_enabled()
+            return torch.ops.quac_plugins.current_q(self.q, x, self._handle, layer, differentiated)
+        forward = self._forward_of(x, layer)
+        if forward.lent is not None and torch.is_grad_enabled():
+            return self._differentiated(forward, self.q, layer)
+        return forward.q
+
+    def lend(self, like: Tensor, x: Tensor, layer: str, differentiated: bool) -> Tensor:
+        """What :meth:`current` gives to a graph that runs; ``like`` is q as the graph has it, maybe of other images."""
+        forward = self._forward_of(x, layer)
+        q = self._differentiated(forward, like, layer) if differentiated else forward.q
+        if q.shape != like.shape or q.dtype != like.dtype:
+            raise QualityError(
+                f"layer {layer!r} is compiled apart from the layer that sees the images, and another thread uses the "
+                f"model with another batch (q {tuple(q.shape)}, there {tuple(like.shape)}). Compile the whole model, "
+                "or give each thread a copy."
+            )
+        return q.clone()
+
+    def _differentiated(self, forward: _Forward, q: Tensor | None, layer: str) -> Tensor:
+        """q, from which the gradient goes on, if it is that of the forward pass."""
+        if q is None or not _same(q, forward.lent if forward.lent is not None else forward.q):
+            raise QualityError(
+                f"layer {layer!r} and the layer that sees the images are not in one compiled graph, gradients are to "
+                "reach the quality features, and another forward pass came in between, so they would go to that one's. "
+                "Compile the whole model with fullgraph=True, or none of it"
+            )
+        return q
+
+    def _forward_of(self, x: Tensor, layer: str) -> _Forward:
+        """The forward pass that x belongs to."""
         if _in_backward():
-            return self._recomputed(x, layer).q
-        if self._compiled and self.q is not None:  # the tap ran in compiled code, this activation does not
-            self._start(_Forward(self.q))
-        forward = getattr(self._local, "forward", None)
+            return self._recomputed(x, layer)
+        forward: _Forward | None = getattr(self._local, "forward", None)
         if forward is None or (self._tap is not None and self._tap() is None):
+            raise QualityError(self._no_image(layer))
+        if forward.exported != torch.compiler.is_compiling() or (forward.fixed and self.given_q() is None):
             raise QualityError(self._no_image(layer))
         if forward.grad_enabled and not forward.anchored and not torch.is_grad_enabled():
             forward.recomputations += 1
             with self._lock:
                 if forward not in self._reentrant:
                     self._reentrant.append(forward)
-        return forward.q
+        return forward
 
     def mark(self, output: Any, tap: bool = False) -> None:
         """Leave the current forward pass in the autograd graph of ``output``, for recomputations to find.
@@ -210,7 +289,7 @@ class QualityContext:
             output: what a layer returned.
             tap: the layer is the tap's, so the forward pass is the one that it has just begun.
         """
-        if torch.compiler.is_compiling() or self._compiled or torch.jit.is_tracing():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
         if not isinstance(output, Tensor) or output.grad_fn is None:
             return
@@ -327,6 +406,16 @@ def quality_of(model: nn.Module, q: Tensor) -> Iterator[None]:
         yield
 
 
+class _Gift:
+    """A q that a thread gave by hand."""
+
+    __slots__ = ("gifts", "q")
+
+    def __init__(self, q: Tensor, gifts: list[_Gift]):
+        self.q = q
+        self.gifts = gifts  # of the thread
+
+
 class quality_given:
     """Give contexts a q (B, Q) each, unchecked: inside, their taps do not compute one. See :func:`quality_of`.
 
@@ -335,23 +424,22 @@ class quality_given:
 
     def __init__(self, given: Iterable[tuple[QualityContext, Tensor]]):
         self.pairs = list(given)
-        self.before: list[tuple[Any, ...]] = []
+        self.before: list[Any] = []
 
     def __enter__(self) -> None:
-        eager = not torch.compiler.is_compiling()  # thread-local storage cannot be traced
-        self.before = [
-            (c.q, c.given, *((getattr(c._local, "given", None), getattr(c._local, "forward", None)) if eager else ()))
-            for c, _ in self.pairs
-        ]
-        for context, q in self.pairs:
-            context.given = q
-            if eager:
-                context._local.given = q
-            context.begin(q)
+        if torch.compiler.is_dynamo_compiling():
+            self.before = [(c.q, c.given, c._given_here, is_in_graph(c._handle)) for c, _ in self.pairs]
+            for context, q in self.pairs:
+                context.given, context._given_here = q, True
+                context.begin(q)
+            return
+        self.before = [context._give(q) for context, q in self.pairs]
 
     def __exit__(self, *error: object) -> None:
-        for (context, _), (latest, plain, *local) in zip(self.pairs, self.before, strict=True):
-            context.q, context.given = latest, plain
-            if local:
-                # an outer quality_of goes on; a finished forward pass does not become current again
-                context._local.given, context._local.forward = local[0], local[1] if local[0] is not None else None
+        if torch.compiler.is_dynamo_compiling():
+            for (context, _), (q, given, here, in_graph) in zip(self.pairs, self.before, strict=True):
+                context.q, context.given, context._given_here = q, given, here
+                note_in_graph(context._handle, in_graph)
+            return
+        for (context, _), (gift, forward) in zip(self.pairs, self.before, strict=True):
+            context._take_back(gift, forward)
