@@ -242,7 +242,7 @@ def judge(args: argparse.Namespace, model: nn.Module, name: str) -> EvaluationRe
     if (args.work / name).exists():
         return EvaluationReport.from_json(args.work / name)
     options: dict[str, Any] = {"corruptions": "all", "severities": SEVERITIES, "progress": False, "batch_size": 250}
-    found = evaluate(model.eval(), args.work / "val", **options)
+    found = evaluate(model.eval(), args.work / "val", outcomes=False, **options)
     found.data = "CIFAR-10 val"
     found.to_json(args.work / name)
     return found

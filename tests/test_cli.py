@@ -1,3 +1,5 @@
+import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -15,6 +17,7 @@ from typer.testing import CliRunner
 import quac_plugins
 from quac_plugins.commands import app
 from quac_plugins.degradations import CORRUPTIONS, EXTRA_CORRUPTIONS
+from quac_plugins.evaluate import EvaluationReport
 
 
 def quac(*arguments):
@@ -65,6 +68,32 @@ def test_hosts_with_modules_put_in_compute_what_their_host_computes(images, weig
     first, second = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("test_resnet", "test_resnet_qacon"))
     assert first["clean"] == second["clean"]
     assert first["corruptions"] == second["corruptions"]
+
+
+def test_evaluations_with_and_without_an_adapter_can_be_told_apart(images, weights, tmp_path):
+    config = quac_plugins.QuACConfig(where="layer1.*")
+    model = quac_plugins.inject(timm.create_model("test_resnet", num_classes=4), config)
+    folder = quac_plugins.save_adapter(model, tmp_path / "my-adapter")
+    tail = ["--data", images, "--base-checkpoint", weights, "--model-kwargs", "num_classes=4", "--limit", 2]
+    found = {}
+    for name, more in {"plain": ["--no-outcomes"], "adapter": ["--adapter", folder]}.items():
+        with pytest.warns(UserWarning, match="other weights") if name == "adapter" else contextlib.nullcontext():
+            done = quac("evaluate", "test_resnet", *tail, *more, "--json", tmp_path / f"{name}.json")
+        assert done.exit_code == 0, done.output
+        found[name] = EvaluationReport.from_json(tmp_path / f"{name}.json")
+    of_file = hashlib.sha256((folder / "adapter_model.safetensors").read_bytes()).hexdigest()
+    given = found["adapter"].network["given"]
+    assert found["adapter"].network["inside"]["sha256"] == of_file
+    assert given["adapter"] == {"name": str(folder)}
+    assert given["base_checkpoint"] == {
+        "path": str(weights),
+        "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+    }
+    assert given["model_kwargs"] == {"num_classes": 4}
+    assert f"test_resnet + my-adapter ({of_file[:6]})" in done.stdout
+    assert found["plain"].label == "test_resnet"
+    assert found["plain"].outcomes == {}
+    assert len(found["adapter"].outcomes["images"]) == 2
 
 
 def test_mean_and_std_reach_the_modules_that_look_at_the_image(weights):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import rich.console
 import typer
 
 from quac_plugins.commands import common
+from quac_plugins.hub.verify import sha256_of
 from quac_plugins.parsing import key_values, numbers
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ def evaluate_command(
     num_workers: Annotated[
         int | None, typer.Option(min=0, help="Processes that read and corrupt. Default: 2, if there are as many cores.")
     ] = None,
+    outcomes: Annotated[
+        bool, typer.Option(help="Keep what was predicted for each image in the JSON, for paired comparisons.")
+    ] = True,
     json: common.Json = None,
     plot: common.Plot = None,
     debug: common.Debug = False,
@@ -67,16 +71,15 @@ def evaluate_command(
         from quac_plugins.evaluate.processes import is_main_process
 
         torch.manual_seed(seed)
-        network = build_model(
-            model,
-            base_checkpoint=base_checkpoint,
-            checkpoint=checkpoint,
-            adapter=adapter,
-            model_kwargs=key_values(model_kwargs or []),
-            num_classes=num_classes,
-            pretrained=pretrained,
-            **images,
-        )
+        given: dict[str, Any] = {
+            "base_checkpoint": base_checkpoint,
+            "checkpoint": checkpoint,
+            "adapter": adapter,
+            "model_kwargs": key_values(model_kwargs or []),
+            "num_classes": num_classes,
+            "pretrained": pretrained,
+        }
+        network = build_model(model, **given, **images)
         report = evaluate(
             network,
             data,
@@ -92,13 +95,25 @@ def evaluate_command(
             num_workers=min(2, os.cpu_count() or 1) if num_workers is None else num_workers,
             clean=clean,
             class_map=class_map,
+            outcomes=outcomes,
             **images,
         )
-        report.model = model
+        report.model, report.network["given"] = model, _described(given)
         if is_main_process():
             _write(report, json, plot)
     if report.unreadable:
         raise typer.Exit(common.UNREADABLE)
+
+
+def _described(given: dict[str, Any]) -> dict[str, Any]:
+    """What the network was made of: files with their hashes, the adapter by its name, all else as it is."""
+    files = {
+        key: {"path": str(path), "sha256": sha256_of(path)}
+        for key in ("base_checkpoint", "checkpoint")
+        if (path := given[key]) is not None
+    }
+    adapter = {"name": given["adapter"]} if given["adapter"] is not None else None
+    return {**given, **files, "adapter": adapter}
 
 
 def _write(report: EvaluationReport, json: Path | None, plot: Path | None) -> None:

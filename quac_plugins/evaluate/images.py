@@ -16,11 +16,15 @@ __all__ = ["CorruptedImages", "Job", "worker_init"]
 
 
 class Job(NamedTuple):
-    """One image under one condition, which is put on it or, if not ``apply``, is in the file already."""
+    """One image under one condition, which is put on it or, if not ``apply``, is in the file already.
+
+    ``place`` is its place among this process's images of that condition.
+    """
 
     item: Item
     condition: tuple[str, int]
     apply: bool
+    place: int
 
 
 class CorruptedImages(Dataset):
@@ -37,7 +41,7 @@ class CorruptedImages(Dataset):
         return len(self.jobs)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int, bool]:
-        item, condition, apply = self.jobs[index]
+        item, condition, apply, _ = self.jobs[index]
         cropped = self._cropped(item)
         if cropped is None:
             return torch.zeros(3, *self.size, dtype=torch.uint8), item.target, index, False

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quac_plugins.evaluate.labels import details_of, labels_of
 from quac_plugins.evaluate.report import EvaluationReport
 from quac_plugins.files import write_file
 
@@ -39,12 +41,13 @@ def plot_report(report: EvaluationReport, path: str | os.PathLike[str]) -> None:
     lines = [("clean", _CLEAN, _top1(report.clean))] if groups else []
     if not groups:
         groups, bars = ["clean"], [("top-1", _CLEAN, [_top1(report.clean)])]
-    _draw(groups, bars, lines, report.model, path)
+    _draw(groups, bars, lines, report.label, path, details_of([report]))
 
 
 def plot_reports(reports: Sequence[EvaluationReport], path: str | os.PathLike[str]) -> None:
     """Draw several reports side by side, a bar for each in each corruption.
 
+    Their names in the legend say what they do not share: adapter, checkpoint, preprocessing, versions, ….
     A bar is the mean over the severities that every report with that corruption has, so that like is compared with
     like; a corruption that a report lacks leaves a gap, and the mean at the right is drawn only if none does.
 
@@ -59,15 +62,15 @@ def plot_reports(reports: Sequence[EvaluationReport], path: str | os.PathLike[st
     names = list(dict.fromkeys(name for report in reports for name in report.corruptions))
     levels = {name: _shared([r.corruptions[name] for r in reports if name in r.corruptions]) for name in names}
     bars: Bars = []
-    for index, report in enumerate(reports):
+    for index, (report, label) in enumerate(zip(reports, labels_of(reports), strict=True)):
         means = [_mean([_top1(report.corruptions.get(name, {}).get(s)) for s in levels[name]]) for name in names]
-        bars.append((report.model, _MODEL_COLOURS[index % len(_MODEL_COLOURS)], [_top1(report.clean), *means]))
+        bars.append((label, _MODEL_COLOURS[index % len(_MODEL_COLOURS)], [_top1(report.clean), *means]))
     groups = ["clean", *names]
     if names and all(value is not None for _, _, values in bars for value in values[1:]):
         groups.append("mean of corruptions")
         bars = [(label, colour, [*values, _mean(values[1:])]) for label, colour, values in bars]
     severities = sorted({s for shared in levels.values() for s in shared})
-    _draw(groups, bars, [], f"severity {', '.join(severities)}" if severities else "", path)
+    _draw(groups, bars, [], f"severity {', '.join(severities)}" if severities else "", path, details_of(reports))
 
 
 def require_matplotlib() -> type[Figure]:
@@ -84,7 +87,12 @@ def require_matplotlib() -> type[Figure]:
 
 
 def _draw(
-    groups: list[str], bars: Bars, lines: list[tuple[str, str, float | None]], title: str, path: str | os.PathLike[str]
+    groups: list[str],
+    bars: Bars,
+    lines: list[tuple[str, str, float | None]],
+    title: str,
+    path: str | os.PathLike[str],
+    details: Sequence[str],
 ) -> None:
     if not any(value is not None for _, _, values in bars for value in values):
         raise ValueError("there is nothing to draw: the report holds no numbers")
@@ -100,8 +108,16 @@ def _draw(
     for label, colour, value in lines:
         if value is not None:
             axes.axhline(value, color=colour, linestyle="--", linewidth=1.2, label=f"{label} {value:.1f} %", zorder=0)
-    _dress(axes, groups, title)
-    figure.legend(loc="outside lower center", ncols=min(6, len(bars) + len(lines)), frameon=False)
+    columns = int(figure.get_figwidth() * 13)  # letters of the usual size that fit beside each other
+    _dress(axes, groups, crowded=len(groups) > 4 or len(groups) * max(map(len, groups)) > columns)
+    figure.suptitle(textwrap.fill(title, columns), fontsize=11)
+    small = [part for line in details for part in textwrap.wrap(line, int(columns * 1.25), break_on_hyphens=False)]
+    axes.set_title("\n".join(small), fontsize=7, color=_CLEAN)
+    handles, texts = axes.get_legend_handles_labels()
+    labels = [textwrap.fill(text, columns - 8) for text in texts]
+    longest = max(len(line) for text in labels for line in text.splitlines()) + 7
+    ncols = max(1, min(6, len(labels), columns // longest))
+    figure.legend(handles, labels, loc="outside lower center", ncols=ncols, frameon=False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format=Path(path).suffix.lstrip(".").lower() or "png", dpi=150)
     write_file(path, buffer.getvalue())
@@ -113,12 +129,10 @@ def _figure(groups: int, bars: int) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _dress(axes: Any, groups: list[str], title: str) -> None:
+def _dress(axes: Any, groups: list[str], crowded: bool) -> None:
     axes.set_ylim(0, 104)
     axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.set_ylabel("top-1 (%)")
-    axes.set_title(title, fontsize=11)
-    crowded = len(groups) > 4
     axes.set_xticks(
         range(len(groups)),
         [group.replace("_", " ") for group in groups],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm.data
@@ -12,7 +12,7 @@ from timm.data.transforms import str_to_interp_mode
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
-__all__ = ["Crop", "data_config", "per_channel", "square_or_not"]
+__all__ = ["Crop", "data_config", "per_channel", "sources_of", "square_or_not"]
 
 
 def data_config(
@@ -60,6 +60,20 @@ def data_config(
     if config["input_size"][0] != 3:
         raise ValueError(f"only networks of three input channels can be evaluated, this has {config['input_size'][0]}")
     return config
+
+
+def sources_of(model: nn.Module, given: Mapping[str, Any]) -> dict[str, str]:
+    """Return where each setting of `data_config` came from: ``"given"``, ``"network"``, or ``"timm"`` for its default.
+
+    Example:
+        >>> sources_of(nn.Identity(), {"mean": 0.5, "std": None})
+        {'mean': 'given', 'std': 'timm'}
+    """
+    own = getattr(model, "pretrained_cfg", None) or {}
+    return {
+        key: "given" if value is not None else "network" if own.get(key) is not None else "timm"
+        for key, value in given.items()
+    }
 
 
 class Crop:

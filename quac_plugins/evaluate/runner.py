@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
@@ -17,7 +18,9 @@ from torch.utils.data import DataLoader
 from quac_plugins.degradations import CORRUPTIONS, EXTRA_CORRUPTIONS, check_severity, corruption_names
 from quac_plugins.evaluate.data import CLEAN, ImageDirectory, Item
 from quac_plugins.evaluate.images import CorruptedImages, Job, worker_init
-from quac_plugins.evaluate.preprocessing import Crop, data_config
+from quac_plugins.evaluate.network import describe_network
+from quac_plugins.evaluate.outcomes import NAN, UNREAD, interleaved, judge, name_of, outcomes_of, scores_of
+from quac_plugins.evaluate.preprocessing import Crop, data_config, sources_of
 from quac_plugins.evaluate.processes import gather, is_main_process, process_group
 from quac_plugins.evaluate.report import EvaluationReport, software_versions
 
@@ -45,6 +48,7 @@ def evaluate(
     num_workers: int = 0,
     clean: bool = True,
     class_map: str | Path | Mapping[str, int] | None = None,
+    outcomes: bool = True,
     progress: bool = True,
 ) -> EvaluationReport:
     """Measure top-1 and top-5 of a classifier, on clean images and under corruptions.
@@ -75,6 +79,8 @@ def evaluate(
         num_workers: processes that read and corrupt.
         clean: whether to measure the images without corruption too.
         class_map: maps folders to class indices, or a file that does.
+        outcomes: whether the report keeps what was predicted for each image: about 8 bytes of JSON for each image and
+            condition.
         progress: whether to show a bar, if standard error is a terminal and `rich` is installed.
 
     Returns:
@@ -106,13 +112,15 @@ def evaluate(
     wrapped = getattr(model, "module", None)  # of DataParallel and DistributedDataParallel
     inner = wrapped if isinstance(wrapped, nn.Module) else model
     num_classes = getattr(inner, "num_classes", None)
-    config = data_config(
-        inner, mean=mean, std=std, input_size=input_size, crop_pct=crop_pct, interpolation=interpolation
-    )
+    settings: dict[str, Any] = {"mean": mean, "std": std, "input_size": input_size, "crop_pct": crop_pct}
+    settings["interpolation"] = interpolation
+    config, sources = data_config(inner, **settings), sources_of(inner, settings)
+    network = describe_network(inner)
     directory = ImageDirectory(data, num_classes, class_map)
     conditions = _conditions(directory, corruptions, severities, clean)
     chosen = directory.limited(limit, seed)
     with process_group() as (rank, world_size), _as_it_was(model, device) as where:
+        autocast = _autocast_dtype(amp, where)
         shares = {c: chosen[c if directory.is_imagenet_c else CLEAN][rank::world_size] for c in conditions}
         jobs = _jobs(shares, apply=not directory.is_imagenet_c)
         images = CorruptedImages(jobs, Crop(config, keep_ready=crop_pct is None), config["input_size"][-2:], seed)
@@ -124,31 +132,36 @@ def evaluate(
             generator=torch.Generator(),
             pin_memory=where.type == "cuda",
         )
-        counts, unreadable = _count(model, loader, jobs, config, where, _autocast(amp, where), progress)
-        parts = gather((counts, unreadable), world_size)
-    total = {c: [sum(part[0].get(c, _NONE)[i] for part in parts) for i in range(4)] for c in conditions}
+        rows = {c: np.full((len(share), 2), UNREAD, dtype=np.int32) for c, share in shares.items()}
+        unreadable = _judge_all(model, loader, jobs, rows, config, where, _autocast(autocast, where), progress)
+        parts = gather((rows, unreadable), world_size)
+        device = _device(where)
+    found = {c: interleaved([part[0][c] for part in parts]) for c in conditions}
+    total = {c: scores_of(found[c]) for c in conditions}
+    nan = {name_of(c): int((found[c][:, 0] == NAN).sum()) for c in conditions}
     made = {c: total[c] for c in conditions if c != CLEAN}
+    items = {c: chosen[c if directory.is_imagenet_c else CLEAN] for c in conditions}
     return EvaluationReport(
         model=_name(inner),
-        clean=_scores(total[CLEAN]) if CLEAN in total else None,
+        clean=total.get(CLEAN),
         corruptions={
-            name: {str(s): _scores(made[n, s]) for n, s in made if n == name}
-            for name in dict.fromkeys(n for n, _ in made)
+            name: {str(s): made[n, s] for n, s in made if n == name} for name in dict.fromkeys(n for n, _ in made)
         },
         unreadable=sorted({path for part in parts for path in part[1]}),
-        nan_outputs={("clean" if c == CLEAN else f"{c[0]}/{c[1]}"): total[c][3] for c in conditions if total[c][3]},
+        nan_outputs={name: count for name, count in nan.items() if count},
         seed=seed,
         severities=sorted({severity for _, severity in made}),
         limit=limit,
         data=str(data),
         layout="imagenet-c" if directory.is_imagenet_c else "classes",
-        preprocessing={**config, "keep_ready": crop_pct is None},
+        preprocessing={**config, "keep_ready": crop_pct is None, "from": sources},
         versions=software_versions(),
         seconds=round(time.perf_counter() - start, 3),
+        network=network,
+        device=device,
+        precision=_precision(inner, autocast),
+        outcomes=outcomes_of(items, found) if outcomes else {},
     )
-
-
-_NONE = (0, 0, 0, 0)  # right in top 1, right in top 5, images, images with a NaN
 
 
 def _conditions(
@@ -179,23 +192,23 @@ def _conditions(
 
 
 def _jobs(shares: dict[Condition, list[Item]], apply: bool) -> list[Job]:
-    jobs = [Job(item, condition, apply) for condition, items in shares.items() for item in items]
+    jobs = [Job(item, c, apply, place) for c, items in shares.items() for place, item in enumerate(items)]
     return sorted(jobs, key=lambda job: job.item.key)
 
 
-def _count(
+def _judge_all(
     model: nn.Module,
     loader: DataLoader,
     jobs: list[Job],
+    rows: dict[Condition, np.ndarray],
     config: dict[str, Any],
     device: torch.device,
     autocast: contextlib.AbstractContextManager,
     progress: bool,
-) -> tuple[dict[Condition, list[int]], set[str]]:
-    floats = (p.dtype for p in model.parameters() if p.is_floating_point())
-    dtype = next(floats, torch.float32)
+) -> set[str]:
+    """Fill in the outcomes, and return the files that could not be read."""
+    dtype = _dtype(model)
     mean, std = (torch.tensor(config[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std"))
-    counts: dict[Condition, list[int]] = {}
     unreadable: set[str] = set()
     for pixels, targets, indices, readable in _bar(loader, progress):
         unreadable.update(str(jobs[i].item.path) for i in indices[~readable].tolist())
@@ -204,30 +217,13 @@ def _count(
         pixels, targets, indices = pixels[readable].to(device), targets[readable], indices[readable]
         with torch.inference_mode(), autocast:
             logits = model(((pixels.float() / 255 - mean) / std).to(dtype))
-        rows = _judge(logits, targets)
-        for i, (first, fifth, nan) in zip(indices.tolist(), rows.tolist(), strict=True):
-            count = counts.setdefault(jobs[i].condition, list(_NONE))
-            for place, one in enumerate((first, fifth, 1, nan)):
-                count[place] += one
-    return counts, unreadable
+        for i, row in zip(indices.tolist(), judge(logits, targets), strict=True):
+            rows[jobs[i].condition][jobs[i].place] = row
+    return unreadable
 
 
-def _judge(logits: Any, targets: torch.Tensor) -> torch.Tensor:
-    """Return int64 (B, 3): right in the first place, right in the first five, NaN."""
-    if not isinstance(logits, torch.Tensor) or logits.ndim != 2 or len(logits) != len(targets):
-        what = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise TypeError(f"the model must return logits of shape ({len(targets)}, classes), got {what}")
-    logits = logits.detach().float().cpu()
-    if int(targets.max()) >= logits.shape[1]:
-        raise ValueError(f"class index {int(targets.max())} for a model of {logits.shape[1]} classes: give a class map")
-    nan = logits.isnan().any(dim=1)
-    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices.eq(targets[:, None]) & ~nan[:, None]
-    return torch.stack([hits[:, 0], hits.any(dim=1), nan], dim=1).long()
-
-
-def _scores(count: Sequence[int]) -> dict[str, Any]:
-    first, fifth, n, _ = count
-    return {"top1": 100 * first / n if n else None, "top5": 100 * fifth / n if n else None, "n": n}
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 @contextlib.contextmanager
@@ -247,11 +243,23 @@ def _as_it_was(model: nn.Module, device: str | torch.device | None) -> Iterator[
                 module.training = mode
 
 
-def _autocast(amp: bool | torch.dtype | None, device: torch.device) -> contextlib.AbstractContextManager:
-    if not amp:
-        return contextlib.nullcontext()
-    usual = torch.float16 if device.type == "cuda" else torch.bfloat16
-    return torch.autocast(device.type, dtype=amp if isinstance(amp, torch.dtype) else usual)
+def _autocast(dtype: torch.dtype | None, device: torch.device) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def _autocast_dtype(amp: bool | torch.dtype | None, device: torch.device) -> torch.dtype | None:
+    if isinstance(amp, torch.dtype) or not amp:
+        return amp or None
+    return torch.float16 if device.type == "cuda" else torch.bfloat16
+
+
+def _device(device: torch.device) -> str:
+    return f"{device.type} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+
+
+def _precision(model: nn.Module, autocast: torch.dtype | None) -> str:
+    kinds = [str(_dtype(model)), *([f"autocast {autocast}"] if autocast is not None else [])]
+    return ", ".join(kinds).replace("torch.", "")
 
 
 def _bar(loader: DataLoader, progress: bool) -> Iterable[Any]:

@@ -129,9 +129,14 @@ def push(
 
 
 def _without_paths(report: dict[str, Any]) -> dict[str, Any]:
-    """The names of files and folders alone: where they lie is nobody's business."""
+    """The names of files and folders alone, and no pictures: where and what they are is nobody's business."""
     names = [Path(path).name for path in report["unreadable"]]
-    return {**report, "data": Path(report["data"]).name, "unreadable": names}
+    given = dict(report["network"].get("given") or {})
+    for key, place in (("base_checkpoint", "path"), ("checkpoint", "path"), ("adapter", "name")):
+        if given.get(key) is not None:
+            given[key] = {**given[key], place: Path(given[key][place]).name}
+    network = {**report["network"], **({"given": given} if given else {})}
+    return {**report, "data": Path(report["data"]).name, "unreadable": names, "network": network, "outcomes": {}}
 
 
 def _stage(model: nn.Module | str | Path, folder: Path, whole: bool | None) -> None:

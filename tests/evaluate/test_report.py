@@ -1,11 +1,14 @@
 import json
 import os
+import statistics
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from quac_plugins.degradations import CORRUPTIONS
 from quac_plugins.evaluate import EvaluationReport
+from quac_plugins.evaluate.labels import labels_of
 from quac_plugins.evaluate.plot import plot_reports
 
 
@@ -38,6 +41,96 @@ def test_json_round_trip_replaces_whole_files(tmp_path):
     assert EvaluationReport.from_json(path) == report("ñew")
     assert os.listdir(path.parent) == ["out.json"]
     assert json.loads(path.read_text(encoding="utf-8"))["unreadable"] == ["a b/é.jpg"]
+
+
+def test_old_files_are_read_and_others_refused(tmp_path):
+    old = Path(__file__).parents[2] / "benchmarks/results/evaluate_mobilenetv2_100.json"
+    assert EvaluationReport.from_json(old).mean_corruption_top1 == pytest.approx(30.55)
+    assert EvaluationReport.from_json(old).outcomes == {}
+    for text, message in (
+        (
+            '{"model": "m", "colour": 1}',
+            "'colour' is nothing that a report of an evaluation holds .known: model, clean",
+        ),
+        ("[]", "x.json is no report of an evaluation: a report of an evaluation is an object with model"),
+        ("{", "x.json is no report of an evaluation: Expecting"),
+    ):
+        (tmp_path / "x.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            EvaluationReport.from_json(tmp_path / "x.json")
+
+
+def with_outcomes(model, ranks, images=("a/1.jpg", "a/2.jpg", "b/3.jpg", "b/4.jpg")):
+    predicted = {name: [0] * len(images) for name in ranks}
+    kept = {"images": list(images), "targets": [int(i[0] == "b") for i in images], "predicted": predicted}
+    return EvaluationReport(model, outcomes={**kept, "rank": ranks})
+
+
+def test_a_file_has_a_line_for_each_list(tmp_path):
+    made = with_outcomes("m", {"clean": [1, 1, None, -1], "fog/3": [1, 2, 3, 4]})
+    made.to_json(tmp_path / "x.json")
+    assert EvaluationReport.from_json(tmp_path / "x.json") == made
+    assert '\n      "clean": [1, 1, null, -1],\n' in (tmp_path / "x.json").read_text()
+
+
+def test_reports_are_paired_by_image():
+    new = with_outcomes("new", {"clean": [1, 1, 1, 3], "fog/3": [1, 1, 1, None], "snow/3": [2, 1, 1, 1]})
+    shuffled = ("b/4.jpg", "b/3.jpg", "a/1.jpg", "c/9.jpg", "a/2.jpg")
+    ranks = {"clean": [1, 2, 1, 1, -1], "fog/3": [1, 2, 1, 1, 2], "snow/3": [1, 1, 1, 1, 1]}
+    rows = new.paired(with_outcomes("old", ranks, shuffled))
+    assert [row["condition"] for row in rows] == ["clean", "fog/3", "snow/3", "mean of corruptions"]
+    assert [(row["gained"], row["lost"], row["n"]) for row in rows] == [(2, 1, 4), (2, 0, 3), (0, 1, 4), (2, 1, 3)]
+    assert rows[0]["difference"] == 25.0
+    half = 1.96 * 100 * statistics.stdev([0, 1, 1, -1]) / 2
+    assert (rows[0]["low"], rows[0]["high"]) == pytest.approx((25 - half, 25 + half))
+    assert rows[3]["difference"] == pytest.approx(100 / 6)
+    with pytest.raises(ValueError, match="bare holds no outcomes"):
+        new.paired(EvaluationReport("bare"))
+    with pytest.raises(ValueError, match="share no images"):
+        new.paired(with_outcomes("old", {"clean": [1]}, ("a/5.jpg",)))
+    other = with_outcomes("old", {"clean": [1, 1, 1, 1]})
+    other.outcomes["targets"][1] = 5
+    with pytest.raises(ValueError, match=r"'a/2.jpg' for different classes"):
+        new.paired(other)
+
+
+def described(adapter=None, mean=0.5, torch="2.14.1", weights="abcdef0123"):
+    inside = {"sha256": "a1b2c3d4", "activations": None, "prior": {}} if adapter else None
+    base = {"path": "data/tf2.safetensors", "sha256": "fedcba98"}
+    given = {"base_checkpoint": base, "adapter": {"name": adapter} if adapter else None, "model_kwargs": {"k": 1}}
+    made = report()
+    made.network, made.versions = {"weights": weights, "inside": inside, "given": given}, {"torch": torch}
+    made.preprocessing = {"input_size": [3, 96, 64], "mean": [mean] * 3, "crop_pct": 0.875}
+    return made
+
+
+def test_titles_and_legends_tell_reports_apart(tmp_path, monkeypatch):
+    one = described("runs/fog-adapter")
+    assert one.label == "resnet18 + fog-adapter (a1b2c3)"
+    title = str(one.table().title)
+    for text in (
+        one.label,
+        "tf2.safetensors (fedcba)",
+        "k=1",
+        "96×64",
+        "crop 0.875",
+        "mean 0.5",
+        "torch 2.14.1",
+        "seed 4",
+    ):
+        assert text in title
+    same = described()
+    reports = [one, same, described(mean=0.25), described(torch="2.15.0"), described(weights="other12"), same, report()]
+    labels = labels_of(reports)
+    assert len(set(labels)) == len(reports)
+    assert labels[0] == "resnet18 + fog-adapter (a1b2c3), mean 0.5, torch 2.14.1"
+    assert labels[2] == "resnet18, mean 0.25, torch 2.14.1"
+    assert labels[4] == "resnet18, mean 0.5, torch 2.14.1, weights other1"
+    assert labels[6] == "resnet18"
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.legend", lambda self, handles, texts, **_: drawn.extend(texts))
+    plot_reports(reports, tmp_path / "x.png")
+    assert [" ".join(text.split()) for text in drawn] == labels
 
 
 def test_json_never_holds_a_nan(tmp_path):
@@ -99,7 +192,7 @@ def test_several_reports_are_compared_at_the_severities_they_share(tmp_path, mon
     fewer = report("b", severities=("3",), clean=70.0)
     fewer.corruptions.pop("fog")
     plot_reports([report("a"), fewer], tmp_path / "x.png")
-    groups, bars, _, title, _ = drawn[0]
+    groups, bars, _, title, *_ = drawn[0]
     assert (title, bars[0][0], bars[1][0]) == ("severity 1, 3, 5", "a", "b")
     values = dict(zip(groups, bars[0][2], strict=False))
     assert values["gaussian_noise"] == 40.0

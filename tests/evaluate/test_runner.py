@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import timm
 import torch
+from cheap_quality import channel_statistics
 from PIL import Image
 from skimage import data as photographs
 from torch import nn
 
+import quac_plugins as quac
 from quac_plugins.degradations import corrupt, image_seed
 from quac_plugins.evaluate import EvaluationReport, evaluate
 
@@ -103,6 +105,46 @@ def test_batch_size_workers_order_and_other_corruptions_do_not_matter(root):
     assert {name: swapped[name] for name in ("fog", "impulse_noise")} == one["corruptions"]
 
 
+def test_what_became_of_each_image_is_that_of_a_plain_loop(root):
+    model = network()
+    report = evaluate(model, root, corruptions="contrast", severities=4, seed=1)
+    kept = report.outcomes
+    images = sorted(path.relative_to(root).as_posix() for path in root.glob("*/*.jpg") if path.name != "cut off.jpg")
+    assert kept["images"] == images
+    assert kept["targets"] == [int(image[6]) for image in images]
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    pixels = torch.stack([transform(Image.open(root / image).convert("RGB")) for image in images])
+    with torch.no_grad():
+        logits = model(pixels)
+    right = logits.gather(1, torch.tensor(kept["targets"])[:, None])
+    assert kept["predicted"]["clean"] == logits.argmax(dim=1).tolist()
+    assert kept["rank"]["clean"] == (1 + (logits > right).sum(dim=1)).tolist()
+    for name, scores in (("clean", report.clean), ("contrast/4", report.corruptions["contrast"]["4"])):
+        hits = [p == t for p, t in zip(kept["predicted"][name], kept["targets"], strict=True)]
+        assert hits == [rank == 1 for rank in kept["rank"][name]]
+        assert scores["top1"] == 100 * sum(hits) / len(hits)
+    assert evaluate(model, root, outcomes=False).outcomes == {}
+
+
+def test_networks_of_one_name_are_told_apart(root):
+    model = network()
+    first = evaluate(model, root, limit=2, amp=True, mean=0.5).to_dict()
+    quac.inject(model, quac.QuACConfig(quality=channel_statistics, quality_channels=6, where="layer1.*"))
+    second = evaluate(model, root, limit=2).to_dict()
+    host, inside = (found["network"]["host"]["fingerprint"] for found in (first, second))
+    assert host == inside
+    assert first["network"]["weights"] != second["network"]["weights"]
+    assert first["network"]["inside"] is None
+    assert second["network"]["inside"]["activations"]["config"]["activation"] == "qacon"
+    assert (first["device"], first["precision"]) == ("cpu", "float32, autocast bfloat16")
+    assert second["precision"] == "float32"
+    assert [found["preprocessing"]["from"]["mean"] for found in (first, second)] == ["given", "network"]
+    with torch.no_grad():
+        model.layer1[0].act1.p1 += 1
+    third = evaluate(model, root, limit=2).to_dict()["network"]
+    assert third["inside"]["sha256"] != second["network"]["inside"]["sha256"]
+
+
 def test_two_processes_give_what_one_gives(root, tmp_path):
     torch.save(network(), tmp_path / "network.pt")
     script = tmp_path / "run.py"
@@ -172,6 +214,8 @@ def test_nan_is_wrong_and_reported(tmp_path):
     report = evaluate(Scripted(), tmp_path, corruptions="contrast")
     assert report.clean == {"top1": 20.0, "top5": 80.0, "n": 5}
     assert report.nan_outputs == {"clean": 1, "contrast/3": 1}
+    black = report.outcomes["images"].index("b/black.png")
+    assert report.outcomes["predicted"]["clean"][black] == report.outcomes["rank"]["contrast/3"][black] == -1
     assert report.model == "Scripted"
 
 
@@ -201,6 +245,13 @@ def test_imagenet_c_is_read_as_it_is(tmp_path):
     report = evaluate(model, root)
     assert (report.clean, report.layout, report.severities) == (None, "imagenet-c", [1, 2, 5])
     assert {name: list(levels) for name, levels in report.corruptions.items()} == {"snow": ["1"], "fog": ["2", "5"]}
+    images = [f"class {index}/{source}.png" for index, source in enumerate(SOURCES[:3])]
+    assert report.outcomes["images"] == images
+    (root / "fog" / "2" / images[0]).write_bytes(b"no image")
+    half = evaluate(model, root).outcomes  # each condition has files of its own
+    assert half["images"] == images
+    assert (half["rank"]["fog/2"][0], half["predicted"]["fog/2"][0]) == (None, None)
+    assert half["rank"]["fog/5"] == report.outcomes["rank"]["fog/5"]
     fog = evaluate(model, root / "fog" / "5")  # the same images, as a directory of classes
     assert report.corruptions["fog"]["5"] == fog.clean
     assert list(evaluate(model, root, corruptions="fog", severities=2).corruptions["fog"]) == ["2"]
@@ -278,6 +329,8 @@ def test_half_precision_and_amp(root):
     clean = evaluate(network(), root).clean
     assert evaluate(network(), root, amp=True).clean["n"] == clean["n"]
     assert evaluate(network().bfloat16(), root, device="cpu").clean["n"] == clean["n"]
+    quantized = torch.ao.quantization.quantize_dynamic(network(), {nn.Linear})
+    assert evaluate(quantized, root).clean["n"] == clean["n"]
 
 
 def test_wrapped_networks_use_the_config_inside(root):

@@ -18,7 +18,11 @@ def report(shift=0.0, names=("fog", "contrast"), severities=("3", "5")):
         return {"top1": value + shift, "top5": 90.0, "n": 40}
 
     corruptions = {n: {s: score(40.0 + 10 * i - int(s)) for s in severities} for i, n in enumerate(names)}
-    return EvaluationReport("test_resnet", score(80.0), corruptions, data="/home/someone/photographs", seed=1)
+    given = {"checkpoint": {"path": "/home/someone/a.pt", "sha256": "ab12"}, "adapter": {"name": "/home/someone/fog"}}
+    kept = {"images": ["birthday/someone.jpg"], "targets": [0], "predicted": {"clean": [0]}, "rank": {"clean": [1]}}
+    found = EvaluationReport("test_resnet", score(80.0), corruptions, data="/home/someone/photographs", seed=1)
+    found.network, found.outcomes = {"given": given}, kept
+    return found
 
 
 @pytest.fixture
@@ -45,6 +49,7 @@ def test_figures_with_deviations_of_several_seeds(model, tmp_path):
     assert mean.metric_value == pytest.approx(42.0)
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert [run["clean"]["top1"] for run in found] == [80.0, 81.0, 82.0]
+    assert found[0]["network"]["given"]["checkpoint"] == {"path": "a.pt", "sha256": "ab12"}
     assert "someone" not in (tmp_path / "metrics.json").read_text() + card.content
 
 

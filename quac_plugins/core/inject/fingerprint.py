@@ -6,7 +6,7 @@ import hashlib
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quac_plugins.core.inject.surgery import Injection, injection_of, unwrap
 
@@ -58,7 +58,7 @@ def fingerprint(model: nn.Module) -> str | None:
     record = injection_of(model) or Injection()
     named = ((record.name_in_host(name), tensor) for name, tensor in model.state_dict().items())
     head = _classifiers(model)
-    found = {n: tensor for n, tensor in named if n and not n.startswith(head) and tensor.is_floating_point()}
+    found = {n: t for n, t in named if n and not n.startswith(head) and isinstance(t, Tensor) and t.is_floating_point()}
     if any(tensor.is_meta for tensor in found.values()):
         return None
     digests = [hashlib.sha256() for _ in _PRECISIONS]

@@ -1,0 +1,77 @@
+"""What was evaluated: what is inside a network, so that two of one name can be told apart."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from quac_plugins.core.inject import injection_of
+from quac_plugins.core.inject.adapter import adapter_state
+from quac_plugins.core.inject.fingerprint import describe_host
+from quac_plugins.core.inject.surgery import unwrap
+
+__all__ = ["describe_network"]
+
+
+def describe_network(model: nn.Module) -> dict[str, Any]:
+    """Describe a network by its numbers, in plain types.
+
+    Args:
+        model: any network, also inside DataParallel and the like.
+
+    Returns:
+        ``host``: architecture, class, tag and fingerprint of the host, without what was put in; ``weights``: the
+        SHA-256 of all tensors with their names; ``inside``: None, or what was put in: ``sha256``, that of the
+        ``adapter_model.safetensors`` which `quac_plugins.save_adapter` would write now (None if it would refuse), and
+        for ``activations`` and ``prior`` their ``config`` and the names of their ``sites``.
+
+    Example:
+        >>> import timm, quac_plugins
+        >>> found = describe_network(timm.create_model("test_resnet_qacon"))
+        >>> found["host"]["architecture"], found["inside"]["activations"]["config"]["activation"]
+        ('test_resnet', 'qacon')
+    """
+    inside = None
+    record = injection_of(model)
+    if record is not None:
+        inside = {"sha256": _as_saved(model), "activations": _part(record), "prior": _part(record.prior)}
+    return {"host": describe_host(model), "weights": _digest(unwrap(model).state_dict().items()), "inside": inside}
+
+
+def _as_saved(model: nn.Module) -> str | None:
+    with contextlib.suppress(RuntimeError, ValueError):  # a network that is cut down can be judged, but not saved
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(model).items()}
+        return hashlib.sha256(safetensors.torch.save(state, metadata={"format": "pt"})).hexdigest()
+    return None
+
+
+def _part(part: Any) -> dict[str, Any] | None:
+    if part is None or part.config is None:
+        return None
+    return {"config": part.config.to_dict(), "sites": [site.name for site in part.sites]}
+
+
+def _digest(named: Iterable[tuple[str, Any]]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(named, key=lambda pair: pair[0]):
+        digest.update(name.encode())
+        _add(digest, value)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, value: Any) -> None:
+    if isinstance(value, (tuple, list)):  # the packed weights of a quantized layer
+        for one in value:
+            _add(digest, one)
+    elif isinstance(value, Tensor) and not value.is_meta:
+        tensor = value.dequantize() if value.is_quantized else value
+        digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    else:
+        digest.update(repr(value).encode())
