@@ -7,31 +7,22 @@ that is replaced. An error of the disk says which file it is about, and what to 
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from quac_plugins.core.files import disk_errors, replacing
+
 __all__ = ["copy_files", "disk_errors", "read_json", "same_file", "write_file"]
 
-_NO_ROOM = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "your quota on this disk is used up",
-    errno.EFBIG: "no file may become so large here (ulimit -f)",
-    errno.EROFS: "the disk can only be read",
-}
 _DESCRIPTOR = re.compile(r"/(?:dev|proc/(?:self|thread-self|\d+))/fd/(\d+)\Z")
 _STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
-
-
-class _NotWritten(OSError):
-    """An error of the disk that is told already."""
 
 
 def write_file(path: str | os.PathLike[str], content: bytes) -> None:
@@ -89,12 +80,9 @@ def copy_files(files: Iterable[Path], folder: str | os.PathLike[str], overwrite:
             raise FileExistsError(
                 f"{there} is there already, and is another file; give another folder, or --overwrite (overwrite=True)"
             )
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".quac-") as beside:
-            copies = [Path(shutil.copyfile(path, Path(beside) / path.name)) for path in files]
-            for copy in copies:
-                copy.replace(folder / copy.name)
+    with replacing(folder) as beside:
+        for path in files:
+            shutil.copyfile(path, beside / path.name)
     return folder
 
 
@@ -125,20 +113,6 @@ def same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> boo
     with contextlib.suppress(OSError):
         return os.path.samefile(one, other)
     return os.path.realpath(one) == os.path.realpath(other)
-
-
-@contextlib.contextmanager
-def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Say of an error of the disk which file was not written, and why."""
-    try:
-        yield
-    except OSError as error:
-        reason = _NO_ROOM.get(error.errno or 0)
-        if reason is None or isinstance(error, _NotWritten):
-            raise
-        told = _NotWritten(f"{os.fspath(path)} was not written: {reason}. Make room there, or give another place")
-        told.errno = error.errno
-        raise told from error
 
 
 def _descriptor(path: str | os.PathLike[str]) -> int | None:

@@ -1,5 +1,6 @@
 """``quac fit-prior`` and ``quac fit-qacon``, and ``quac evaluate`` with what they write."""
 
+import errno
 import json
 
 import pytest
@@ -254,6 +255,24 @@ def test_mistakes_are_told_in_one_line(start, tmp_path, arguments, message):
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not set(FILES) & set(files(tmp_path / "adapter") if (tmp_path / "adapter").exists() else [])
+
+
+def test_a_finished_fit_that_cannot_be_saved_is_kept(start, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    arguments = ["fit-prior", "test_resnet", "--corruptions", "contrast"]
+    with monkeypatch.context() as patch:
+        patch.setattr("quac_plugins.core.inject.adapter.write_adapter", full)
+        first = start(*arguments)
+    assert first.exit_code == 2
+    assert "No space left on device" in first.stderr
+    assert "the fit is kept in" in first.stderr
+    assert files(tmp_path / "adapter") == [".fit"]
+    monkeypatch.setattr(Fit, "_one_step", None)  # nothing is fitted anew
+    again = start(*arguments)
+    assert again.exit_code == 0, again.output
+    assert files(tmp_path / "adapter") == sorted(FILES)
 
 
 def test_interrupted_and_gone_on_with(start, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import warnings
 from enum import Enum
 from pathlib import Path
@@ -253,7 +254,7 @@ def _fit(
             typer.echo("interrupted; the same command goes on from where it was", err=True)
         raise typer.Exit(common.INTERRUPTED) from None
     if main:
-        quac_plugins.save_adapter(network, out)
+        _save(network, out, states)
         report.to_json(out / REPORT_NAME)
         if json is not None:
             report.to_json(json)
@@ -267,6 +268,20 @@ def _fit(
         raise typer.Exit(1)
     if report.unreadable:
         raise typer.Exit(common.UNREADABLE)
+
+
+def _save(network: nn.Module, out: Path, states: Path) -> None:
+    """Write the adapter; what cannot be written is not lost."""
+    from quac_plugins import save_adapter
+
+    try:
+        save_adapter(network, out)
+    except OSError as error:
+        if any(states.glob("fit-*.pt")):
+            kept = f"the fit is kept in {states}, and the same command goes on from there"
+        else:
+            kept = f"it is in {save_adapter(network, Path(tempfile.mkdtemp(prefix='quac-fit-')))} instead"
+        raise OSError(f"{error}; {kept}") from error
 
 
 def _check(

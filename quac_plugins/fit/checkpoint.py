@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +75,24 @@ class Checkpoints:
         return ValueError(f"{self._path(stage)} is no whole state of this fit: it {what}; delete it to start again")
 
     def save(self, stage: str, state: dict[str, Any], of: str = "") -> None:
-        """Whole or not at all: an interruption never leaves half a file."""
+        """Whole or not at all: an interruption never leaves half a file.
+
+        What cannot be written, as on a full disk, is a warning: the fit itself goes on.
+        """
         path = self._path(stage)
         if path is None or not self.writes:
             return
         buffer = io.BytesIO()  # torch tells of a full disk in words of its own
         torch.save({"digest": self.digest + of, "state": state, "made": self._made}, buffer)
-        write_file(path, buffer.getvalue())
+        try:
+            write_file(path, buffer.getvalue())
+        except OSError as error:
+            warnings.warn(f"{error}. The fit goes on, but could not be resumed from here", stacklevel=3)
+            return
         self._own.add(path)
 
     def clear(self) -> None:
-        """Delete the states of this fit, and nothing else: it is done."""
+        """Delete the states of this fit, and nothing else: it is done, and saved."""
         if self.folder is None or not self.writes:
             return
         for path in self._own:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from quac_plugins.core.hooks import PRIOR_NAME
-from quac_plugins.core.inject.surgery import injection_of, unwrap
+from quac_plugins.core.inject.surgery import injection_of, modules_inside, unwrap
 from quac_plugins.core.prior.config import PriorConfig
 from quac_plugins.core.prior.fdm import FDM
 from quac_plugins.core.prior.features import channel_statistics
@@ -85,8 +85,9 @@ def fit_prior(
         seed: of everything that is drawn.
         device: where to fit; None: where the model is. Processes that torchrun starts share the work.
         mean, std, input_size, crop_pct, interpolation: of the host's images; None: the host's own.
-        checkpoint: folder for the state of an unfinished fit; the same call goes on from there, in this process or
-            another. After an error or an interruption the model itself is as it was.
+        checkpoint: folder for the state of a fit until :func:`save_adapter` has written what was fitted; the same call
+            goes on from there, in this process or another. After an error or an interruption the model itself is as
+            it was.
         num_workers: processes that draw degraded pictures.
         progress: show a bar on a terminal.
 
@@ -135,7 +136,8 @@ def fit_prior(
             put_in(network, planned, session.size, session.config["mean"], session.config["std"], seed)
         prior = injection_of(network).prior  # type: ignore[union-attr]
         assert prior is not None
-        everywhere = {site.name: network.get_submodule(f"{site.name}.{PRIOR_NAME}") for site in prior.sites}
+        inside = modules_inside(network)
+        everywhere = {site.name: inside[f"{site.name}.{PRIOR_NAME}"] for site in prior.sites}
         sites = _supported(prior.sites, everywhere, session, made)
         modules = {site.name: everywhere[site.name] for site in sites}
         fitted = parameters_of(network, [f"{name}.{PRIOR_NAME}." for name in modules])
@@ -154,7 +156,7 @@ def fit_prior(
                 session.fit("prior", fit, keep, report, show)
             with _one_expert(everywhere):
                 report.multiply_adds = session.multiply_adds()
-        keep.clear()
+        session.keep_until_saved(keep)
     report.seconds = round(time.perf_counter() - started, 1)
     return report
 

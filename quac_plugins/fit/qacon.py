@@ -14,7 +14,7 @@ from torch import nn
 from quac_plugins.core.hooks import PRIOR_NAME
 from quac_plugins.core.inject.adapter import is_fresh
 from quac_plugins.core.inject.config import QuACConfig
-from quac_plugins.core.inject.surgery import injection_of, unwrap
+from quac_plugins.core.inject.surgery import injection_of, modules_inside, unwrap
 from quac_plugins.core.prior.comparison import Pictures
 from quac_plugins.core.prior.recipe import Recipe
 from quac_plugins.core.prior.training import Fit
@@ -115,6 +115,7 @@ def fit_qacon(
             put_in(network, planned, session.size, session.config["mean"], session.config["std"], seed)
         record = injection_of(network)
         assert record is not None
+        inside = modules_inside(network)
         own = [p for p in record.prefixes() if not p.endswith(_PRIOR)]
         others = [p for p in record.prefixes() if p.endswith(_PRIOR)]
         parameters = parameters_of(network, own + others if with_prior else own)
@@ -126,14 +127,14 @@ def fit_qacon(
             per_view = max(1, round(_PICTURES / (session.views * len(session.few) * len(kinds))))
             pictures = session.pictures(session.draws(session.names, clean_share, per_view))
             if with_prior and record.prior is not None:
-                standardize(session, record.prior.sites, [network.get_submodule(p[:-1]) for p in others], pictures)
-            _calibrate(session, [network.get_submodule(p[:-1]) for p in own], pictures)
+                standardize(session, record.prior.sites, [inside[p[:-1]] for p in others], pictures)
+            _calibrate(session, [inside[p[:-1]] for p in own], pictures)
             fit = Fit(
                 network, session.teacher, parameters, [], deeper, session.normalize, pictures, made, session.share
             )
             session.fit("qacon", fit, keep, report, show)
             report.multiply_adds = session.multiply_adds()
-        keep.clear()
+        session.keep_until_saved(keep)
     report.seconds = round(time.perf_counter() - started, 1)
     return report
 

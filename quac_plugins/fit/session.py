@@ -24,6 +24,7 @@ from quac_plugins.core.inject.fingerprint import fingerprint
 from quac_plugins.core.inject.surgery import Injection, injection_of, remove, unwrap
 from quac_plugins.core.inject.trace import Trace, trace
 from quac_plugins.core.options import QualityOptions, whole_number
+from quac_plugins.core.parts import tensor_names
 from quac_plugins.core.prior.comparison import Pictures
 from quac_plugins.core.prior.recipe import Recipe
 from quac_plugins.core.prior.sites import PriorSite, find_prior_sites
@@ -221,6 +222,7 @@ class Session:
             process_group() as (rank, world_size),
             _cpu_group(world_size) as self.group,
             _same_generators(self.device),
+            torch.compiler.set_stance("force_eager"),  # compiled code does not see hooks, which collect the features
         ):
             narrow = _widened(self.model)
             try:
@@ -274,6 +276,9 @@ class Session:
         """The states in a folder, which one process writes. A fit that goes on begins with what it began with."""
         if folder is None:
             return Checkpoints(None, {})
+        forget = (injection_of(self.model) or Injection()).kept.pop(str(folder), None)
+        if forget is not None:  # the states of an earlier fit of this model, with whose result this one begins
+            forget()
         keep = Checkpoints(folder, self.key(recipe, **others), writes=self.share.rank == 0)
         start = self._of_main(lambda: keep.load(_START))
         if start is None:
@@ -281,6 +286,12 @@ class Session:
         else:
             load_adapter_state(self.model, start)
         return keep
+
+    def keep_until_saved(self, keep: Checkpoints) -> None:
+        """Let the states of a finished fit lie until :func:`quac_plugins.save_adapter` has written what was fitted."""
+        record = injection_of(self.model)
+        if record is not None and keep.folder is not None:
+            record.kept[str(keep.folder)] = keep.clear
 
     def _average(self, tensor: Tensor) -> Tensor:
         """The mean over all processes."""
@@ -449,8 +460,8 @@ def progress_bar(show: bool) -> Iterator[Callable[[str, int, int, float], None]]
 
 def parameters_of(model: nn.Module, prefixes: Sequence[str]) -> dict[str, nn.Parameter]:
     """Parameters that were put in, by name, without those of the host's own activations that they keep."""
-    record = injection_of(model) or Injection()
-    found = unwrap(model).named_parameters()
+    record, name_of = injection_of(model) or Injection(), tensor_names(unwrap(model))
+    found = [(name_of(name), parameter) for name, parameter in unwrap(model).named_parameters()]
     return {n: p for n, p in found if n.startswith(tuple(prefixes)) and record.name_in_host(n) is None}
 
 

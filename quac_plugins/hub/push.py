@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from quac_plugins.core.inject.adapter import check_adapter_files, is_fresh, save_adapter
+from quac_plugins.core.inject.adapter import check_adapter_files, is_fresh, write_files
+from quac_plugins.core.inject.savable import check_savable
 from quac_plugins.core.inject.saved import WEIGHTS_NAME
 from quac_plugins.core.inject.surgery import injection_of, nothing_inside
 from quac_plugins.files import copy_files, disk_errors
@@ -149,6 +150,7 @@ def _stage(model: nn.Module | str | Path, folder: Path, whole: bool | None) -> N
                 raise ValueError(
                     f"whole=True needs a model of timm, got {type(model).__name__}; leave it out to send the adapter"
                 )
+            check_savable({"": model}, dict(model.named_parameters()))
             packing = model.register_state_dict_post_hook(_pack)
             try:
                 save_for_hf(model, str(folder), safe_serialization=True)
@@ -160,7 +162,7 @@ def _stage(model: nn.Module | str | Path, folder: Path, whole: bool | None) -> N
             raise nothing_inside(model, "inject first, or give whole=True to send a model of timm")
         if record.prior is not None and record.config is None and is_fresh(model):
             raise ValueError("the prior is as it was created, so that it changes nothing; fit_prior(model, …) first")
-        save_adapter(model, folder)
+        write_files(model, folder)
         return
     source = Path(model)
     if not source.is_dir():

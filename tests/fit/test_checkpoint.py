@@ -1,3 +1,4 @@
+import errno
 import os
 
 import pytest
@@ -120,3 +121,16 @@ def test_clear_takes_the_states_alone(tmp_path):
     none.save("fog", STATE)
     none.clear()
     assert none.load("fog") is None
+
+
+def test_a_state_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch):
+    keep = Checkpoints(tmp_path / "states", KEY)
+    keep.save("fog", STATE)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.warns(UserWarning, match=r"fit-fog\.pt was not written: the disk is full.* The fit goes on"):
+        keep.save("fog", {**STATE, "step": 9})
+    assert keep.load("fog")["step"] == 3

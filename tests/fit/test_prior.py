@@ -495,6 +495,14 @@ def test_interrupted_and_gone_on_with(photos, quick, build, put_in, equal, inter
     assert report.stages == expected.stages
     assert report.gate == expected.gate
     assert equal(put_in(other), put_in(whole)), prior
+    assert set(files) <= {path.name for path in (tmp_path / "states").iterdir()}  # until what was fitted is saved
+    with pytest.raises(NotADirectoryError):
+        quac.save_adapter(other, tmp_path / "states" / files[0])
+    if at == 6:
+        other = build("test_resnet_ddp", experts=experts)  # as in another process, after the first could not save it
+        quac.fit_prior(other, photos, **options)
+        assert equal(put_in(other), put_in(whole))
+    quac.save_adapter(other, tmp_path / "adapter")
     assert not (tmp_path / "states").exists()
 
 
@@ -543,8 +551,10 @@ def test_states_of_other_fits_are_refused(photos, quick, build, interrupt, tmp_p
         quac.fit_prior(build("test_resnet_ddp"), photos, **options)
     (tmp_path / "fit-prior.pt").unlink()
     (tmp_path / "note.txt").write_text("mine")
-    quac.fit_prior(build("test_resnet_ddp"), photos, **options)
-    assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
+    model = build("test_resnet_ddp")
+    quac.fit_prior(model, photos, **options)
+    quac.save_adapter(model, tmp_path / "adapter")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "note.txt"]
 
 
 # Several processes
@@ -565,6 +575,8 @@ options["logits_weight"] = 0.0  # of a random network: next to nothing, and so m
 report = quac.fit_prior(host, folder, checkpoint=out + "/states", **options)
 assert not torch.distributed.is_initialized()
 report.to_json(out + ("/main.json" if main else "/other.json"))
+if main:
+    quac.save_adapter(host, out + "/saved")
 torch.save(quac.adapter_state(host), out + ("/main.pt" if main else "/other.pt"))
 if "WORLD_SIZE" in os.environ:
     torch.manual_seed(0 if main else 1)

@@ -6,10 +6,7 @@ dict. Loading checks everything against the host before the host is touched.
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -17,26 +14,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from quac_plugins.core.hooks import PRIOR_NAME
 from quac_plugins.core.inject.config import QuACConfig
 from quac_plugins.core.inject.example import Example
 from quac_plugins.core.inject.fingerprint import describe_host, same_weights
-from quac_plugins.core.inject.saved import CONFIG_NAME, FORMATS, WEIGHTS_NAME, Saved, read_config, read_tensors
+from quac_plugins.core.inject.savable import check_savable
+from quac_plugins.core.inject.saved import (
+    CONFIG_NAME,
+    FORMATS,
+    WEIGHTS_NAME,
+    Saved,
+    read_adapter,
+    read_config,
+    write_adapter,
+)
 from quac_plugins.core.inject.surgery import (
     Injection,
     PriorInjection,
     build_prior,
     inject,
     injection_of,
+    modules_inside,
     nothing_inside,
     remove,
     take_prior,
     unwrap,
 )
 from quac_plugins.core.options import QualityOptions
+from quac_plugins.core.parts import parts, tensor_names
 from quac_plugins.core.prior.config import PriorConfig
 from quac_plugins.core.prior.fdm import FDM
 from quac_plugins.core.prior.routed import Gate
@@ -48,10 +55,13 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """The tensors of what was put in, under their names in the host's state dict.
 
     Raises:
-        ValueError: the model holds no QuAC.
+        ValueError: the model holds no QuAC, or a part that holds some of it has been replaced.
     """
     record = _record(model)
-    return {name: t for name, t in unwrap(model).state_dict().items() if record.name_in_host(name) is None}
+    modules_inside(model)
+    name_of, prefixes = tensor_names(unwrap(model)), record.prefixes()
+    named = ((name_of(name), tensor) for name, tensor in unwrap(model).state_dict().items())
+    return {n: tensor for n, tensor in named if n.startswith(prefixes) and record.name_in_host(n) is None}
 
 
 def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -72,7 +82,9 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     """Save what was put into a host: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-    Both files are written beside and then renamed, so a folder never holds half an adapter.
+    Both files are written beside and then renamed, and the config holds the hash of the other: whoever reads while a
+    save goes on, or after one that was killed, gets the old adapter or the new one. Other files in the folder stay. The
+    states that a fit has kept in its ``checkpoint`` folder are deleted once this is done.
 
     Args:
         model: a model with QuAC inside.
@@ -82,7 +94,10 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        ValueError: the model holds no QuAC, or another adapter's layers are inside what was put in.
+        ValueError: the model holds no QuAC, a part that holds some of it has been replaced, or nobody could load it:
+            another adapter's layers are inside what was put in, a layer of it is pruned or parametrized, a tensor holds
+            NaN or is on the meta device.
+        OSError: it cannot be written, as on a full disk; an adapter that was there is as it was.
 
     Example:
         >>> import tempfile, timm, quac_plugins as quac
@@ -90,14 +105,24 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         ...     sorted(p.name for p in quac.save_adapter(timm.create_model("test_resnet_qacon"), folder).iterdir())
         ['adapter_config.json', 'adapter_model.safetensors']
     """
+    folder = write_files(model, folder)
     record = _record(model)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state(model).items()}
+    while record.kept:
+        record.kept.popitem()[1]()
+    return folder
+
+
+def write_files(model: nn.Module, folder: str | Path) -> Path:
+    """:func:`save_adapter` for a folder that is not to last, so that a fit's states stay."""
+    record = _record(model)
+    state = adapter_state(model)
     for prefix in record.prefixes():
         if wrapped := [name for name in state if name.startswith(prefix) and "base_layer." in name[len(prefix) :]]:
             raise ValueError(
                 f"{wrapped[0]!r}: a layer that was put in is inside another adapter's (LoRA); merge or unload that one "
                 "first"
             )
+    check_savable(modules_inside(model), state)
     prior = record.prior
     config = {
         "peft_type": "QUAC",
@@ -113,14 +138,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
             "sites": [asdict(site) for site in prior.sites],
             "tap": prior.tap,
         }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as beside:
-        save_file(state, Path(beside) / WEIGHTS_NAME, metadata={"format": "pt"})
-        (Path(beside) / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for name in (WEIGHTS_NAME, CONFIG_NAME):
-            os.replace(Path(beside) / name, folder / name)
-    return folder
+    write_adapter(Path(folder), config, {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+    return Path(folder)
 
 
 def check_adapter_files(folder: str | Path) -> None:
@@ -131,8 +150,7 @@ def check_adapter_files(folder: str | Path) -> None:
         ValueError: a file is damaged, or a tensor holds NaN or infinity.
     """
     folder = Path(folder)
-    read_config(folder / CONFIG_NAME)
-    for name, tensor in read_tensors(folder / WEIGHTS_NAME).items():
+    for name, tensor in read_adapter(folder)[1].items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{folder / WEIGHTS_NAME}: tensor {name!r} holds NaN or infinity")
 
@@ -157,8 +175,7 @@ def load_adapter_folder(
     model: nn.Module, folder: Path, check_host: bool = True, example: Example | None = None
 ) -> nn.Module:
     """See :func:`quac_plugins.load_adapter`; from a local folder."""
-    saved = read_config(folder / CONFIG_NAME)
-    state = read_tensors(folder / WEIGHTS_NAME)
+    saved, state = read_adapter(folder)
     if check_host:
         _check_host(model, saved)
     for config, what in ((saved.config, "QuACConfig"), (saved.prior, "PriorConfig")):
@@ -261,7 +278,7 @@ def _same_prior(saved: Saved, here: PriorInjection) -> bool:
 def _inject_prior(model: nn.Module, saved: Saved, state: dict[str, Tensor], example: Example | None) -> None:
     """At the adapter's own sites: a rule such as "auto" is not asked twice."""
     assert saved.prior is not None
-    known = dict(unwrap(model).named_modules())
+    known = parts(unwrap(model))
     problems = [
         f"site {site.name!r} is in the adapter, not in this host"
         for site in saved.prior_sites
@@ -325,7 +342,7 @@ def _check(model: nn.Module, saved: Saved, state: dict[str, Tensor]) -> None:
 
 def _deviations(model: nn.Module) -> set[str]:
     """Names of tensors that features, or q, are divided by."""
-    inside = unwrap(model).named_modules()
+    inside = parts(unwrap(model)).items()
     return {f"{name}.std" for name, module in inside if isinstance(module, (FDM, Gate))}
 
 
@@ -389,10 +406,10 @@ def _compare(there: QualityOptions, here: QualityOptions, fields: list[str], nee
 
 def is_fresh(model: nn.Module) -> bool:
     """Whether the prior inside a model is as it was created: neither fitted nor loaded."""
-    inside = [
-        m for s in _prior_of(model).sites for m in unwrap(model).get_submodule(f"{s.name}.{PRIOR_NAME}").modules()
-    ]
-    return all(module.is_fresh for module in inside if isinstance(module, (FDM, Gate)))
+    _prior_of(model)
+    priors = [module for name, module in modules_inside(model).items() if name.endswith(f".{PRIOR_NAME}")]
+    inside = (m for prior in priors for m in prior.modules())
+    return all(m.is_fresh for m in inside if isinstance(m, (FDM, Gate)))
 
 
 def _prior_of(model: nn.Module) -> PriorInjection:

@@ -14,6 +14,7 @@ from torch import nn
 from quac_plugins.core.hooks import PRIOR_NAME, add_hook, prior_hook, remove_hooks
 from quac_plugins.core.inject.example import Example
 from quac_plugins.core.inject.trace import Trace, trace
+from quac_plugins.core.parts import module_at
 
 _CHILDREN = {"children", "named_children", "_modules"}  # how a module's code names them
 # classes whose code names their children, as they turned out to be
@@ -41,7 +42,7 @@ def note_chain(module: nn.Module) -> None:
 def leave_out(model: nn.Module, seen: Trace) -> None:
     """Take out of a trace what is no place: containers that do something else with their children."""
     for name in {feature.name for feature in seen.features}:
-        module = model.get_submodule(name)
+        module = module_at(model, name)
         if isinstance(module, (nn.Sequential, nn.ModuleDict, nn.ModuleList)) and not runs_children(module):
             seen.features = [feature for feature in seen.features if feature.name != name]
             seen.others[name] = "runs its children by itself, and would run one more"
@@ -53,22 +54,22 @@ def let_chains_run(model: nn.Module, names: list[str], example: Example | None) 
     Raises:
         ValueError: a module runs it, but not behind its other children.
     """
-    doubtful = [name for name in names if _may_run_children(model.get_submodule(name))]
+    doubtful = [name for name in names if _may_run_children(module_at(model, name))]
     if not doubtful:
         return
     called = Counter(feature.name for feature in trace(model, example).features)
     twice = [name for name in doubtful if called[f"{name}.{PRIOR_NAME}"] > 1]
     for name in twice:
-        remove_hooks(model.get_submodule(name), prior_hook)
+        remove_hooks(module_at(model, name), prior_hook)
     try:
         if twice:
             _check(trace(model, example), twice)
     except Exception:
         for name in twice:
-            add_hook(model.get_submodule(name), PRIOR_NAME)
+            add_hook(module_at(model, name), PRIOR_NAME)
         raise
     for name in doubtful:
-        (_chains if name in twice else _others).add(type(model.get_submodule(name)))
+        (_chains if name in twice else _others).add(type(module_at(model, name)))
 
 
 def _check(seen: Trace, names: list[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quac_plugins.core.inject.surgery import Injection, injection_of, unwrap
+from quac_plugins.core.inject.surgery import names_in_host, unwrap
 
 OUR_SUFFIXES = ("_qacon_ddp", "_qacon", "_ddp")
 _PRECISIONS = (torch.float16, torch.bfloat16)
@@ -55,8 +55,8 @@ def fingerprint(model: nn.Module) -> str | None:
         True
     """
     model = unwrap(model)
-    record = injection_of(model) or Injection()
-    named = ((record.name_in_host(name), tensor) for name, tensor in model.state_dict().items())
+    in_host = names_in_host(model)
+    named = ((in_host(name), tensor) for name, tensor in model.state_dict().items())
     head = _classifiers(model)
     found = {n: t for n, t in named if n and not n.startswith(head) and isinstance(t, Tensor) and t.is_floating_point()}
     if any(tensor.is_meta for tensor in found.values()):

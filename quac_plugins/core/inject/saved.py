@@ -1,15 +1,29 @@
-"""The two files of an adapter, read: its config, checked in itself, and its tensors."""
+"""The two files of an adapter: its config, checked in itself, and its tensors, which belong together.
+
+``adapter_config.json`` is an object of
+
+- ``peft_type``: ``"QUAC"``; ``format``: 1, or 2 with a degradation prior,
+- ``config``, ``sites``, ``tap``: the :class:`QuACConfig` (null: no activations), its sites, the layer that is tapped,
+- ``prior`` (format 2): ``config``, ``sites`` and ``tap`` of the prior,
+- ``host``: what :func:`quac_plugins.core.inject.fingerprint.describe_host` says of the host,
+- ``sha256``: of ``adapter_model.safetensors``. Adapters of earlier versions lack it, and are read without.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass
+import re
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
+from quac_plugins.core.files import BESIDE, replacing
 from quac_plugins.core.inject.config import QuACConfig
 from quac_plugins.core.inject.sites import Site
 from quac_plugins.core.prior.config import PriorConfig
@@ -20,6 +34,7 @@ from quac_plugins.core.quality.rows import EXPANSIONS
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 FORMATS = (1, 2)  # 2: with a degradation prior
+_TRIES, _PAUSE = 4, 0.05  # how often, and with how many seconds between, files are read that do not belong together
 _LIMIT = 4 << 20  # bytes of a config: a list of sites is far below
 
 
@@ -33,6 +48,47 @@ class Saved:
     prior: PriorConfig | None
     prior_sites: list[PriorSite]
     host: dict[str, Any]
+    sha256: str | None = None
+
+
+def write_adapter(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Write both files, the config with the hash of the tensors' file; OSError if they cannot be written."""
+    weights = safetensors.torch.save(state, metadata={"format": "pt"})
+    config = {**config, "sha256": hashlib.sha256(weights).hexdigest()}
+    with replacing(folder) as beside:
+        (beside / WEIGHTS_NAME).write_bytes(weights)  # by Python's own words for a full disk, and by the umask
+        (beside / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def read_adapter(folder: Path) -> tuple[Saved, dict[str, Tensor]]:
+    """The config and the tensors that belong to it, also while another adapter is being saved there.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, or they are of two adapters; the message names the file.
+    """
+    for _ in range(_TRIES):
+        saved, weights = read_config(folder / CONFIG_NAME), _read_bytes(folder / WEIGHTS_NAME)
+        digest = hashlib.sha256(weights).hexdigest()
+        # of a save that goes on, or was killed, the weights may be in place and their config not yet
+        others = [found for path in folder.glob(f"{BESIDE}*/{CONFIG_NAME}") if (found := _read_quietly(path))]
+        if saved.sha256 != digest:
+            saved = next((replace(other, folder=folder) for other in others if other.sha256 == digest), saved)
+        if saved.sha256 in (None, digest):
+            return saved, _tensors(folder / WEIGHTS_NAME, weights)
+        time.sleep(_PAUSE)
+    _tensors(folder / WEIGHTS_NAME, weights)  # it may not even be such a file
+    raise ValueError(
+        f"{folder / WEIGHTS_NAME} has the SHA-256 {digest}, and {CONFIG_NAME} is of a file with {saved.sha256}: it is "
+        "damaged, or the two files are of two adapters. Copy both again from where they come"
+    )
+
+
+def _read_quietly(path: Path) -> Saved | None:
+    try:
+        return read_config(path)
+    except (OSError, ValueError):  # it has gone to its place, or is not written yet
+        return None
 
 
 def read_config(path: Path) -> Saved:
@@ -65,21 +121,33 @@ def read_config(path: Path) -> Saved:
             prior=prior_config,
             prior_sites=prior_sites,
             host=dict(values["host"]),
+            sha256=_digest(values.get("sha256")),
         )
     except (KeyError, TypeError, ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         raise ValueError(f"{path} is not an adapter's config: {what}") from error
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of ``adapter_model.safetensors`` by name; the errors of :func:`read_config`."""
+def _read_bytes(path: Path) -> bytes:
     if not path.is_file():
         raise FileNotFoundError(f"no adapter in {path.parent}: {path.name} is missing")
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except (SafetensorError, OSError) as error:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _tensors(path: Path, content: bytes) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(content)
+    except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def _digest(value: Any) -> str | None:
+    if value is not None and not (isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value)):
+        raise ValueError(f"sha256 is {value!r}")
+    return value
 
 
 def _read_site(values: dict[str, Any]) -> Site:

@@ -10,6 +10,7 @@ from torch import nn
 
 from quac_plugins.core.activations.hosts import is_activation
 from quac_plugins.core.inject.trace import OURS, Call, Trace
+from quac_plugins.core.parts import parts
 
 PLACES = ("auto", "spatial", "all", "last")
 # "auto" is "spatial" where that reaches a fifth of the activations: below, it is hardly more than the stem (tokens,
@@ -50,14 +51,14 @@ def find_sites(model: nn.Module, seen: Trace, patterns: list[str]) -> tuple[list
         if not sites:
             raise ValueError(_nothing(model, seen, usable, unusable, pattern))
         chosen.update({(site.name, site.after): site for site in sites})
-    order = [name for name, _ in model.named_modules()]
+    order = list(parts(model))
     return sorted(chosen.values(), key=lambda site: (order.index(site.name), site.after)), unusable
 
 
 def _usable(model: nn.Module, seen: Trace) -> tuple[dict[str, Site], dict[str, str]]:
     usable, unusable = {}, {}
     inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
+    for name, module in parts(model).items():
         if not is_activation(module) or (inside and name.startswith(inside)) or OURS in name:
             continue
         inside += (name + ".",)
@@ -131,7 +132,7 @@ def _nothing(model: nn.Module, seen: Trace, usable: dict[str, Site], unusable: d
         }[pattern]
         listing = f" Activations: {_some(usable)}" if usable else ""
         return f"where={pattern!r} finds nothing: {reason}.{listing}{_why_not(unusable)}"
-    others = [name for name, _ in model.named_modules() if name and fnmatch.fnmatchcase(name, pattern)]
+    others = [name for name in parts(model) if name and fnmatch.fnmatchcase(name, pattern)]
     others = [name for name in others if name not in unusable]
     note = f" It matches modules that are not activations: {_some(others)}." if others else ""
     return (

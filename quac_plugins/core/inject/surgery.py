@@ -27,6 +27,7 @@ from quac_plugins.core.inject.example import Example
 from quac_plugins.core.inject.sites import Site, find_sites
 from quac_plugins.core.inject.tapping import tap_for, untap
 from quac_plugins.core.inject.trace import Trace, trace
+from quac_plugins.core.parts import module_at, parts, paths, tensor_names
 from quac_plugins.core.prior.config import PriorConfig
 from quac_plugins.core.prior.fdm import FDM, resolve_fdm
 from quac_plugins.core.prior.routed import RoutedFDM
@@ -85,6 +86,7 @@ class Injection:
     Attributes:
         config: of the activations, as given to :func:`inject`; None if only a prior was put in.
         sites: of the activations, in module order.
+        inside: name → the very module that was put in there (in a tuple, so that it is no second child of the host).
         tap: name of the layer that is tapped for the activations, None if they need no quality.
         quality: their quality function, None likewise.
         replaced: site name → the host's own module (in a tuple, so that it is no parameter of the host).
@@ -93,10 +95,12 @@ class Injection:
         added: attributes that a door has added; :func:`remove` deletes them.
         changed: what a door does when other things have been put in than those it asked for.
         removed: what a door does when all has been taken out.
+        kept: folder → what clears it: states of finished fits, which are needed until what they fitted is saved.
     """
 
     config: QuACConfig | None = None
     sites: list[Site] = field(default_factory=list)
+    inside: dict[str, tuple[nn.Module, ...]] = field(default_factory=dict)
     tap: str | None = None
     quality: QualityFunction | None = None
     replaced: dict[str, tuple[nn.Module, ...]] = field(default_factory=dict)
@@ -105,19 +109,51 @@ class Injection:
     added: list[str] = field(default_factory=list)
     changed: Callable[[nn.Module], None] | None = None
     removed: Callable[[nn.Module], None] | None = None
+    kept: dict[str, Callable[[], None]] = field(default_factory=dict)
 
     def prefixes(self) -> tuple[str, ...]:
-        """State-dict prefixes of what was put in."""
-        own = [f"{s.name}.{AFTER_NAME}." if s.after else f"{s.name}." for s in self.sites]
-        return (*own, *(f"{s.name}.{PRIOR_NAME}." for s in (self.prior.sites if self.prior else ())))
+        """What the names of tensors that were put in begin with, activations before the prior."""
+        return tuple(f"{name}." for name in sorted(self.inside, key=lambda name: name.endswith(f".{PRIOR_NAME}")))
 
     def name_in_host(self, name: str) -> str | None:
         """What a tensor of the state dict is called in the host itself; None if it was put in."""
-        prefix = next((p for p in self.prefixes() if name.startswith(p)), None)
-        if prefix is None:
-            return name
-        kept = _OF_HOST.match(name, len(prefix))
-        return prefix + name[kept.end() :] if kept else None
+        return _name_in_host(name, self.prefixes())
+
+
+def _name_in_host(name: str, prefixes: tuple[str, ...]) -> str | None:
+    prefix = next((p for p in prefixes if name.startswith(p)), None)
+    if prefix is None:
+        return name
+    kept = _OF_HOST.match(name, len(prefix))
+    return prefix + name[kept.end() :] if kept else None
+
+
+def names_in_host(model: nn.Module) -> Callable[[str], str | None]:
+    """:meth:`Injection.name_in_host` of any name in a model's state dict, by whichever path and through wrappers."""
+    record, known = injection_of(model) or Injection(), paths(model)
+    own = {id(module) for (module,) in record.inside.values()}
+    found = [(known[path], module) for path, module in model.named_modules(remove_duplicate=False)]
+    prefixes = tuple(dict.fromkeys(f"{name}." for name, module in found if id(module) in own))
+    name_of = tensor_names(model)
+    return lambda name: _name_in_host(name_of(name), prefixes)
+
+
+def modules_inside(model: nn.Module) -> dict[str, nn.Module]:
+    """Name → module of all that was put in, each where it was put.
+
+    Raises:
+        ValueError: one is not there any more, so that what is in the model is not what was put in.
+    """
+    record = injection_of(model) or Injection()
+    here = parts(unwrap(model))
+    for name, (module,) in record.inside.items():
+        if here.get(name) is not module:
+            now = next((other for other, found in here.items() if found is module), None)
+            raise ValueError(
+                f"what was put in at {name!r} is {'not in the model' if now is None else f'now at {now!r}'}: that part "
+                "was replaced or moved. Put it back, or call quac_plugins.remove(model) and inject again"
+            )
+    return {name: module for name, (module,) in record.inside.items()}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -249,19 +285,19 @@ def place(
     built = []
     with torch.device(device):
         for site in sites:
-            host = None if site.after else model.get_submodule(site.name)
+            host = None if site.after else module_at(model, site.name)
             built.append(_build(site, config, host, context).to(dtype=dtype))
-    replaced: dict[str, tuple[nn.Module, ...]] = {}
+    record = injection_of(model) or Injection()
     for site, module in zip(sites, built, strict=True):
-        host = model.get_submodule(site.name)
+        host = module_at(model, site.name)
         module.train(host.training)
+        record.inside[f"{site.name}.{AFTER_NAME}" if site.after else site.name] = (module,)
         if site.after:
             _put_behind(host, AFTER_NAME, module)
         else:
-            replaced[site.name] = (host,)
+            record.replaced[site.name] = (host,)
             _swap(model, host, module)
-    record = injection_of(model) or Injection()
-    record.config, record.sites, record.quality, record.replaced = config, sites, quality, replaced
+    record.config, record.sites, record.quality = config, sites, quality
     record.tap = seen.tap if quality is not None else None
     setattr(model, _RECORD, record)
     attach()
@@ -277,16 +313,17 @@ def place_prior(
     with torch.device(device):
         built = [build_prior(site, config, context).to(dtype=dtype) for site in sites]
     record = injection_of(model) or Injection()
-    frozen = []
+    frozen, in_host = [], names_in_host(model)
     for name, parameter in model.named_parameters():
-        own = record.name_in_host(name)
+        own = in_host(name)
         if config.freeze and parameter.requires_grad and own is not None:
             parameter.requires_grad_(False)
             frozen.append(own)
     attach()
     for site, module in zip(sites, built, strict=True):
-        host = model.get_submodule(site.name)
+        host = module_at(model, site.name)
         _put_behind(host, PRIOR_NAME, module.train(host.training))
+        record.inside[f"{site.name}.{PRIOR_NAME}"] = (module,)
     tap = seen.tap if quality is not None else None
     record.prior = PriorInjection(config, sites, tap, quality, frozen)
     setattr(model, _RECORD, record)
@@ -390,12 +427,12 @@ def remove(model: nn.Module) -> nn.Module:
     if record.prior is not None:
         take_prior(model)
     untap(model)
-    for site in reversed(record.sites):
-        module = model.get_submodule(site.name)
-        if site.after:
-            _take_off(module, AFTER_NAME)
-        else:
-            _swap(model, module, record.replaced[site.name][0].train(module.training))
+    behind = _layers(model, AFTER_NAME)
+    for name, (module,) in reversed(record.inside.items()):
+        if name in record.replaced:
+            _swap(model, module, record.replaced[name][0].train(module.training))
+        elif id(module) in behind:
+            _take_off(behind[id(module)], AFTER_NAME)
     for name, value in record.attributes.items():
         setattr(model, name, value)
     for name in record.added:
@@ -413,7 +450,10 @@ def take_prior(model: nn.Module) -> Callable[[], None]:
     assert record.prior is not None
     prior = record.prior
     model = unwrap(model)
-    taken = {site.name: _take_off(model.get_submodule(site.name), PRIOR_NAME) for site in reversed(prior.sites)}
+    mine = {name: record.inside.pop(name) for name in [f"{site.name}.{PRIOR_NAME}" for site in prior.sites]}
+    behind = _layers(model, PRIOR_NAME)
+    layers = [behind[id(module)] for (module,) in mine.values() if id(module) in behind]  # some may have been replaced
+    taken = [(layer, _take_off(layer, PRIOR_NAME)) for layer in reversed(layers)]
     layer = next((module for module in model.modules() if PRIOR_TAP_NAME in module._modules), None)
     tap = QualityTap.detach(layer, PRIOR_TAP_NAME) if layer is not None else None
     shared = tap is not None and any(
@@ -421,7 +461,7 @@ def take_prior(model: nn.Module) -> Callable[[], None]:
     )
     if layer is not None and tap is not None and shared:
         tap.attach(layer, TAP_NAME)  # the activations go on reading it
-    _set_requires_grad(model, record, set(prior.frozen), True)
+    _set_requires_grad(model, set(prior.frozen), True)
     record.prior = None
 
     def put_back() -> None:
@@ -429,15 +469,22 @@ def take_prior(model: nn.Module) -> Callable[[], None]:
             if shared:
                 QualityTap.detach(layer, TAP_NAME)
             tap.attach(layer, PRIOR_TAP_NAME)
-        for site in prior.sites:
-            _put_behind(model.get_submodule(site.name), PRIOR_NAME, taken[site.name])
-        _set_requires_grad(model, record, set(prior.frozen), False)
+        for under, module in reversed(taken):
+            _put_behind(under, PRIOR_NAME, module)
+        record.inside.update(mine)
+        _set_requires_grad(model, set(prior.frozen), False)
         record.prior = prior
 
     return put_back
 
 
-def _set_requires_grad(model: nn.Module, record: Injection, names: set[str], value: bool) -> None:
+def _layers(model: nn.Module, name: str) -> dict[int, nn.Module]:
+    """What was put behind a layer under a name, by identity → the layer."""
+    return {id(module._modules[name]): module for module in model.modules() if name in module._modules}
+
+
+def _set_requires_grad(model: nn.Module, names: set[str], value: bool) -> None:
+    in_host = names_in_host(model)
     for name, parameter in model.named_parameters():
-        if record.name_in_host(name) in names:
+        if in_host(name) in names:
             parameter.requires_grad_(value)

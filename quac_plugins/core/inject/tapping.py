@@ -10,6 +10,7 @@ from torch import nn
 from quac_plugins.core.hooks import PRIOR_TAP_NAME, TAP_HOOKS, TAP_NAME
 from quac_plugins.core.inject.trace import Trace
 from quac_plugins.core.options import QualityOptions
+from quac_plugins.core.parts import module_at
 from quac_plugins.core.prior.config import PriorConfig
 from quac_plugins.core.quality.context import QualityContext
 from quac_plugins.core.quality.table import QualityFunction
@@ -28,7 +29,7 @@ def tap_for(
     given = getattr(config, "expand_q", "error") if config.tap == "given" else None
     mean, std = _normalization(model, config, seen.in_chans) if given is None else (None, None)
     at = seen.tap
-    layer = model.get_submodule(at)
+    layer = module_at(model, at)
     for name in TAP_HOOKS:
         there = layer._modules.get(name)
         if isinstance(there, QualityTap) and (
@@ -52,7 +53,7 @@ def tap_for(
     own_name = PRIOR_TAP_NAME if isinstance(config, PriorConfig) else TAP_NAME
 
     def attach() -> None:
-        tap.attach(model.get_submodule(at), own_name)  # the layer of today: an activation may have taken its place
+        tap.attach(module_at(model, at), own_name)  # the layer of today: an activation may have taken its place
 
     return context, attach
 

@@ -31,6 +31,7 @@ from quac_plugins.core.activations.base import ChannelActivation
 from quac_plugins.core.activations.hosts import is_activation
 from quac_plugins.core.hooks import TAP_HOOKS
 from quac_plugins.core.inject.example import Arguments, Example, arguments_of
+from quac_plugins.core.parts import parts
 from quac_plugins.core.quality.context import contexts_of, quality_given
 
 OURS = "quac_"  # in the names of modules that were put in, which are no part of the host
@@ -334,17 +335,18 @@ def _run(model: nn.Module, given: Arguments, batch: int) -> Trace:
     channel, height, width = (1, *images.shape[2:]) if images.ndim == 4 else (2, 0, 0)  # nothing tells tokens' size
     images._quac_label = _Label(batch=0, channel=channel)  # type: ignore[attr-defined]
     result = Trace(in_chans=images.shape[channel], image_size=(height, width))
-    names = {id(module): name for name, module in reversed(list(model.named_modules(remove_duplicate=False)))}
+    known = parts(model)
+    names = {id(module): name for name, module in known.items()}
     labels = _Labels(batch)
-    chain: list[str] = []
+    chain: list[nn.Module] = []
     outputs: list[tuple[str, Tensor]] = []
     running: list[_Running] = []
 
     def sees_image(module: nn.Module, args: tuple, kwargs: dict) -> None:
         name = names[id(module)]
         seen = args[0] if args else next(iter(kwargs.values()), None)
-        if seen is images and OURS not in name and (not chain or _inside(name, chain[-1])):
-            chain.append(name)
+        if seen is images and OURS not in name and (not chain or any(module is below for below in chain[-1].modules())):
+            chain.append(module)
         running.append(_Running(module, name, labels))
 
     def called(module: nn.Module, args: tuple) -> None:
@@ -367,7 +369,7 @@ def _run(model: nn.Module, given: Arguments, batch: int) -> Trace:
                 break
 
     handles = []
-    for module in model.modules():
+    for module in known.values():
         if not isinstance(module, torch.jit.ScriptModule):
             handles.append(module.register_forward_pre_hook(sees_image, with_kwargs=True))
             handles.append(module.register_forward_hook(returned))
@@ -392,7 +394,7 @@ def _run(model: nn.Module, given: Arguments, batch: int) -> Trace:
     finally:
         for handle in handles:
             handle.remove()
-    result.tap = chain[-1] if chain else None
+    result.tap = names[id(chain[-1])] if chain else None
     if result.last is None and outputs:
         result.last = _backbone_output(outputs[-1][1], outputs, batch)
     result.layers = labels.layers
@@ -456,10 +458,6 @@ def _cuts(parents: list[tuple[int, ...]], ends: list[int]) -> set[int]:
             steps[node] -= 1
     across = list(itertools.accumulate(steps))
     return {node for node in best if not across[node]}
-
-
-def _inside(name: str, parent: str) -> bool:
-    return parent == "" or name.startswith(parent + ".")
 
 
 def _backbone_output(features: Any, outputs: list[tuple[str, Tensor]], batch: int) -> tuple[str, Call] | None:

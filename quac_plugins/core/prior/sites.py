@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from quac_plugins.core.inject.trace import OURS, Feature, Trace
+from quac_plugins.core.parts import module_at
 
 PLACES = ("auto", "stages")
 Grid = tuple[int, int]
@@ -191,8 +192,8 @@ def _off_the_main_path(model: nn.Module, seen: Trace, usable: list[_Place]) -> s
             within = next((name for name in _around(feature.name) if name in parts), None)
             if within is not None:
                 blocks.add(within)
-    classes = {type(model.get_submodule(name)) for name in blocks} - {nn.Sequential}
-    blocks |= {name for name in parts if type(model.get_submodule(name)) in classes}
+    classes = {type(module_at(model, name)) for name in blocks} - {nn.Sequential}
+    blocks |= {name for name in parts if type(module_at(model, name)) in classes}
     heads = {name for name, feature in parts.items() if len(feature.call.shape) == 4 and min(_room(feature)) < 2}
     strides = {place.site.name: place.site.stride for place in usable}
     off = set()
@@ -260,7 +261,7 @@ def _later(model: nn.Module, places: list[_Place], first: _Place) -> list[_Place
     ends = [p for p in ends if p.feature.layers > first.feature.layers]
     last: dict[int, _Place] = {}
     for place in ends:
-        norm = isinstance(model.get_submodule(place.site.name), nn.LayerNorm)
+        norm = isinstance(module_at(model, place.site.name), nn.LayerNorm)
         if norm and place.site.layout == "tokens" and place.site.stride in last:
             continue  # behind a stage's blocks, which may be told the grid of the tokens as a norm never is
         if place.site.stride > first.site.stride and place.site.stride >= max(last, default=0):

@@ -345,6 +345,7 @@ def tensors(change):
         state = load_file(folder / WEIGHTS)
         change(state)
         save_file(state, folder / WEIGHTS)
+        put(sha256=KeyError)(folder)
 
     return damage
 
@@ -508,5 +509,6 @@ def test_deviations_that_are_not_positive_are_refused(tmp_path):
     name = next(name for name in state if name.endswith(".quac_prior.std"))
     state[name][3] = 0
     save_file(state, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    put(sha256=KeyError)(tmp_path)
     with pytest.raises(ValueError, match=r"quac_prior\.std' holds deviations that are not positive"):
         load_adapter(host(), tmp_path)
