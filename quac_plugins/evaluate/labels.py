@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from quac_plugins.evaluate.report import EvaluationReport
 
-__all__ = ["details_of", "label_of", "labels_of"]
+__all__ = ["details_of", "differences_of", "label_of", "labels_of"]
 
 _DIGITS = 6  # of a hash: enough to tell files apart by eye
 _ASIDE = [f"versions.{name}" for name in ("python", "platform", "torchvision", "pillow")]  # too much for a title
@@ -60,13 +60,30 @@ def labels_of(reports: Sequence[EvaluationReport]) -> list[str]:
     return labels
 
 
-def details_of(reports: Sequence[EvaluationReport]) -> list[str]:
+def details_of(
+    reports: Sequence[EvaluationReport], wanted: Sequence[str] = ("weights", "images", "run", "versions")
+) -> list[str]:
     """Return lines for a title: what all of the reports share of weights, images, run and versions."""
     groups: dict[str, list[str]] = {}
     for key, text in _shared([_facts(report) for report in reports]).items():
         if text and key not in _ASIDE:
             groups.setdefault(key.partition(".")[0], []).append(text)
-    return [", ".join(groups[group]) for group in ("weights", "images", "run", "versions") if group in groups]
+    return [", ".join(groups[group]) for group in wanted if group in groups]
+
+
+def differences_of(reports: Sequence[EvaluationReport]) -> list[str]:
+    """Return what keeps reports from being runs of one thing: other images, seen otherwise, other kinds of modules."""
+    known: dict[str, dict[str, None]] = {}
+    for report in reports:
+        facts = _facts(report)
+        if "inside" in report.network:
+            inside = report.network["inside"] or {}
+            kinds = [key for key in ("activations", "prior") if inside.get(key)]
+            facts["inside"] = f"with {' and '.join(kinds)}" if kinds else "with nothing inside"
+        for key, text in facts.items():
+            if key.startswith("images.") or key in ("inside", "run.data", "run.limit"):
+                known.setdefault(key, {})[text or "no limit"] = None
+    return [", ".join(texts) for texts in known.values() if len(texts) > 1]
 
 
 def _shared(facts: Sequence[Mapping[str, str]]) -> dict[str, str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quac_plugins.core.inject.saved import CONFIG_NAME
+from quac_plugins.evaluate.labels import details_of, differences_of
 from quac_plugins.evaluate.report import EvaluationReport
 from quac_plugins.registry import data_folder
 
@@ -19,7 +20,7 @@ def read_metrics(metrics: Any) -> list[EvaluationReport]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a file is not a report, or the reports are of different data.
+        ValueError: a file is not a report, or the reports are of different data, preprocessing or kinds of network.
     """
     if metrics is None:
         return []
@@ -38,6 +39,8 @@ def read_metrics(metrics: Any) -> list[EvaluationReport]:
     rows = [[row[:2] for row in report.rows()] for report in reports]
     if any(row != rows[0] for row in rows):
         raise ValueError("the reports were measured on different corruptions or severities; they cannot be one table")
+    if differences := differences_of(reports):
+        raise ValueError(f"the reports are not runs of one thing ({'; '.join(differences)}); they cannot be one table")
     if reports and not rows[0]:
         raise ValueError("the report holds no figures")
     return reports
@@ -97,6 +100,7 @@ def make_card(
             inside=inside,
             fit=fitted,
             table=_table(reports),
+            details=details_of(reports, ("weights", "images", "run")),
             reports=[report.to_dict() for report in reports],
         )
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from quac_plugins.core.inject.adapter import check_adapter_files, is_fresh, writ
 from quac_plugins.core.inject.savable import check_savable
 from quac_plugins.core.inject.saved import WEIGHTS_NAME
 from quac_plugins.core.inject.surgery import injection_of, nothing_inside
+from quac_plugins.evaluate.report import EvaluationReport
 from quac_plugins.files import copy_files, disk_errors
 from quac_plugins.hub.card import make_card, read_metrics
 from quac_plugins.hub.fetch import ADAPTER_FILES, EXTRAS, MODEL_FILES, is_network
@@ -117,6 +119,7 @@ def push(
         _stage(model, folder, whole)
         reports = read_metrics(metrics)
         if reports:
+            _check_whose(reports, folder / WEIGHTS_NAME)
             text = json.dumps([_without_paths(report.to_dict()) for report in reports], indent=1, allow_nan=False)
             (folder / "metrics.json").write_text(text + "\n", encoding="utf-8")
         card = make_card(folder, repo_id, reports, fit, base_model, license, description)
@@ -127,6 +130,18 @@ def push(
         what = "model" if MODEL_FILES[-1] in files else "adapter"
         info = _send(folder, repo_id, private, revision, commit_message or f"Upload {what} with quac-plugins", token)
         return Pushed(repo_id, files, commit=info.oid, url=info.commit_url)
+
+
+def _check_whose(reports: list[EvaluationReport], weights: Path) -> None:
+    """Warn if none of the reports is of the adapter in this file, as far as they know."""
+    judged = [(report.network["inside"] or {}).get("sha256") for report in reports if "inside" in report.network]
+    if weights.is_file() and len(judged) == len(reports) and (pushed := sha256_of(weights)) not in judged:
+        names = ", ".join(dict.fromkeys(report.label for report in reports))
+        warnings.warn(
+            f"the figures are of {names}, and none of them of the adapter that is pushed (SHA-256 {pushed[:6]}…): "
+            "quac evaluate … --adapter FOLDER --json FILE",
+            stacklevel=3,
+        )
 
 
 def _without_paths(report: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ from huggingface_hub import ModelCard
 
 import quac_plugins as quac
 from quac_plugins.evaluate import EvaluationReport
+from quac_plugins.evaluate.network import describe_network
 from quac_plugins.hub.card import read_metrics
 
 
@@ -51,6 +53,31 @@ def test_figures_with_deviations_of_several_seeds(model, tmp_path):
     assert [run["clean"]["top1"] for run in found] == [80.0, 81.0, 82.0]
     assert found[0]["network"]["given"]["checkpoint"] == {"path": "a.pt", "sha256": "ab12"}
     assert "someone" not in (tmp_path / "metrics.json").read_text() + card.content
+
+
+def measured(model):
+    """The report as an evaluation of the model makes it."""
+    found = report()
+    found.network["inside"] = describe_network(model)["inside"]
+    found.network["weights"], found.preprocessing = "ab12cd", {"input_size": [3, 64, 64], "mean": [0.5] * 3}
+    return found
+
+
+def test_figures_are_of_what_is_pushed(model, tmp_path):
+    mine, bare = measured(model), report()
+    bare.network["inside"] = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        card = card_of(model, tmp_path / "mine", metrics=mine)
+    assert "64×64, mean 0.5; photographs, seed 1.\n" in card.text
+    with pytest.warns(UserWarning, match=r"the figures are of test_resnet.*none of them of the adapter that is pushed"):
+        card_of(model, tmp_path / "bare", metrics=bare)
+    with pytest.raises(ValueError, match=r"not runs of one thing .with nothing inside, with prior"):
+        card_of(model, tmp_path / "both", metrics=[bare, mine])
+    other = measured(model)
+    other.preprocessing["mean"], other.limit = [0.4] * 3, 20
+    with pytest.raises(ValueError, match=r"no limit, limit 20; mean 0.5, mean 0.4"):
+        card_of(model, tmp_path / "other", metrics=[mine, other])
 
 
 def test_every_number_of_the_card_is_in_a_file(model, tmp_path):
