@@ -28,8 +28,8 @@ def describe_network(model: nn.Module) -> dict[str, Any]:
     Returns:
         ``host``: architecture, class, tag and fingerprint of the host, without what was put in; ``weights``: the
         SHA-256 of all tensors with their names; ``inside``: None, or what was put in: ``sha256``, that of the
-        ``adapter_model.safetensors`` which `quac_plugins.save_adapter` would write now (None if a part of it is gone), and
-        for ``activations`` and ``prior`` their ``config`` and the names of their ``sites``.
+        ``adapter_model.safetensors`` which `quac_plugins.save_adapter` would write now (None if a part of it is gone),
+        and for ``activations`` and ``prior`` their ``config`` and the names of their ``sites``.
 
     Example:
         >>> import timm, quac_plugins
