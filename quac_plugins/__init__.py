@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from quac_plugins import functional
 from quac_plugins import timm as _timm_door
+from quac_plugins import torchvision as _torchvision_door  # noqa: F401  (notes the sizes of images in batches)
 from quac_plugins.core.activations import (
     ACTIVATIONS,
     QACON,

@@ -12,6 +12,9 @@ except ImportError as error:
         "python -m pip install --no-build-isolation 'git+https://github.com/facebookresearch/detectron2.git'"
     ) from error
 
+from detectron2.structures import ImageList
+
+from quac_plugins.core.quality.padding import let_lists_note_sizes
 from quac_plugins.detectron2.backbones import (
     TimmBackbone,
     build_quac_resnet_backbone,
@@ -30,7 +33,6 @@ from quac_plugins.detectron2.blocks import (
 from quac_plugins.detectron2.config import add_quac_config
 from quac_plugins.detectron2.degradations import CorruptImage
 from quac_plugins.detectron2.heads import QuACGeneralizedRCNN, inject_heads
-from quac_plugins.detectron2.sizes import note_image_sizes
 
 __all__ = [
     "ActBasicBlock",
@@ -50,4 +52,4 @@ __all__ = [
     "with_quac",
 ]
 
-note_image_sizes()
+let_lists_note_sizes(ImageList)

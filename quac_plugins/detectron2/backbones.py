@@ -18,8 +18,7 @@ from quac_plugins.core.inject import PriorConfig, QuACConfig, inject, injection_
 from quac_plugins.core.inject.rehearsal import rehearse, rehearsing
 from quac_plugins.core.options import named, one_of
 from quac_plugins.detectron2.blocks import with_activations
-from quac_plugins.detectron2.config import KEY, PRIOR_KEY, TIMM_KEY, checked, configs_of, in_unit_range, reads_quality
-from quac_plugins.detectron2.sizes import watch_traces
+from quac_plugins.detectron2.config import KEY, PRIOR_KEY, TIMM_KEY, checked, configs_of, in_unit_range
 
 _EXAMPLE = 224  # side of the images on which sites are found
 
@@ -214,8 +213,6 @@ def put_into(
                 inject(backbone, config, example)
             else:
                 _inject_quac(backbone, config, example if divisor or square else None, in_chans)
-    if any(reads_quality(config) for config in configs):
-        watch_traces(backbone)
     return backbone
 
 

@@ -23,11 +23,11 @@ from quac_plugins.core.inject.surgery import place
 from quac_plugins.core.inject.trace import Trace, trace
 from quac_plugins.core.options import named, pattern_list
 from quac_plugins.core.quality.context import QualityContext, QualityError
+from quac_plugins.core.quality.padding import is_traced
 from quac_plugins.core.quality.table import resolve_quality
 from quac_plugins.core.quality.tap import QualityTap
 from quac_plugins.detectron2.blocks import with_activations
 from quac_plugins.detectron2.config import KEY, configs_of, patterns
-from quac_plugins.detectron2.sizes import is_traced
 
 _REGEX = "re:"  # how a pattern that is a regular expression begins
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,28 +22,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from quac_plugins.core.activations.base import ChannelActivation
 from quac_plugins.core.activations.hosts import is_activation
 from quac_plugins.core.hooks import TAP_HOOKS
+from quac_plugins.core.inject.detectors import TakenApart, find_part, in_words
 from quac_plugins.core.inject.example import Arguments, Example, arguments_of
+from quac_plugins.core.inject.labels import BATCH, Label, Labels, label_of
 from quac_plugins.core.parts import parts
 from quac_plugins.core.quality.context import contexts_of, quality_given
 
 OURS = "quac_"  # in the names of modules that were put in, which are no part of the host
-_BATCH = 10007  # prime, larger than any axis of a network, so that it divides no other
-
-
-@dataclass(frozen=True)
-class _Label:
-    batch: int  # axis that holds the images
-    fold: str | None = None  # other things on that axis too: images outside ("interleave"), inside ("tile"), or "mixed"
-    channel: int | None = None
-    kernel: int | None = None  # of the last convolution (1 for linear), None after sums of branches and activations
-    node: int = 0  # number of the tensor; 0 is the image, −1 what a tap makes of it, which is beside the host
 
 
 @dataclass
@@ -111,135 +101,6 @@ class Trace:
     image_size: tuple[int, int] = (0, 0)
 
 
-class _Labels(TorchDispatchMode):
-    """Hands labels from the inputs of every operation to its outputs, numbers the outputs and counts the layers."""
-
-    def __init__(self, batch: int):
-        super().__init__()
-        self.batch = batch
-        self.layers = 0
-        self.parents: list[tuple[int, ...]] = [()]  # of every numbered tensor,
-        self.depths = [0]  # and the layers on the longest way to it
-        self.uncounted = 0  # running modules whose layers are not the host's,
-        self.unnumbered = 0  # and whose tensors are beside the host
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[override]
-        out = _result(func, args, kwargs or {})
-        flat = [t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)) if isinstance(t, Tensor)]
-        labelled = [t for t in flat if label_of(t) is not None]
-        if labelled:
-            name = func.overloadpacket.__name__.strip("_")
-            layer = not self.uncounted and _is_layer(name, flat)
-            self.layers += layer
-            nodes = {label.node for t in labelled if (label := label_of(t)) is not None and label.node >= 0}
-            parents = () if self.unnumbered else tuple(nodes)
-            for tensor in out if isinstance(out, (list, tuple)) else (out,):
-                if isinstance(tensor, Tensor):
-                    self._hand_on(name, flat, labelled, args, tensor)
-                    self._number(tensor, parents, layer)
-        return out
-
-    def _hand_on(self, name: str, flat: list[Tensor], labelled: list[Tensor], args: tuple, out: Tensor) -> None:
-        axes = [i for i, size in enumerate(out.shape) if size and size % self.batch == 0]
-        source = labelled[0]
-        label = label_of(source)
-        assert label is not None
-        if not axes:
-            return
-        if name == "convolution":
-            weight = flat[1]
-            new = replace(label, channel=1, kernel=max(weight.shape[2:], default=1))
-        elif name in ("mm", "addmm", "bmm", "baddbmm", "linear"):
-            new = replace(label, channel=out.ndim - 1, kernel=1)
-        elif "batch_norm" in name or "group_norm" in name:
-            new = replace(label, channel=1) if out.ndim > 1 else label
-        elif "layer_norm" in name:
-            new = replace(label, channel=out.ndim - 1) if len(args[1]) == 1 else label
-        elif name in ("permute", "transpose", "t"):
-            new = self._permuted(name, label, source, args, out)
-        elif name in ("view", "unsafe_view", "reshape", "expand", "squeeze", "unsqueeze", "as_strided", "clone"):
-            new = self._reshaped(label, source, out)
-        else:
-            new = self._other(name, label, source, labelled, out)
-        if new.batch not in axes:
-            new = replace(new, batch=axes[0])
-        if new.channel is not None and new.channel >= out.ndim:
-            new = replace(new, channel=None)
-        out._quac_label = new  # type: ignore[attr-defined]
-
-    def _number(self, tensor: Tensor, parents: tuple[int, ...], layer: bool) -> None:
-        label = label_of(tensor)
-        if label is not None:
-            tensor._quac_label = replace(label, node=len(self.parents) if parents else -1)  # type: ignore[attr-defined]
-            if parents:
-                self.parents.append(parents)
-                self.depths.append(max(self.depths[node] for node in parents) + layer)
-
-    @staticmethod
-    def _permuted(name: str, label: _Label, source: Tensor, args: tuple, out: Tensor) -> _Label:
-        order = list(range(out.ndim))
-        if name == "permute":
-            order = [axis % out.ndim for axis in args[1]]
-        elif out.ndim > 1:
-            a, b = (0, 1) if name == "t" else (args[1] % out.ndim, args[2] % out.ndim)
-            order[a], order[b] = order[b], order[a]
-        channel = order.index(label.channel) if label.channel is not None else None
-        return replace(label, batch=order.index(label.batch), channel=channel)
-
-    def _reshaped(self, label: _Label, source: Tensor, out: Tensor) -> _Label:
-        axes = [i for i, size in enumerate(out.shape) if size % self.batch == 0]
-        before = source.shape[label.batch] // self.batch
-        after = out.shape[axes[0]] // self.batch
-        fold = label.fold
-        if after == 1:
-            fold = None
-        elif after > before:  # something was merged with the images: onto which side?
-            left = math.prod(source.shape[: label.batch]) > math.prod(out.shape[: axes[0]])
-            right = math.prod(source.shape[label.batch + 1 :]) > math.prod(out.shape[axes[0] + 1 :])
-            merged = "mixed" if left and right else "tile" if left else "interleave"
-            fold = merged if fold in (None, merged) else "mixed"
-        channel = self._same_axis(source, label.channel, out) if label.channel is not None else None
-        return replace(label, batch=axes[0], fold=fold, channel=channel)
-
-    @staticmethod
-    def _same_axis(source: Tensor, axis: int, out: Tensor) -> int | None:
-        size, before, after = source.shape[axis], math.prod(source.shape[:axis]), math.prod(source.shape[axis + 1 :])
-        for i in range(out.ndim):
-            if out.shape[i] == size and (math.prod(out.shape[:i]) == before or math.prod(out.shape[i + 1 :]) == after):
-                return i
-        return None
-
-    @staticmethod
-    def _other(name: str, label: _Label, source: Tensor, labelled: list[Tensor], out: Tensor) -> _Label:
-        if len(labelled) > 1 and name in ("add", "add_", "sub", "cat", "stack"):
-            label = replace(label, kernel=None)
-        if label.channel is not None and out.ndim != source.ndim:  # a reduction or an index took axes away
-            last = label.channel == source.ndim - 1
-            label = replace(label, channel=out.ndim - 1 if last else min(label.channel, out.ndim - 1))
-        return label
-
-
-def _result(func: Any, args: tuple, kwargs: dict) -> Any:
-    if func is torch.ops.aten.native_batch_norm.default and isinstance(x := args[0], FakeTensor):
-        # only shapes count, and to find these torch goes through the arithmetic: two thirds of the pass of a ResNet
-        return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
-    return func(*args, **kwargs)
-
-
-def _is_layer(name: str, flat: list[Tensor]) -> bool:
-    """A convolution, or a matrix product with a matrix that does not come from the image: a weight."""
-    if name == "convolution":
-        return True
-    if name in ("mm", "addmm", "bmm", "baddbmm"):
-        return any(label_of(t) is None for t in flat[-2:])
-    return name == "linear"
-
-
-def label_of(tensor: Any) -> _Label | None:
-    """The label of a tensor, None if it does not depend on the image."""
-    return getattr(tensor, "_quac_label", None)
-
-
 def _describe(x: Tensor, batch: int) -> Call | None:
     label = label_of(x)
     if label is None or x.ndim < 2:
@@ -262,7 +123,8 @@ def trace(model: nn.Module, example: Example | None = None, tokens: bool = False
         tokens: whether tokens (B, N, C) may be in the images' place.
 
     Raises:
-        RuntimeError: the host does not run on such images; the message says how to give better ones.
+        RuntimeError: the host does not run on such images, or is given no batch of images (a detector); the message
+            says how to give better ones, or which part to take.
     """
     devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
     if "meta" in devices and len(devices) > 1:  # a model whose parameters are still to be loaded has its buffers
@@ -272,8 +134,14 @@ def trace(model: nn.Module, example: Example | None = None, tokens: bool = False
     images = one.images
     try:
         with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            many = one.of_batch(_BATCH, model, lambda tensor, shape: mode.from_tensor(tensor).new_empty(shape))
-            return _run(model, many, _BATCH)
+            many = one.of_batch(BATCH, model, lambda tensor, shape: mode.from_tensor(tensor).new_empty(shape))
+            return _run(model, many, BATCH)
+    except TakenApart as error:
+        part = _part(model, one)
+        raise RuntimeError(
+            f"{type(model).__name__} takes its batch of images apart, as detectors do that are given a list, so it has "
+            f"no tensor of images whose quality could be computed. {in_words(model, part)}"
+        ) from error
     except Exception as fake_error:
         if images.is_meta:
             raise RuntimeError(_cannot_run(model, one, fake_error)) from fake_error
@@ -285,6 +153,13 @@ def trace(model: nn.Module, example: Example | None = None, tokens: bool = False
             raise RuntimeError(_cannot_run(model, one, error)) from error
 
 
+def _part(model: nn.Module, one: Arguments) -> tuple[str, tuple[int, ...]] | None:
+    """The part of a host that is given the images, if the host runs up to there."""
+    with _evaluating(model), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        return find_part(model, one.images.new_zeros(2, *one.images.shape[1:]))
+
+
 def _random(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.rand(shape).to(tensor) if tensor.is_floating_point() else tensor.expand(shape).clone()
 
@@ -292,6 +167,9 @@ def _random(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _cannot_run(model: nn.Module, given: Arguments, error: Exception) -> str:
     beside = "alone" if given.alone else "and the other arguments of the example"
     reason = (str(error).splitlines() or [""])[0]
+    part = _part(model, given) if given.alone else None
+    if part is not None:
+        return f"{type(model).__name__} is not given its images as one tensor (B, C, H, W). {in_words(model, part)}"
     return (
         f"{type(model).__name__} does not run on images of shape {tuple(given.images.shape)} {beside}, so its "
         f"activations cannot be found ({type(error).__name__}: {reason}). Give images it takes: inject(model, config, "
@@ -333,14 +211,14 @@ def _input_size(model: nn.Module) -> tuple[int, int, int]:
 def _run(model: nn.Module, given: Arguments, batch: int) -> Trace:
     images = given.images
     channel, height, width = (1, *images.shape[2:]) if images.ndim == 4 else (2, 0, 0)  # nothing tells tokens' size
-    images._quac_label = _Label(batch=0, channel=channel)  # type: ignore[attr-defined]
+    images._quac_label = Label(batch=0, channel=channel)  # type: ignore[attr-defined]
     result = Trace(in_chans=images.shape[channel], image_size=(height, width))
     known = parts(model)
     names = {id(module): name for name, module in known.items()}
-    labels = _Labels(batch)
+    labels = Labels(batch)
     chain: list[nn.Module] = []
     outputs: list[tuple[str, Tensor]] = []
-    running: list[_Running] = []
+    running = labels.running
 
     def sees_image(module: nn.Module, args: tuple, kwargs: dict) -> None:
         name = names[id(module)]
@@ -406,7 +284,7 @@ def _run(model: nn.Module, given: Arguments, batch: int) -> Trace:
 class _Running:
     """A module that has been called and has not returned yet."""
 
-    def __init__(self, module: nn.Module, name: str, labels: _Labels):
+    def __init__(self, module: nn.Module, name: str, labels: Labels):
         self.module, self.name = module, name
         self.layers, self.nodes = labels.layers, len(labels.parents)
         # the driver of an activation that was put in is no depth of the host, and q no way around its layers
@@ -415,12 +293,12 @@ class _Running:
         labels.uncounted += self.uncounted
         labels.unnumbered += self.unnumbered
 
-    def end(self, labels: _Labels) -> None:
+    def end(self, labels: Labels) -> None:
         labels.uncounted -= self.uncounted
         labels.unnumbered -= self.unnumbered
 
 
-def _note(result: Trace, call: _Running, output: Any, labels: _Labels, batch: int) -> None:
+def _note(result: Trace, call: _Running, output: Any, labels: Labels, batch: int) -> None:
     """Note what a module returned."""
     if not call.name:
         return

@@ -1,17 +1,52 @@
 """Images of several sizes in one tensor: frameworks pad them to one size, and padding says nothing about quality.
 
 A door notes on the padded tensor how large each image in it is; the tap then shows the quality function the images
-alone.
+alone. While a detector is traced or exported its sizes are no numbers: then q is that of the padded tensor,
+which is said.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 _SIZES = "_quac_image_sizes"
+_MARK = "_quac_notes_sizes"
+_TRACED = "_quac_traced_images"  # attribute of a list's tensor while it is traced
+
+
+def is_traced() -> bool:
+    """Whether a detector is being traced or exported now, rather than run or compiled for running."""
+    return torch.jit.is_tracing() or getattr(torch.compiler, "is_exporting", bool)()
+
+
+def let_lists_note_sizes(cls: Any) -> None:
+    """Let every ``cls(tensor, sizes)`` note the sizes from now on; it computes what it did before.
+
+    For detectron2's and torchvision's ImageList: between the padding and the backbone, which gets the tensor alone,
+    there is no other place to hook into.
+    """
+    if getattr(cls.__init__, _MARK, False):
+        return
+    original = cls.__init__
+
+    @functools.wraps(original)
+    def noting(self: Any, tensor: Tensor, sizes: Any) -> None:
+        original(self, tensor, sizes)
+        if is_traced() or torch.jit.is_scripting():
+            setattr(tensor, _TRACED, True)
+            return
+        with contextlib.suppress(TypeError, ValueError):  # a list that holds something else than images of these sizes
+            note_sizes(tensor, sizes)
+
+    setattr(noting, _MARK, True)
+    cls.__init__ = noting
 
 
 def note_sizes(images: Tensor, sizes: Sequence[Sequence[int]]) -> Tensor:
@@ -34,7 +69,14 @@ def note_sizes(images: Tensor, sizes: Sequence[Sequence[int]]) -> Tensor:
 
 
 def sizes_of(images: Tensor) -> list[tuple[int, int]] | None:
-    """The sizes that were noted, None if nothing was, or if no image is padded."""
+    """The sizes that were noted, None if nothing was, or if no image is padded; warns while a detector is traced."""
+    if getattr(images, _TRACED, False) and is_traced():
+        warnings.warn(
+            "the network is traced with its detector, and a trace knows the images' sizes no more: the quality "
+            "features of the traced detector are of the padded tensor. Give it images that need no padding (of the "
+            "traced size, whose sides the detector's divisor divides), one size in a batch",
+            stacklevel=2,
+        )
     sizes: list[tuple[int, int]] | None = getattr(images, _SIZES, None)
     return sizes if sizes is not None and set(sizes) != {tuple(images.shape[-2:])} else None
 

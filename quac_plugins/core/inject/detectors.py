@@ -1,0 +1,73 @@
+"""Hosts that are given no batch of images, as detectors are: which part of them is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class TakenApart(Exception):
+    """A host takes its batch apart, image by image: from there on no tensor is one of images."""
+
+
+class _Found(BaseException):  # that no host catches
+    def __init__(self, name: str, shape: tuple[int, ...]):
+        super().__init__()
+        self.name, self.shape = name, shape
+
+
+def find_part(model: nn.Module, images: Tensor) -> tuple[str, tuple[int, ...]] | None:
+    """The outermost module that a host calls with a batch which it has made of its images, and the shape of that.
+
+    The host runs up to there, on images as detectors take them: a list of them, also as dicts, or a tensor.
+
+    Example:
+        >>> import torchvision
+        >>> detector = torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None)
+        >>> find_part(detector.eval(), torch.zeros(2, 3, 64, 64))
+        ('backbone', (2, 3, 320, 320))
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(x, Tensor) and x.ndim == 4 and x.shape[1] == images.shape[1] and x is not given:
+            raise _Found(names[id(module)], tuple(x.shape))
+
+    handles = [m.register_forward_pre_hook(stop, with_kwargs=True) for m in model.modules() if m is not model]
+    try:
+        for given in (list(images), [{"image": image} for image in images], images):
+            try:
+                with torch.no_grad():
+                    model(given)
+            except _Found as found:
+                return found.name, found.shape
+            except Exception:  # it takes its images in another way
+                continue
+    finally:
+        for handle in handles:
+            handle.remove()
+    return None
+
+
+def in_words(model: nn.Module, part: tuple[str, tuple[int, ...]] | None) -> str:
+    """What to inject instead of a host, as a sentence."""
+    if part is None:
+        return "Inject the part of it that is given the images as one tensor (B, C, H, W), as a backbone is"
+    name, shape = part
+    plain = all(word.isidentifier() for word in name.split("."))
+    where = f"model.{name}" if plain else f"model.get_submodule({name!r})"
+    mean, std = (_first(model, attribute) for attribute in ("image_mean", "image_std"))
+    normalized = f"mean={mean}, std={std}" if mean and std else "mean=…, std=… that normalize them"
+    return (
+        f"Inject the part that is given them as one batch, {where}: quac_plugins.inject({where}, config, "
+        f"example=torch.empty(1, {', '.join(map(str, shape[1:]))})), with {normalized} in the config"
+    )
+
+
+def _first(model: nn.Module, attribute: str) -> list[float]:
+    values: Iterable[Any] = (getattr(module, attribute, None) for module in model.modules())
+    return next(([round(float(v), 6) for v in value] for value in values if isinstance(value, (list, tuple))), [])

@@ -1,0 +1,18 @@
+"""torchvision's detectors: q of each image without the batch's padding, when their backbone holds what reads q.
+
+A detector is given a list of images, pads them into one tensor and gives that to its backbone. So inject the backbone:
+
+    >>> import torch, quac_plugins as quac
+    >>> from torchvision.models.detection import ssdlite320_mobilenet_v3_large
+    >>> detector = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None).eval()
+    >>> config = quac.QuACConfig(mean=detector.transform.image_mean, std=detector.transform.image_std)
+    >>> _ = quac.inject(detector.backbone, config, example=torch.empty(1, 3, 320, 320))
+    >>> len(detector([torch.rand(3, 100, 130), torch.rand(3, 120, 100)]))
+    2
+"""
+
+from torchvision.models.detection.image_list import ImageList
+
+from quac_plugins.core.quality.padding import let_lists_note_sizes
+
+let_lists_note_sizes(ImageList)
