@@ -32,6 +32,7 @@ from quac_plugins.core.quality import QualityFunction, quality_function, quality
 from quac_plugins.core.quality.brisque import brisque
 from quac_plugins.core.quality.brisque_tone import brisque_tone
 from quac_plugins.core.quality.context import QualityError, quality_of
+from quac_plugins.core.quality.degradation import degradation
 from quac_plugins.core.restore import RestoreThen, restore_then
 from quac_plugins.hub.load import load_adapter
 from quac_plugins.registry import registry_file
@@ -67,6 +68,7 @@ __all__ = [
     "adapter_state",
     "brisque",
     "brisque_tone",
+    "degradation",
     "fit_prior",
     "fit_qacon",
     "functional",

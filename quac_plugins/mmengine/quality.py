@@ -47,5 +47,10 @@ def _named(title: str, name: str) -> None:
     globals()[title] = made
 
 
-for _title, _name in (("BRISQUE", "brisque"), ("BRISQUETone", "brisque_tone"), ("CONTRIQUE", "contrique")):
+for _title, _name in (
+    ("BRISQUE", "brisque"),
+    ("BRISQUETone", "brisque_tone"),
+    ("CONTRIQUE", "contrique"),
+    ("Degradation", "degradation"),
+):
     _named(_title, _name)

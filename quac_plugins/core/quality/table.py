@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -30,6 +30,8 @@ class QualityFunction:
         channels: Q, the width of the quality feature.
         function: (B, 3, H, W) RGB in [0, 1] → (B, Q).
         needs_grad: let gradients flow from q to the images; otherwise it is run under ``no_grad``.
+        kinds: names of the degradations that the first numbers of q are the probabilities of, ``"clean"`` first; empty
+            if q says no such thing. A routed prior chooses by these probabilities.
     """
 
     name: str
@@ -37,6 +39,7 @@ class QualityFunction:
     function: QualityCallable
     needs_grad: bool = False
     builtin: bool = True
+    kinds: tuple[str, ...] = ()
 
     def __call__(self, images: Tensor) -> Tensor:
         """Compute q (B, Q) of images (B, 3, H, W); raises ValueError if the function returns another shape."""
@@ -61,8 +64,16 @@ _FAMILIES: dict[str, Callable[[str], QualityFunction]] = {}
 _ALIVE: WeakValueDictionary[tuple[Any, ...], Any] = WeakValueDictionary()
 
 
-def quality_function(name: str, channels: int) -> Callable[[QualityCallable], QualityCallable]:
-    """Register a function (B, 3, H, W) in [0, 1] → (B, ``channels``) under ``name``."""
+def quality_function(
+    name: str, channels: int, kinds: tuple[str, ...] = ()
+) -> Callable[[QualityCallable], QualityCallable]:
+    """Register a function (B, 3, H, W) in [0, 1] → (B, ``channels``) under ``name``.
+
+    Args:
+        name: under which configs find the function.
+        channels: Q.
+        kinds: see :class:`QualityFunction`.
+    """
 
     def register(function: QualityCallable) -> QualityCallable:
         taken = _TABLE.get(name)
@@ -70,7 +81,7 @@ def quality_function(name: str, channels: int) -> Callable[[QualityCallable], Qu
             raise ValueError(
                 f"the quality function {name!r} is taken by {taken.function.__module__}; choose another name"
             )
-        _TABLE[name] = QualityFunction(name, channels, function)
+        _TABLE[name] = QualityFunction(name, channels, function, kinds=kinds)
         return function
 
     return register
@@ -151,7 +162,7 @@ def resolve_quality(
             )
         else:
             raise unknown("unknown quality function", spec, quality_names(), [*_TABLE, *_FAMILIES])
-        return QualityFunction(found.name, found.channels, found.function, needs_grad, found.builtin)
+        return replace(found, needs_grad=needs_grad)
     if callable(spec):
         if isinstance(spec, nn.Module):
             spec.eval()  # it measures and does not learn: its own batch norms must not move with every picture

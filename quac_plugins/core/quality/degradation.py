@@ -1,0 +1,85 @@
+"""Degradation: which of the 15 corruptions of ImageNet-C an image went through, if any, and how severely.
+
+A small network (47 → 128 → 128 → 17) on the features of ``brisque_tone``. Its weights, beside this file, were trained
+by ``examples/train_degradation.py`` on real photographs, degraded at all severities, at the sizes that networks take;
+``benchmarks/results/degradation.md`` tells how often it is right about photographs that it has not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from quac_plugins.core.precision import full_precision
+from quac_plugins.core.quality.brisque_tone import brisque_tone
+from quac_plugins.core.quality.table import quality_function
+
+CLEAN = "clean"
+KINDS = (
+    CLEAN,
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic_transform",
+    "pixelate",
+    "jpeg_compression",
+)
+"""What the first 16 numbers are the probabilities of."""
+
+MOST_SEVERE = 5.0
+_FARTHEST = 5.0  # deviations: far from all that was trained on, no answer may grow without bounds
+_WEIGHTS = load_file(Path(__file__).with_suffix(".safetensors"))
+
+
+@quality_function("degradation", channels=len(KINDS) + 1, kinds=KINDS)
+def degradation(images: Tensor) -> Tensor:
+    """Tell for each image which degradation it went through, and how severe that is.
+
+    Args:
+        images: (B, 3, H, W) RGB or (B, 1, H, W) grey, any floating dtype, values in [0, 1]. The network was trained on
+            pictures with sides of 112 to 512 pixels; what it says of much smaller ones is less reliable.
+
+    Returns:
+        (B, 17) on the device of the images, float64 for float64 images and float32 otherwise, always finite. Columns 0
+            to 15 are the probabilities of :data:`KINDS`, the first of them that the image is clean, and sum to one.
+            Column 16 is the severity in ImageNet-C's levels, from 0 (clean) to 5.
+
+    Raises:
+        TypeError, ValueError: as :func:`~quac_plugins.core.quality.brisque_tone.brisque_tone`.
+
+    Example:
+        >>> q = degradation(torch.rand(2, 3, 64, 64))  # nothing but noise
+        >>> q.shape, bool((q[:, 0] < 0.5).all())
+        (torch.Size([2, 17]), True)
+    """
+    return classify(brisque_tone(images), _WEIGHTS)
+
+
+def classify(features: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """(B, 17) as :func:`degradation` gives them, of the features (B, 47) of ``brisque_tone`` and weights."""
+    with full_precision(features):
+        outputs = network(features, {name: w.to(features) for name, w in weights.items()})
+    severity = outputs[:, -1:].clamp(0.0, MOST_SEVERE)
+    return torch.cat([outputs[:, :-1].softmax(dim=1), severity], dim=1)
+
+
+def network(features: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """Logits of :data:`KINDS` and the severity, (B, 17), of features (B, 47)."""
+    h = ((features - weights["mean"]) / weights["std"]).clamp(-_FARTHEST, _FARTHEST)
+    for layer in ("fc1", "fc2"):
+        h = F.linear(h, weights[f"{layer}.weight"], weights[f"{layer}.bias"]).relu()
+    return F.linear(h, weights["fc3.weight"], weights["fc3.bias"])
