@@ -61,6 +61,7 @@ TITLES = {
     "both": "routed prior + Q-ACON, 100 images",
 }
 UNFITTED = ("host", "restored")  # nothing is drawn: one run
+QUALITY = "brisque_tone"  # the gate of the rows that were measured learned from the photographs of the fit
 FIT_POOL = 130  # photographs that may be fitted on; the rest judge
 
 
@@ -176,10 +177,10 @@ def unit(job: tuple[argparse.Namespace, str, int, str]) -> None:
         model = quac.restore_then(model, total_variation, restorer_input="np")
     elif row in ("prior-all", "qacon-fdm-all"):
         act = {"fdm_act": "qacon"} if row == "qacon-fdm-all" else {}
-        quac.inject(model, quac.PriorConfig(**{**ALL["config"], **act}))
+        quac.inject(model, quac.PriorConfig(**{**ALL["config"], **act}, quality=QUALITY))
         reports.append(fit_prior(model, chosen(fit, 100, seed), corruptions="all", **ALL["fit"], **options))
     elif row == "routed":
-        quac.inject(model, quac.PriorConfig(**ROUTED["config"], experts=list(CORRUPTIONS)))
+        quac.inject(model, quac.PriorConfig(**ROUTED["config"], experts=list(CORRUPTIONS), quality=QUALITY))
         reports.append(fit_prior(model, chosen(fit, 100, seed), corruptions="all", **ROUTED["fit"], **options))
         quac.save_adapter(model, args.work / f"routed-{seed}")
     elif row in ("qacon-10", "qacon-100"):

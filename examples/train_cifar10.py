@@ -63,7 +63,7 @@ NAMES = {
     "qacon": f"{NETWORK}_qacon.cifar10",
     "ddp": f"{NETWORK}_ddp.cifar10",
 }
-PRIOR: dict[str, Any] = {"experts": list(CORRUPTIONS), "fdm_width": 20}
+PRIOR: dict[str, Any] = {"experts": list(CORRUPTIONS), "fdm_width": 20, "quality": "brisque_tone"}
 HOST = "ddp-{}-host.json"  # the report of ddp's network before its prior
 SEVERITIES = (1, 3, 5)
 COPIES = 2  # degraded copies of every training picture, beside the clean one

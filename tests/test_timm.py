@@ -232,7 +232,7 @@ def test_options_reach_the_injection():
 
 
 def test_one_quality_for_both_or_each_its_own():
-    for kwargs, expected in (({}, ("brisque", "brisque_tone")), ({"quality": "brisque"}, ("brisque", "brisque"))):
+    for kwargs, expected in (({}, ("brisque", "degradation")), ({"quality": "brisque"}, ("brisque", "brisque"))):
         record = injection_of(timm.create_model("test_resnet_qacon_ddp", fdm_act="qacon", **kwargs))
         assert (record.quality.name, record.prior.quality.name) == expected
 

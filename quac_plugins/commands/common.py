@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,9 +45,12 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 @contextlib.contextmanager
 def plain_errors(debug: bool) -> Iterator[None]:
-    """Turn an error that the user can mend into one line and exit code 2."""
+    """Turn an error that the user can mend into one line and exit code 2, and a warning into one line."""
     try:
-        yield
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.showwarning = _show_warning  # type: ignore[assignment]
+            yield
     except (BrokenPipeError, NotImplementedError, RecursionError, typer.Exit):
         raise
     except (AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -55,6 +59,10 @@ def plain_errors(debug: bool) -> Iterator[None]:
         text = " ".join(str(error).split()) or type(error).__name__
         typer.echo(f"error: {text}", err=True)
         raise typer.Exit(WRONG) from None
+
+
+def _show_warning(message: Warning | str, *where: Any) -> None:
+    typer.echo(f"warning: {' '.join(str(message).split())}", err=True)
 
 
 def images_of(mean: str | None, std: str | None, input_size: str | None) -> dict[str, Any]:

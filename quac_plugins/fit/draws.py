@@ -15,7 +15,7 @@ import operator
 import pickle
 import random
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,7 +28,10 @@ from quac_plugins.degradations import check_severity, corrupt, corruption_names,
 from quac_plugins.evaluate.images import worker_init
 from quac_plugins.fit.sources import FewImages, to_uint8
 
-__all__ = ["Draws", "held_out", "make_draws"]
+__all__ = ["Degrade", "Draws", "held_out", "make_draws", "own_degradations"]
+
+Degrade = Callable[..., Any] | Mapping[str, Callable[..., Any]]
+"""A user's own degradation, or several by name."""
 
 _BATCH = 8  # pictures that a worker makes at a time
 _SCALES = (0.5, 1.0)  # of the sides of a random crop
@@ -45,8 +48,9 @@ class Draws:
         view: int64 (N,): of which view each is a degraded version.
         image: int64 (V,): of which image each view is.
         kind: int64 (N,): which of ``kinds`` was done to it.
-        kinds: the corruptions, or ``"degrade"`` for a function, or ``"pairs"``; then ``"clean"``, if some of
-            ``degraded`` are the views as they are.
+        kinds: the corruptions, then the names of the user's functions (``"degrade"`` for one without a name), or
+            ``"pairs"``; then ``"clean"``, if some of ``degraded`` are the views as they are.
+        severity: int64 (N,): of the corruptions; 0 for all else.
     """
 
     clean: np.ndarray
@@ -55,6 +59,7 @@ class Draws:
     image: np.ndarray
     kind: np.ndarray
     kinds: list[str]
+    severity: np.ndarray
 
     def __len__(self) -> int:
         return len(self.degraded)
@@ -74,7 +79,7 @@ def make_draws(
     views: int = 1,
     draws: int = 1,
     clean_share: float = 0.0,
-    degrade: Callable[..., Any] | None = None,
+    degrade: Degrade | None = None,
     augment: bool = True,
     seed: int = 0,
     workers: int = 0,
@@ -83,7 +88,7 @@ def make_draws(
     """Draw training pictures: for each image ``views`` views, for each view ``draws`` pictures of each degradation.
 
     The first view of an image is the whole of it, as an evaluation sees it; the others are random crops, half of them
-    mirrored. The degradations are the corruptions, or the function, or those that pairs bring: just one of the three.
+    mirrored. The degradations are those that pairs bring, or the corruptions, the user's own functions, or both.
 
     Args:
         few: the images. The names must differ: they are what the randomness depends on.
@@ -93,10 +98,10 @@ def make_draws(
         views: of each image.
         draws: pictures for each view and degradation. Pairs give one whatever this is.
         clean_share: the share of all pictures that are views as they are, from 0 to below 1. They come on top.
-        degrade: maps an image, uint8 (h, w, 3), to its degraded version of the same size: an array, uint8 or float in
-            [0, 1], a float or uint8 tensor (3, h, w), or a PIL image. It is given ``rng``, a seeded
-            `numpy.random.Generator`, if it has a parameter of this name; the global generators of Python, numpy and
-            torch are seeded for the call and put back after it.
+        degrade: a function, or several by name. A function maps an image, uint8 (h, w, 3), to its degraded version of
+            the same size: an array, uint8 or float in [0, 1], a float or uint8 tensor (3, h, w), or a PIL image. It is
+            given ``rng``, a seeded `numpy.random.Generator`, if it has a parameter of this name; the global generators
+            of Python, numpy and torch are seeded for the call and put back after it.
         augment: False means the first view alone, whatever ``views`` is.
         seed: of everything random.
         workers: processes that degrade; 0 means this one. The result is the same.
@@ -122,7 +127,8 @@ def make_draws(
         raise ValueError(f"size must be (height, width) with sides from 1 on, got {tuple(size)}")
     names = corruption_names(corruptions)
     levels = [check_severity(s) for s in (severities if isinstance(severities, Iterable) else [severities])]
-    _check_sources(few, names, levels, degrade)
+    own = own_degradations(degrade)
+    _check_sources(few, names, levels, own)
     for what, value, least in (("views", views, 1), ("draws", draws, 1), ("workers", workers, 0)):
         if operator.index(value) < least:
             raise ValueError(f"{what} must be at least {least}, got {value}")
@@ -132,10 +138,9 @@ def make_draws(
     keys = [f"{name}\0{view}" for name in few.names for view in range(views)]
     if few.degraded is not None:
         kinds, tasks = ["pairs"], [_Task(view, 0, 0, 0) for view in range(len(keys))]
-    elif degrade is not None:
-        kinds, tasks = ["degrade"], list(_tasks(keys, ["degrade"], [0], draws, seed))
     else:
-        kinds, tasks = names, list(_tasks(keys, names, levels, draws, seed))
+        drawn = {**dict.fromkeys(names, levels), **{name: [0] for name in own}}
+        kinds, tasks = list(drawn), list(_tasks(keys, drawn, draws, seed))
     same = _identical(keys, len(tasks), clean_share, seed)
     image = np.repeat(np.arange(len(few)), views)
     clean = _views(few.clean, few.names, size, views, seed, crop)
@@ -143,7 +148,7 @@ def make_draws(
     if few.degraded is not None:
         degraded[: len(tasks)] = _views(few.degraded, few.names, size, views, seed, crop)
     else:
-        pictures = _Degraded(clean, tasks, kinds, [few.names[index] for index in image], degrade)
+        pictures = _Degraded(clean, tasks, kinds, [few.names[index] for index in image], own)
         _fill(degraded[: len(tasks)], pictures, workers)
     degraded[len(tasks) :] = clean[same]
     return Draws(
@@ -153,7 +158,28 @@ def make_draws(
         image=image,
         kind=np.array([task.kind for task in tasks] + [len(kinds)] * len(same), dtype=np.int64),
         kinds=kinds + ["clean"] * bool(same),
+        severity=np.array([task.severity for task in tasks] + [0] * len(same), dtype=np.int64),
     )
+
+
+def own_degradations(degrade: Degrade | None) -> dict[str, Callable[..., Any]]:
+    """The user's own degradations by name; one function without a name is ``"degrade"``.
+
+    Raises:
+        ValueError: it is neither a function nor functions by name, or a name is that of a corruption.
+
+    Example:
+        >>> list(own_degradations({"rain": lambda image: image})), list(own_degradations(lambda image: image))
+        (['rain'], ['degrade'])
+    """
+    if degrade is None:
+        return {}
+    found = dict(degrade) if isinstance(degrade, Mapping) else {"degrade": degrade}
+    if not found or not all(isinstance(name, str) and name and callable(f) for name, f in found.items()):
+        raise ValueError(f"degrade must be a function from image to image, or several by name, got {degrade!r}")
+    if taken := sorted(set(found) & {*corruption_names("every"), "clean", "identity"}):
+        raise ValueError(f"degrade={{{taken[0]!r}: …}}: this name is taken; give the function another one")
+    return found
 
 
 def held_out(n_images: int, share: float = 0.2, seed: int = 0) -> tuple[list[int], list[int]]:
@@ -178,24 +204,16 @@ def held_out(n_images: int, share: float = 0.2, seed: int = 0) -> tuple[list[int
     return sorted(order[count:]), sorted(order[:count])
 
 
-def _check_sources(few: FewImages, names: list[str], levels: list[int], degrade: Any) -> None:
+def _check_sources(few: FewImages, names: list[str], levels: list[int], own: Mapping[str, Any]) -> None:
     if not few.clean:
         raise ValueError("there are no images to draw from")
     if len(set(few.names)) != len(few.clean) or len(few.names) != len(few.clean):
         raise ValueError(f"{len(few.clean)} images need as many different names, got {few.names}")
-    given = [
-        what
-        for what, there in (("pairs", few.degraded is not None), ("corruptions", names), ("degrade", degrade))
-        if there
-    ]
-    if len(given) != 1:
-        raise ValueError(
-            f"give either corruptions, or degrade, or pairs of images; got {' and '.join(given) or 'none'}"
-        )
+    if (few.degraded is not None) == bool(names or own):
+        got = "pairs beside others" if few.degraded is not None else "none"
+        raise ValueError(f"give degradations: pairs of images, or else corruptions, degrade, or both; got {got}")
     if names and not levels:
         raise ValueError("corruptions are asked for, but no severity")
-    if degrade is not None and not callable(degrade):
-        raise ValueError(f"degrade must be a function from image to image, got {degrade!r}")
 
 
 def _views(
@@ -251,9 +269,10 @@ class _Task(NamedTuple):
     seed: int
 
 
-def _tasks(keys: list[str], kinds: list[str], levels: list[int], draws: int, seed: int) -> Iterator[_Task]:
+def _tasks(keys: list[str], kinds: dict[str, list[int]], draws: int, seed: int) -> Iterator[_Task]:
+    """The pictures of every view; ``kinds`` says at which severities each degradation is drawn."""
     for view, key in enumerate(keys):
-        for kind, name in enumerate(kinds):
+        for kind, (name, levels) in enumerate(kinds.items()):
             first = image_seed(seed, name, 0, key)
             for draw in range(draws):
                 severity = levels[(first + draw) % len(levels)]
@@ -269,34 +288,38 @@ def _identical(keys: list[str], count: int, share: float, seed: int) -> list[int
 class _Degraded(Dataset):
     """Maps the index of a task to its picture, uint8 (h, w, 3)."""
 
-    def __init__(self, clean: np.ndarray, tasks: list[_Task], kinds: list[str], images: list[str], degrade: Any):
-        self.clean, self.tasks, self.kinds, self.images, self.degrade = clean, tasks, kinds, images, degrade
-        self.takes_rng = degrade is not None and _takes_rng(degrade)
+    def __init__(
+        self, clean: np.ndarray, tasks: list[_Task], kinds: list[str], images: list[str], own: Mapping[str, Any]
+    ):
+        self.clean, self.tasks, self.kinds, self.images, self.own = clean, tasks, kinds, images, own
 
     def __len__(self) -> int:
         return len(self.tasks)
 
     def __getitem__(self, index: int) -> np.ndarray:
         task = self.tasks[index]
-        if self.degrade is None:
-            return corrupt(self.clean[task.view], self.kinds[task.kind], task.severity, task.seed)
-        return self._by_function(self.clean[task.view], task.seed, self.images[task.view])
+        kind = self.kinds[task.kind]
+        if kind not in self.own:
+            return corrupt(self.clean[task.view], kind, task.severity, task.seed)
+        return _by_function(self.own[kind], self.clean[task.view], task.seed, self.images[task.view])
 
-    def _by_function(self, pixels: np.ndarray, seed: int, image: str) -> np.ndarray:
-        name = getattr(self.degrade, "__name__", type(self.degrade).__name__)
-        extra = {"rng": np.random.default_rng(seed)} if self.takes_rng else {}
-        with _global_seeds(seed):
-            try:
-                result = self.degrade(pixels.copy(), **extra)
-            except Exception as error:
-                what = f"{type(error).__name__}: {error}"
-                raise RuntimeError(f"the degrade function {name} failed on the image {image}: {what}") from error
-        where = f"what the degrade function {name} returned for the image {image}"
-        degraded = to_uint8(result, where)
-        if degraded.shape != pixels.shape:
-            got, expected = (f"{height}×{width}" for height, width, _ in (degraded.shape, pixels.shape))
-            raise ValueError(f"{where} is {got} (height×width), expected {expected}, as it was given: resize it back")
-        return degraded
+
+def _by_function(degrade: Any, pixels: np.ndarray, seed: int, image: str) -> np.ndarray:
+    """A picture, degraded by a function of the user's."""
+    name = getattr(degrade, "__name__", type(degrade).__name__)
+    extra = {"rng": np.random.default_rng(seed)} if _takes_rng(degrade) else {}
+    with _global_seeds(seed):
+        try:
+            result = degrade(pixels.copy(), **extra)
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            raise RuntimeError(f"the degrade function {name} failed on the image {image}: {what}") from error
+    where = f"what the degrade function {name} returned for the image {image}"
+    degraded = to_uint8(result, where)
+    if degraded.shape != pixels.shape:
+        got, expected = (f"{height}×{width}" for height, width, _ in (degraded.shape, pixels.shape))
+        raise ValueError(f"{where} is {got} (height×width), expected {expected}, as it was given: resize it back")
+    return degraded
 
 
 def _takes_rng(function: Any) -> bool:
@@ -349,7 +372,7 @@ def _fill(result: np.ndarray, pictures: _Degraded, workers: int) -> None:
             result[index] = pictures[index]
         return
     if multiprocessing.get_start_method() != "fork":
-        _check_can_be_sent(pictures.degrade)
+        _check_can_be_sent(pictures.own)
     batches = _Batches(pictures)
     loader = DataLoader(
         batches,  # type: ignore[arg-type]
@@ -365,9 +388,9 @@ def _fill(result: np.ndarray, pictures: _Degraded, workers: int) -> None:
         result[index * _BATCH : index * _BATCH + len(batch)] = batch.numpy()
 
 
-def _check_can_be_sent(degrade: Any) -> None:
+def _check_can_be_sent(own: Mapping[str, Any]) -> None:
     try:
-        pickle.dumps(degrade)
+        pickle.dumps(dict(own))
     except Exception as error:
         raise ValueError(
             f"the degrade function cannot be sent to worker processes ({error}): define it at the top of a module, or "

@@ -1,9 +1,16 @@
-"""Fitting the gate of a routed prior: a small classifier of degradations on quality features."""
+"""The gate of a routed prior: fitted where the quality function does not tell the degradations; calibrated; judged.
+
+Clean pictures are those that users have most of, so the identity is raised until nearly all of them pass by the
+experts, but hardly so far that an expert loses the pictures that it is for. What is told about the gate is counted at
+the very end, with the gate that is saved, on pictures of images that neither the gate nor the experts were fitted on.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,67 +18,107 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quac_plugins.core.prior.routed import Gate, RoutedFDM
+from quac_plugins.core.prior.routed import IDENTITY, Gate, RoutedFDM
+from quac_plugins.core.quality.degradation import CLEAN
 from quac_plugins.core.quality.tap import QualityTap
+from quac_plugins.degradations import SEVERITIES
+from quac_plugins.fit.confusion import Confusion
 
-_CLEAN = 100  # clean pictures that the fit aims at
+_LEARNED = 400  # pictures of each kind that a gate is fitted on, over all severities: many more than an expert needs,
+_CALIBRATED = 60  # or calibrated on where it needs no fit,
+_JUDGED = 60  # and judged on
+_MOST_VIEWS = 100  # of an image
 _FOLDS = 5
-_CLEAN_KEPT = 0.98  # share of clean pictures that are to pass by all experts
+_CLEAN_KEPT = 0.98  # share of clean pictures that are to pass by all experts, and
+_CLEAN_LEAST = 0.9  # that pass by in any case; between the two
+_OWN_KEPT = 0.6  # an expert keeps so many of its own pictures,
+_MOST_LOST = 0.15  # or, where it never had as many, all but these of those that it had
 _STEPS = 300
-_NOISE = 0.3  # on the standardized q, and
-_DROPOUT = 0.3  # strong ones: a hundred images are few for all of q's channels
+_NOISE = 0.3  # on the standardized features, and
+_DROPOUT = 0.3  # strong ones: a few images are few for all of q's channels
 _WEIGHT_DECAY = 0.3
 
 
-def fit_gate(
-    session: Any, modules: dict[str, nn.Module], kinds: list[str], experts: list[str], seed: int
-) -> float | None:
-    """Fit the gate that all sites share, and write it into each.
+@dataclass
+class Drawn:
+    """Pictures of some images, and what the gate is to know of them.
 
-    Clean pictures are those that users have most of, so they get a bar of their own: among gates fitted on other
-    images, the lead of the best expert over the identity is measured on clean pictures, and the identity is raised
-    until nearly all of them pass by.
+    Attributes:
+        pictures: uint8 (N, h, w, 3), the clean ones first.
+        view: int64 (N,): the index of the clean picture that each is made of.
+        kind: (N,) names of degradations, or ``"clean"``.
+        severity: int64 (N,).
+        image: int64 (N,): of which of the session's images each is.
+    """
+
+    pictures: np.ndarray
+    view: np.ndarray
+    kind: np.ndarray
+    severity: np.ndarray
+    image: np.ndarray
+
+    def choices(self, experts: Sequence[str]) -> Tensor:
+        """The right choice of each picture: 0 for the identity, then the experts."""
+        return torch.tensor([experts.index(kind) + 1 if kind in experts else 0 for kind in self.kind.tolist()])
+
+
+def draw(session: Any, kinds: list[str], images: list[int], wanted: int) -> Drawn:
+    """About so many pictures of each kind and as many clean ones, of all severities."""
+    views = min(_MOST_VIEWS, math.ceil(wanted / len(images)))
+    found = session.draws(kinds, 0.0, 1, views=views, severities=SEVERITIES, images=images)
+    image = np.asarray(images)[found.image]
+    clean = len(found.clean)
+    return Drawn(
+        pictures=np.concatenate([found.clean, found.degraded]),
+        view=np.concatenate([np.arange(clean), found.view]),
+        kind=np.array([CLEAN] * clean + [found.kinds[kind] for kind in found.kind]),
+        severity=np.concatenate([np.zeros(clean, np.int64), found.severity]),
+        image=np.concatenate([image, image[found.view]]),
+    )
+
+
+def fit_gate(session: Any, modules: dict[str, nn.Module], kinds: list[str], experts: list[str], seed: int) -> None:
+    """Fit and calibrate the gate that all sites share, and write it into each.
 
     Args:
         session: :class:`quac_plugins.fit.session.Session`.
         modules: the priors by site.
-        kinds: degradations that were fitted now; experts that were fitted before stay among the choices.
-        experts: names of all, in their order.
+        kinds: degradations whose experts are fitted.
+        experts: names of all experts, in their order.
         seed: of first weights, noise and folds.
-
-    Returns:
-        Share of pictures of images not fitted on that go to the right choice; None of one image alone.
     """
     routed = [module for module in modules.values() if isinstance(module, RoutedFDM)]
-    fitted = {name for name, expert in zip(experts, routed[0].experts, strict=True) if not expert.is_fresh}
-    kinds = [name for name in experts if name in fitted.union(kinds)]
-    draws = session.draws(kinds, 0.0, 1, views=math.ceil(_CLEAN / len(session.few)))
-    tap = next(m for m in session.model.modules() if isinstance(m, QualityTap) and m.context is routed[0].context)
-    q = torch.cat([_quality(session, tap, pictures) for pictures in (draws.clean, draws.degraded)])
-    choice = [experts.index(draws.kinds[kind]) + 1 for kind in draws.kind]
-    target = torch.tensor([0] * len(draws.clean) + choice)
-    image = torch.tensor([*draws.image, *draws.image[draws.view]])
-    choices = len(experts) + 1
-    folds = min(_FOLDS, len(session.few))
-    order = np.random.default_rng([seed, 2]).permutation(len(session.few))
-    leads, right = [], []
-    for fold in range(folds if folds > 1 else 0):
-        held = torch.isin(image, torch.from_numpy(order[fold::folds].copy()))
-        with torch.no_grad():
-            logits = _trained(q[~held], target[~held], choices, seed)(q[held])
-        leads.append(_lead(logits[target[held] == 0]))
-        right.append(logits.argmax(1) == target[held])
-    gate = _trained(q, target, choices, seed)
+    fresh = _fresh(copy.deepcopy(routed[0].gate))
+    drawn = draw(session, kinds, session.train, _LEARNED if fresh.needs_fit else _CALIBRATED)
+    q, target = quality(session, routed[0], drawn.pictures), drawn.choices(experts)
+    gate, logits = (_learned if fresh.needs_fit else _as_told)(fresh, q, target, drawn.image, seed)
     with torch.no_grad():
-        lead = torch.cat(leads) if leads else _lead(gate(q[target == 0]))
-        gate.fc2.bias[0] += float(lead.quantile(_CLEAN_KEPT).clamp(min=0))
+        gate.fc2.bias[0] += _raise_of_identity(logits, target)
     for module in routed:
         module.gate.load_state_dict(gate.state_dict())
-    return float(torch.cat(right).float().mean()) if right else None
 
 
-def _quality(session: Any, tap: QualityTap, pictures: np.ndarray) -> Tensor:
-    """(N, Q) float32 on the CPU, of pictures (N, H, W, 3) uint8."""
+def judge_gate(session: Any, gate: RoutedFDM, drawn: Drawn, kinds: list[str], experts: list[str]) -> Confusion:
+    """How often the gate inside a model sends pictures of each kind and severity where."""
+    with torch.no_grad():
+        q = quality(session, gate, drawn.pictures).to(next(gate.gate.parameters()).device)
+        answers = gate.gate(q).argmax(1).cpu().numpy()
+    counts: dict[str, dict[str, list[int]]] = {}
+    for kind in (CLEAN, *kinds):
+        for severity in sorted(set(drawn.severity[drawn.kind == kind].tolist())):
+            here = answers[(drawn.kind == kind) & (drawn.severity == severity)]
+            counts.setdefault(kind, {})[str(severity)] = np.bincount(here, minlength=len(experts) + 1).tolist()
+    return Confusion([IDENTITY, *experts], counts, held_out=bool(session.held))
+
+
+def judged_pictures(session: Any, kinds: list[str]) -> Drawn:
+    """Pictures of the images held out; of the only one, where there is no other."""
+    return draw(session, kinds, session.held or session.train, _JUDGED)
+
+
+def quality(session: Any, module: RoutedFDM, pictures: np.ndarray) -> Tensor:
+    """(N, Q) float32 on the CPU, of pictures (N, H, W, 3) uint8, as the tap of the prior computes it."""
+    tap = next(m for m in session.model.modules() if isinstance(m, QualityTap) and m.context is module.context)
     parts = []
     with torch.no_grad():
         for start in range(0, len(pictures), 32):
@@ -80,30 +127,75 @@ def _quality(session: Any, tap: QualityTap, pictures: np.ndarray) -> Tensor:
     return torch.cat(parts)
 
 
-def _trained(q: Tensor, target: Tensor, choices: int, seed: int) -> Gate:
+def _fresh(gate: Gate) -> Gate:
+    """The gate without what earlier fits made of it."""
+    gate = gate.cpu().float()
+    with torch.no_grad():
+        for tensor in (gate.mean, gate.fc2.weight, gate.fc2.bias):
+            tensor.zero_()
+        gate.std.fill_(1)
+    return gate
+
+
+def _as_told(fresh: Gate, q: Tensor, target: Tensor, image: np.ndarray, seed: int) -> tuple[Gate, Tensor]:
+    """The gate that the quality function makes by itself, and its logits."""
+    with torch.no_grad():
+        return fresh, fresh(q)
+
+
+def _learned(fresh: Gate, q: Tensor, target: Tensor, image: np.ndarray, seed: int) -> tuple[Gate, Tensor]:
+    """A gate fitted on all pictures, and the logits of each by gates that were fitted on other images."""
+    images = np.unique(image)
+    folds = min(_FOLDS, len(images))
+    part = np.random.default_rng([seed, 2]).permutation(len(images)) % folds
+    fold = torch.from_numpy(part[np.searchsorted(images, image)])
+    gate = _trained(fresh, q, target, seed)
+    with torch.no_grad():
+        if folds < 2:
+            return gate, gate(q)
+        logits = torch.empty(len(q), len(fresh.masses))
+        for index in range(folds):
+            there = fold == index
+            logits[there] = _trained(fresh, q[~there], target[~there], seed)(q[there])
+    return gate, logits
+
+
+def _trained(fresh: Gate, q: Tensor, target: Tensor, seed: int) -> Gate:
     """A gate fitted on q (N, Q) and choices (N,); every choice counts alike, however many pictures it has."""
+    choices = len(fresh.masses)
     counts = torch.bincount(target, minlength=choices).float()
     weight = torch.where(counts > 0, counts.sum() / counts.clamp(min=1) / (counts > 0).sum(), 0.0)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
-        gate = Gate(q.shape[1], choices)
-        gate.mean.copy_(q.mean(0))
-        gate.std.copy_(q.std(0, correction=0).clamp(min=1e-4))
-        parameters: Iterable[nn.Parameter] = gate.parameters()
-        optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=_WEIGHT_DECAY)
+        gate = copy.deepcopy(fresh).requires_grad_(True)
+        gate.fc1.reset_parameters()
+        features = gate.features(q)
+        told = gate.told(q) if gate.masses.shape[1] else 0.0
+        gate.mean.copy_(features.mean(0))
+        gate.std.copy_(features.std(0, correction=0).clamp(min=1e-4))
+        optimizer = torch.optim.AdamW(gate.parameters(), lr=1e-2, weight_decay=_WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, _STEPS)
         nn.init.normal_(gate.fc2.weight, std=1e-2)
         for _ in range(_STEPS):
-            hidden = gate.hidden(q + _NOISE * torch.randn_like(q) * gate.std)
-            logits = gate.fc2(F.dropout(hidden, _DROPOUT))
+            hidden = gate.hidden(features + _NOISE * torch.randn_like(features) * gate.std)
+            logits = gate.fc2(F.dropout(hidden, _DROPOUT)) + told
             loss = F.cross_entropy(logits, target, weight=weight)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-    return gate
+    return gate.requires_grad_(False)
 
 
-def _lead(logits: Tensor) -> Tensor:
-    """How far the best expert is before the identity."""
-    return logits[:, 1:].max(dim=1).values - logits[:, 0]
+def _raise_of_identity(logits: Tensor, target: Tensor) -> float:
+    """What the identity's logit is to be raised by, from logits (N, 1 + E) and the right choices (N,)."""
+    best = logits[:, 1:].max(dim=1)
+    lead = best.values - logits[:, 0]
+    wanted, least_wanted = (float(lead[target == 0].quantile(share)) for share in (_CLEAN_KEPT, _CLEAN_LEAST))
+    for choice in range(1, logits.shape[1]):
+        own = target == choice
+        reached = lead[own & (best.indices == choice - 1) & (lead > 0)].sort(descending=True).values
+        least = math.ceil(min(_OWN_KEPT * int(own.sum()), (1 - _MOST_LOST) * len(reached)))
+        if least:
+            wanted = min(wanted, float(reached[least - 1]) - 1e-4)
+    return max(0.0, wanted, least_wanted)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from quac_plugins.core.prior.recipe import Recipe
 from quac_plugins.core.prior.routed import RoutedFDM
 from quac_plugins.core.prior.sites import PriorSite
 from quac_plugins.core.prior.training import Fit
-from quac_plugins.fit.gate import fit_gate
+from quac_plugins.degradations import corruption_names
+from quac_plugins.fit.agreement import agreement
+from quac_plugins.fit.draws import Degrade, own_degradations
+from quac_plugins.fit.gate import fit_gate, judge_gate, judged_pictures
 from quac_plugins.fit.report import FitReport
 from quac_plugins.fit.session import Data, Session, parameters_of, progress_bar
 from quac_plugins.fit.settings import recipe_with
@@ -35,7 +39,7 @@ def fit_prior(
     images: Any = None,
     *,
     pairs: Any = None,
-    degrade: Callable[..., Any] | None = None,
+    degrade: Degrade | None = None,
     corruptions: str | Sequence[str] | None = None,
     severity: int | Sequence[int] = 3,
     config: PriorConfig | None = None,
@@ -70,11 +74,12 @@ def fit_prior(
             ``config`` is injected.
         images: clean photographs: a folder, files, arrays, PIL images, tensors in [0, 1], or a Dataset of these.
         pairs: (degraded, clean), each as ``images``, in place of them.
-        degrade: your own degradation, uint8 (H, W, 3) → the same, in place of corruptions.
+        degrade: your own degradation, uint8 (H, W, 3) → the same, or several by name (``{"rain": function}``), which a
+            routed prior has experts for. They take the corruptions' place, or go beside those that are named.
         corruptions: names or sets of :func:`quac_plugins.degradations.corruption_names`. None: the names of a routed
-            prior's experts, else all 15.
+            prior's experts, else all 15; none beside ``degrade``.
         severity: 1 to 5, or several, which are mixed.
-        config: what to inject into a plain host.
+        config: what to inject into a plain host. None: a prior routed over the degradations, if there are several.
         deep: places whose features are compared in the second part of the fit: ``"stages"``, names, or None.
         limit: at most so many images.
         views: crops and flips of each image; draws: degraded pictures of each view and corruption.
@@ -113,6 +118,10 @@ def fit_prior(
     there = record.prior if record is not None else None
     if there is not None and config is not None:
         raise ValueError("the model holds a prior already; leave config out, or remove(model) first")
+    own = list(own_degradations(degrade))
+    if config is None and there is None and pairs is None:
+        kinds = [*corruption_names("all" if corruptions is None and not own else corruptions or ()), *own]
+        config = PriorConfig(experts=kinds if len(kinds) > 1 else [])
     planned = there.config if there is not None else config if config is not None else PriorConfig()
     experts = planned.experts
     if corruptions is None and pairs is None and degrade is None and experts:
@@ -124,12 +133,12 @@ def fit_prior(
     session = Session(network, data, device, _PICTURES, planned, _VIEWS)
     made = recipe_with(recipe, settings, seed, session.device)
     session.check_labels(made)
-    kinds = session.names or (["degrade"] if degrade is not None else ["pairs"])
-    if experts and (not session.by_corruption or set(kinds) - set(experts)):
-        wrong = sorted(set(kinds) - set(experts)) or kinds
+    kinds = session.kinds
+    if experts and set(kinds) - set(experts):
         raise ValueError(
-            f"this prior is routed over the experts {', '.join(experts)}; it cannot be fitted on {', '.join(wrong)}. "
-            "Give corruptions among them, or inject PriorConfig(experts=[…]) with other names"
+            f"this prior is routed over the experts {', '.join(experts)}; it cannot be fitted on "
+            f"{', '.join(sorted(set(kinds) - set(experts)))}. Give corruptions or degrade={{name: function}} among "
+            "them, or inject PriorConfig(experts=[…]) with other names"
         )
     with unharmed(network):
         if there is None:
@@ -147,18 +156,44 @@ def fit_prior(
             deeper = session.deep_sites(deep, prior.sites[0])
             keep = session.checkpoints(checkpoint, made, what="prior", deep=deep, clean_share=clean_share)
             if experts:
+                known = _known_experts(session, modules, kinds, experts)
                 _fit_experts(session, sites, deeper, modules, kinds, experts, made, keep, report, show)
-                report.gate = fit_gate(session, modules, kinds, experts, seed)
+                fit_gate(session, modules, known, experts, seed)
+                judged = judged_pictures(session, known)
+                gate = next(module for module in modules.values() if isinstance(module, RoutedFDM))
+                report.gate = judge_gate(session, gate, judged, known, experts)
             else:
                 share = clean_share if clean_share is not None else 0.1 if len(kinds) > 1 else 0.0
-                pictures = session.pictures(session.draws(session.names, share, _per_view(session)))
+                pictures = session.pictures(session.draws(kinds, share, _per_view(session)))
                 fit = _fit_of(session, sites, deeper, fitted, pictures, made, list(modules.values()))
                 session.fit("prior", fit, keep, report, show)
+                judged = judged_pictures(session, kinds)
+            report.agreement = agreement(session, judged)
             with _one_expert(everywhere):
                 report.multiply_adds = session.multiply_adds()
         session.keep_until_saved(keep)
     report.seconds = round(time.perf_counter() - started, 1)
+    for fault in report.gate.warnings() if report.gate is not None else ():
+        warnings.warn(fault, stacklevel=2)
     return report
+
+
+def _known_experts(session: Session, modules: dict[str, nn.Module], kinds: list[str], experts: list[str]) -> list[str]:
+    """The degradations that the gate is to tell: those that are fitted now, and those that have been before.
+
+    Raises:
+        ValueError: one that was fitted before is the user's own, and its function is not given this time.
+    """
+    routed = [module for module in modules.values() if isinstance(module, RoutedFDM)]
+    fitted = {name for name, expert in zip(experts, routed[0].experts, strict=True) if not expert.is_fresh}
+    known = [name for name in experts if name in fitted.union(kinds)]
+    for name in known:
+        if name not in session.own and name not in corruption_names("every"):
+            raise ValueError(
+                f"this prior has an expert for {name!r}, fitted before on a degradation of your own, which the gate is "
+                f"to tell from the others: give the function again, degrade={{{name!r}: function, …}}"
+            )
+    return known
 
 
 def _supported(

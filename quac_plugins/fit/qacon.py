@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from quac_plugins.core.inject.surgery import injection_of, modules_inside, unwra
 from quac_plugins.core.prior.comparison import Pictures
 from quac_plugins.core.prior.recipe import Recipe
 from quac_plugins.core.prior.training import Fit
+from quac_plugins.fit.draws import Degrade
 from quac_plugins.fit.prior import standardize
 from quac_plugins.fit.report import FitReport
 from quac_plugins.fit.session import Data, Session, parameters_of, progress_bar
@@ -33,7 +34,7 @@ def fit_qacon(
     images: Any = None,
     *,
     pairs: Any = None,
-    degrade: Callable[..., Any] | None = None,
+    degrade: Degrade | None = None,
     corruptions: str | Sequence[str] | None = None,
     severity: int | Sequence[int] = 3,
     config: QuACConfig | None = None,
@@ -109,7 +110,7 @@ def fit_qacon(
     # every activation of the network moves at once: with ten times this rate it forgets what it was
     made = recipe_with(recipe or Recipe(steps=400, near=0.0, lr=2e-4), settings, seed, session.device)
     session.check_labels(made)
-    kinds = session.names or (["degrade"] if degrade is not None else ["pairs"])
+    kinds = session.kinds
     with unharmed(network):
         if there is None:
             put_in(network, planned, session.size, session.config["mean"], session.config["std"], seed)
@@ -125,7 +126,7 @@ def fit_qacon(
             deeper = session.deep_sites(deep)
             keep = session.checkpoints(checkpoint, made, what="qacon", deep=deep, with_prior=with_prior)
             per_view = max(1, round(_PICTURES / (session.views * len(session.few) * len(kinds))))
-            pictures = session.pictures(session.draws(session.names, clean_share, per_view))
+            pictures = session.pictures(session.draws(kinds, clean_share, per_view))
             if with_prior and record.prior is not None:
                 standardize(session, record.prior.sites, [inside[p[:-1]] for p in others], pictures)
             _calibrate(session, [inside[p[:-1]] for p in own], pictures)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quac_plugins.files import write_file
+from quac_plugins.fit.confusion import Confusion
 
 if TYPE_CHECKING:
     import os
@@ -29,7 +30,11 @@ class FitReport:
         stages: stage → its curve (step, loss, held_out), best_step, stopped, the held-out loss of the untouched host
             (first) and of what was kept (best), and the strength that the fitted residual was scaled to at the end; a
             loss that was not finite is None.
-        gate: share of held-out pictures that the gate sends to the right expert (routed priors), else None.
+        gate: where the gate of a routed prior, as it is saved, sends pictures of images that were held out, by
+            degradation and severity; else None.
+        agreement: degradation, or ``"clean"`` → of the pictures of images that were held out, at all severities, the
+            percent whose class is the one that the untouched host finds on the clean picture: ``before`` (the host),
+            ``after`` (with what was fitted), and ``n`` of them. Empty where the network returns no logits.
         images: how many images were fitted on, and how many of them held out.
         parameters: how many parameters were fitted.
         multiply_adds: of what was put in, over the host's, for one image; None where it could not be counted.
@@ -41,7 +46,8 @@ class FitReport:
     sites: list[str]
     kinds: list[str]
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    gate: float | None = None
+    gate: Confusion | None = None
+    agreement: dict[str, dict[str, Any]] = field(default_factory=dict)
     images: dict[str, int] = field(default_factory=dict)
     parameters: int = 0
     multiply_adds: float | None = None
@@ -78,19 +84,30 @@ class FitReport:
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> FitReport:
-        """Read what :meth:`to_json` wrote."""
-        return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            TypeError, ValueError: the file is no such report.
+        """
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        gate = values.pop("gate", None)
+        # a number: by an earlier version, of another gate than the one that was saved
+        return cls(**values, gate=Confusion(**gate) if isinstance(gate, dict) else None)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the held-out loss of every stage against the steps, as a PNG, SVG or PDF by the suffix.
+        """Draw the held-out loss of every stage against the steps, and where the gate sends pictures.
+
+        The suffix says whether it is a PNG, SVG or PDF.
 
         Raises:
             ImportError: matplotlib is not installed.
         """
         from quac_plugins.evaluate.plot import require_matplotlib
 
-        figure = require_matplotlib()(figsize=(7, 4), layout="constrained")
-        axes = figure.add_subplot()
+        rows = len(list(self.gate.rows())) if self.gate is not None else 0
+        height = max(4, 0.16 * rows + 1.5)
+        figure = require_matplotlib()(figsize=(14 if rows else 7, height), layout="constrained")
+        axes, *beside = figure.subplots(1, 2 if rows else 1, squeeze=False)[0]
         for name, stage in self.stages.items():
             first = stage["first"] or 1
             known = [(entry["step"], entry["held_out"]) for entry in stage["curve"] if entry["held_out"] is not None]
@@ -101,6 +118,8 @@ class FitReport:
         axes.set(xlabel="step", ylabel="held-out loss, untouched host = 1", title=f"fit of the {self.what}")
         if len(self.stages) > 1:
             axes.legend(fontsize="x-small", ncols=2)
+        for there in beside:
+            _draw_gate(there, self.gate)
         buffer = io.BytesIO()
         figure.savefig(buffer, format=Path(path).suffix.lstrip(".").lower() or "png", dpi=150)
         write_file(path, buffer.getvalue())
@@ -121,8 +140,37 @@ class FitReport:
         if self.unfitted:
             lines.append(f"  too few images for {', '.join(self.unfitted)}, which stay the identity (least_positions)")
         if self.gate is not None:
-            lines.append(f"  gate: {self.gate:.0%} of held-out pictures to the right expert")
+            where = "held out" if self.gate.held_out else "of the only image, on which it was fitted"
+            lines.append(f"  gate, on pictures {where}, of all severities:")
+            lines += [f"    {line}" for line in str(self.gate).splitlines()]
+        if self.agreement:
+            lines.append(
+                "  pictures held out, of all severities, on which the host says what it says on the clean one:"
+            )
+            lines += [f"    {kind}: {_change(found)}" for kind, found in self.agreement.items()]
         return "\n".join(lines)
+
+
+def _change(found: dict[str, Any]) -> str:
+    """Before and after."""
+    return f"{found['before']:.0f} → {found['after']:.0f} % of {found['n']}"
+
+
+def _draw_gate(axes: Any, gate: Any) -> None:
+    """A table of colours: what came in, from top to bottom, and where it went."""
+    rows = list(gate.rows())
+    shares = [[count / max(1, sum(row)) for count in row] for _, _, row in rows]
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    labels = [kind if level == "0" else f"{kind} {level}" for kind, level, _ in rows]
+    axes.set_yticks(range(len(rows)), labels, fontsize="x-small")
+    axes.set_xticks(range(len(gate.choices)), gate.choices, rotation=90, fontsize="x-small")
+    for y, row in enumerate(shares):
+        for x, share in enumerate(row):
+            if share >= 0.005:
+                colour = "white" if share > 0.6 else "black"
+                axes.text(x, y, f"{100 * share:.0f}", ha="center", va="center", fontsize="xx-small", color=colour)
+    where = "held out" if gate.held_out else "fitted on"
+    axes.set(title=f"gate: percent of the pictures {where}", xlabel="choice", ylabel="degradation and severity")
 
 
 def _finite(values: Any) -> Any:

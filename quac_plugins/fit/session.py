@@ -34,7 +34,7 @@ from quac_plugins.degradations import check_severity, corruption_names
 from quac_plugins.evaluate.preprocessing import Crop, data_config
 from quac_plugins.evaluate.processes import is_main_process, process_group
 from quac_plugins.fit.checkpoint import Checkpoints
-from quac_plugins.fit.draws import Draws, held_out, make_draws
+from quac_plugins.fit.draws import Degrade, Draws, held_out, make_draws, own_degradations
 from quac_plugins.fit.report import FitReport
 from quac_plugins.fit.settings import number_from
 from quac_plugins.fit.sources import few_images
@@ -50,7 +50,7 @@ class Data:
 
     images: Any = None
     pairs: Any = None
-    degrade: Callable[..., Any] | None = None
+    degrade: Degrade | None = None
     corruptions: str | Sequence[str] | None = None
     severity: int | Sequence[int] = 3
     limit: int | None = None
@@ -98,11 +98,13 @@ class Session:
             raise ValueError(f"held_out must be above 0 and below 1, got {data.held_out!r}")
         if data.clean_share is not None and not (number_from(0, data.clean_share) and data.clean_share < 1):
             raise ValueError(f"clean_share must be at least 0 and below 1, got {data.clean_share!r}")
-        self.by_corruption = data.degrade is None and data.pairs is None
-        if data.corruptions is not None and not self.by_corruption:
-            raise ValueError(f"give either corruptions or {'degrade' if data.pairs is None else 'pairs'}, not both")
-        names = corruption_names("all" if data.corruptions is None else data.corruptions) if self.by_corruption else []
-        if self.by_corruption and not names:
+        if data.pairs is not None and (data.corruptions is not None or data.degrade is not None):
+            raise ValueError("give either pairs, which are degraded already, or corruptions and degrade, not both")
+        self.own = own_degradations(data.degrade)
+        by_default = "all" if data.pairs is None and not self.own else ()
+        names = corruption_names(by_default if data.corruptions is None else data.corruptions)
+        self.kinds = [*names, *self.own] or ["pairs"]
+        if data.pairs is None and not (names or self.own):
             raise ValueError("no corruptions to fit on: give names, such as corruptions=['fog'], or degrade, or pairs")
         levels = list(data.severity) if isinstance(data.severity, Iterable) else [data.severity]
         self.names, self.severities = names, [check_severity(level) for level in levels] if names else []
@@ -136,17 +138,28 @@ class Session:
         self.share = Share()
         self.group: Any = None  # of processes; None: the default one
 
-    def draws(self, names: list[str], clean_share: float, draws: int | None, views: int | None = None) -> Draws:
-        """Pictures of these corruptions (of the pairs, or of the user's function, where these are given)."""
+    def draws(
+        self,
+        kinds: list[str],
+        clean_share: float,
+        draws: int | None,
+        views: int | None = None,
+        severities: Sequence[int] | None = None,
+        images: Sequence[int] | None = None,
+    ) -> Draws:
+        """Pictures of some of the degradations (of the pairs, where these are given) and images.
+
+        By default of all images, at the user's severities. Other corruptions may be named than those of the fit.
+        """
         return make_draws(
-            self.few,
+            self.few if images is None else self.few.only(images),
             self.size,
-            corruptions=names,
-            severities=self.severities,
+            corruptions=[kind for kind in kinds if kind not in self.own and kind != "pairs"],
+            severities=severities or self.severities,
             views=views or self.views,
-            draws=self.data.draws or draws or 1,
+            draws=(self.data.draws if severities is None else None) or draws or 1,
             clean_share=clean_share,
-            degrade=self.data.degrade,
+            degrade={kind: self.own[kind] for kind in kinds if kind in self.own} or None,
             seed=self.data.seed,
             workers=self.data.num_workers,
             crop=self.crop,

@@ -52,6 +52,13 @@ class FewImages:
     def __len__(self) -> int:
         return len(self.clean)
 
+    def only(self, indices: Iterable[int]) -> FewImages:
+        """Some of the images, in the order of their indices here."""
+        chosen = list(indices)
+        degraded = None if self.degraded is None else [self.degraded[i] for i in chosen]
+        labels = None if self.labels is None else [self.labels[i] for i in chosen]
+        return FewImages([self.clean[i] for i in chosen], degraded, [self.names[i] for i in chosen], labels)
+
 
 @dataclass(frozen=True)
 class _Listed:

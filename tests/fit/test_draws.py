@@ -16,7 +16,7 @@ from quac_plugins.fit.draws import held_out, make_draws
 from quac_plugins.fit.sources import FewImages, few_images
 
 SIZE = (32, 48)
-ARRAYS = ("clean", "degraded", "view", "image", "kind")
+ARRAYS = ("clean", "degraded", "view", "image", "kind", "severity")
 
 
 @pytest.fixture(scope="module")
@@ -357,18 +357,35 @@ def test_a_function_that_cannot_be_sent_to_workers(few, monkeypatch):
         make_draws(few, SIZE, degrade=lambda image: image, workers=1)
 
 
+def test_corruptions_and_several_functions_by_name(few):
+    own = {"noisy": noisy, "dark": lambda image: image // 4}
+    drawn = make_draws(few, SIZE, corruptions="fog,contrast", severities=[1, 5], degrade=own, views=2, draws=2)
+    assert drawn.kinds == ["fog", "contrast", "noisy", "dark"]
+    assert set(drawn.severity[drawn.kind < 2].tolist()) == {1, 5}
+    assert not drawn.severity[drawn.kind >= 2].any()
+    alone = {
+        "fog": make_draws(few, SIZE, corruptions="fog", severities=[1, 5], views=2, draws=2),
+        "noisy": make_draws(few, SIZE, degrade={"noisy": noisy}, views=2, draws=2),
+    }
+    for kind, other in alone.items():
+        assert (drawn.degraded[drawn.kind == drawn.kinds.index(kind)] == other.degraded).all()
+    dark = drawn.kind == 3
+    assert (drawn.degraded[dark] == drawn.clean[drawn.view[dark]] // 4).all()
+
+
 # Arguments
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "either corruptions, or degrade, or pairs of images; got none"),
-        ({"corruptions": "fog", "severities": 3, "degrade": noisy}, "got corruptions and degrade"),
+        ({}, "pairs of images, or else corruptions, degrade, or both; got none"),
         ({"corruptions": "fog"}, "corruptions are asked for, but no severity"),
         ({"corruptions": "fgo", "severities": 3}, "unknown corruption 'fgo'. Did you mean fog"),
         ({"corruptions": "fog", "severities": [3, 6]}, "severity must be an integer from 1 to 5, got 6"),
-        ({"degrade": "fog"}, "degrade must be a function from image to image, got 'fog'"),
+        ({"degrade": "fog"}, "degrade must be a function from image to image, or several by name, got 'fog'"),
+        ({"degrade": {"rain": "fog"}}, "degrade must be a function from image to image, or several by name"),
+        ({"degrade": {"fog": noisy}}, "'fog'.*: this name is taken"),
         ({"degrade": noisy, "views": 0}, "views must be at least 1, got 0"),
         ({"degrade": noisy, "draws": 0}, "draws must be at least 1, got 0"),
         ({"degrade": noisy, "workers": -1}, "workers must be at least 0, got -1"),
@@ -384,7 +401,7 @@ def test_arguments_out_of_range(few, options, message):
 
 
 def test_images_and_names(few):
-    with pytest.raises(ValueError, match="pairs and corruptions"):
+    with pytest.raises(ValueError, match="pairs beside others"):
         make_draws(paired(few), SIZE, corruptions="fog", severities=1)
     with pytest.raises(ValueError, match="no images to draw from"):
         make_draws(FewImages([]), SIZE, degrade=noisy)

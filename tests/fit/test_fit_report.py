@@ -3,6 +3,7 @@ import math
 
 import pytest
 
+from quac_plugins.fit.confusion import Confusion
 from quac_plugins.fit.report import FitReport
 
 
@@ -23,7 +24,10 @@ def report():
             "fog": stage([2.0, 1.0, 1.5]),
             "snow": stage([2.0, 2.5], "no better on the held-out images for 1 looks"),
         },
-        gate=0.875,
+        gate=Confusion(
+            ["identity", "fog", "snow"], {"clean": {"0": [9, 1, 0]}, "fog": {"1": [3, 1, 0], "5": [0, 4, 0]}}
+        ),
+        agreement={"clean": {"before": 100.0, "after": 99.0, "n": 10}, "fog": {"before": 40.0, "after": 71.6, "n": 8}},
         images={"all": 10, "held": 2},
         parameters=1234,
         multiply_adds=0.05,
@@ -46,11 +50,17 @@ def test_text(report):
         "prior after layer1: 1234 parameters, 5.0% of the host's multiply-adds; 10 images (2 held out), 12 s",
         "  fog: held-out loss 2.000 → 1.000 at step 2",
         "  snow: held-out loss 2.000 → 2.000 at step 0 (no better on the held-out images for 1 looks)",
-        "  gate: 88% of held-out pictures to the right expert",
+        "  gate, on pictures held out, of all severities:",
+        "    clean: 90 % left alone, 10 % taken for fog",
+        "    fog: 62 % to its expert (severity 1: 25, 5: 100), 38 % left alone",
+        "  pictures held out, of all severities, on which the host says what it says on the clean one:",
+        "    clean: 100 → 99 % of 10",
+        "    fog: 40 → 72 % of 8",
     ]
-    report.multiply_adds, report.gate, report.sites = None, None, list("abcdef")
+    report.multiply_adds, report.gate, report.sites, report.agreement = None, None, list("abcdef"), {}
     assert str(report).startswith("prior after a, b, c, d …: 1234 parameters; 10 images")
     assert "gate" not in str(report)
+    assert "says" not in str(report)
 
 
 def test_files(report, tmp_path):
@@ -58,6 +68,9 @@ def test_files(report, tmp_path):
     report.to_json(path)
     assert FitReport.from_json(path) == report
     assert [p.name for p in path.parent.iterdir()] == ["report.json"]
+    earlier = {**json.loads(path.read_text()), "gate": 0.9}  # of another gate than the one that was saved
+    (tmp_path / "earlier.json").write_text(json.dumps(earlier))
+    assert FitReport.from_json(tmp_path / "earlier.json").gate is None
     assert json.loads(path.read_text())["unreadable"] == ["x/ü.jpg"]
 
 

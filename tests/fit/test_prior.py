@@ -158,12 +158,11 @@ def test_pairs_of_folders_and_what_is_wrong_with_them(photos, folder, quick, bui
     report = quac.fit_prior(build("test_resnet_ddp"), pairs=(tmp_path, folder), **quick)
     assert report.kinds == ["pairs"]
     for wrong, message in (
-        ({"pairs": (tmp_path, folder), "corruptions": "fog"}, "either corruptions or pairs, not both"),
+        ({"pairs": (tmp_path, folder), "corruptions": "fog"}, "either pairs, which are degraded already"),
         ({"pairs": (tmp_path, folder), "images": photos}, "either images or pairs"),
-        ({"pairs": (tmp_path, folder), "degrade": lambda image: image}, "degrade and pairs|pairs and degrade"),
         ({"pairs": tmp_path}, "must be a tuple"),
         ({"pairs": (photos[:2], photos)}, "matched by order"),
-        ({"images": photos, "corruptions": "fog", "degrade": lambda image: image}, "corruptions or degrade, not both"),
+        ({"pairs": (tmp_path, folder), "degrade": lambda image: image}, "either pairs, which are degraded already"),
         ({}, "got neither"),
     ):
         model = build("test_resnet")
@@ -422,7 +421,7 @@ def test_a_routed_prior_learns_its_experts_and_where_to_send_images(photos, quic
     report = quac.fit_prior(model, photos, severity=5, **{**quick, "views": 3})
     before.check()
     assert list(report.stages) == report.kinds == KINDS
-    assert report.gate > 0.6
+    assert report.gate.choices == ["identity", *KINDS]
     assert all(prior.only is None for prior in prior_of(model))
     assert 0 < report.multiply_adds < 1
     squares = [np.asarray(Image.fromarray(photo).resize((64, 64))) for photo in photos[:3]]

@@ -127,7 +127,7 @@ def test_plain_hosts_and_configs(photos, quick, build, snapshot):
         (build("test_resnet"), {"corruptions": "fogg"}, "Did you mean fog"),
         (build("test_resnet"), {"config": quac.QuACConfig(where="no_such")}, "no_such"),
         (build("test_resnet"), {"deep": None, "logits_weight": 0.0}, "nothing to compare"),
-        (build("test_resnet"), {"degrade": np.negative, "corruptions": "fog"}, "corruptions or degrade, not both"),
+        (build("test_resnet"), {"degrade": {"fog": np.negative}}, "this name is taken"),
     ):
         before = snapshot(model)
         with pytest.raises(ValueError, match=message):

@@ -295,13 +295,14 @@ def _inject_prior(model: nn.Module, saved: Saved, state: dict[str, Tensor], exam
 def _prior_shapes(saved: Saved, state: dict[str, Tensor]) -> list[str]:
     """Tensors that are not as the config says; found without memory, which a damaged config asks for too much of."""
     assert saved.prior is not None
-    context = None
+    context = quality = None
     if saved.prior.needs_quality:
-        context = QualityContext(resolve_quality(saved.prior.quality).channels)
+        quality = resolve_quality(saved.prior.quality)
+        context = QualityContext(quality.channels)
     problems = []
     for site in saved.prior_sites:
         with torch.device("meta"):
-            expected = build_prior(site, saved.prior, context).state_dict()
+            expected = build_prior(site, saved.prior, context, quality).state_dict()
         problems += _tensor_problems({f"{site.name}.{PRIOR_NAME}.{name}": t for name, t in expected.items()}, state)
     return problems
 

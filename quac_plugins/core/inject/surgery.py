@@ -311,7 +311,7 @@ def place_prior(
     context, attach = tap_for(model, config, quality, seen)
     device, dtype = _placement(model)
     with torch.device(device):
-        built = [build_prior(site, config, context).to(dtype=dtype) for site in sites]
+        built = [build_prior(site, config, context, quality).to(dtype=dtype) for site in sites]
     record = injection_of(model) or Injection()
     frozen, in_host = [], names_in_host(model)
     for name, parameter in model.named_parameters():
@@ -330,13 +330,17 @@ def place_prior(
     return model
 
 
-def build_prior(site: PriorSite, config: PriorConfig, context: QualityContext | None) -> nn.Module:
+def build_prior(
+    site: PriorSite, config: PriorConfig, context: QualityContext | None, quality: QualityFunction | None
+) -> nn.Module:
     """What a config puts in at a site."""
     channels = context.channels if context is not None else 0
     module: FDM | RoutedFDM
     if config.experts:
+        kinds = quality.kinds if quality is not None else ()
+        told = [config.experts.index(kind) + 1 if kind in config.experts else 0 for kind in kinds]
         module = RoutedFDM(
-            site, config.fdm, len(config.experts), channels, config.top_k, config.fdm_width, config.fdm_act
+            site, config.fdm, len(config.experts), channels, config.top_k, config.fdm_width, config.fdm_act, told
         )
         module.context = context
     else:

@@ -26,7 +26,9 @@ class PriorConfig(QualityOptions):
         fdm_act: activation inside: ``"relu"``, ``"gelu"``, … or one that QuAC drives, such as ``"qacon"``.
         experts: names of degradations, one FDM for each: a routed prior, whose gate reads q. Empty: a single FDM.
         top_k: how many experts an image is sent to (routed only).
-        quality: the quality function that the gate, or a driven activation inside, reads.
+        quality: the quality function that the gate, or a driven activation inside, reads. ``"degradation"`` tells the
+            15 corruptions of ImageNet-C apart by itself, so a gate over experts of these names needs no fit; with
+            another one the gate learns from the photographs of the fit alone, of which it needs many.
         mean, std, channel_order, quality_grad, quality_channels: as in :class:`quac_plugins.QuACConfig`.
         freeze: set ``requires_grad`` of the host's own parameters to False until the prior is removed.
 
@@ -44,7 +46,7 @@ class PriorConfig(QualityOptions):
     fdm_act: str = "relu"
     experts: list[str] = field(default_factory=list)
     top_k: int = 1
-    quality: str | Callable[[Tensor], Tensor] = "brisque_tone"
+    quality: str | Callable[[Tensor], Tensor] = "degradation"
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     channel_order: str = "rgb"

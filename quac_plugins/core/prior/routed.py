@@ -1,14 +1,16 @@
 """The routed prior: several FDMs and the identity under a gate that reads the image's quality.
 
-One adapter then serves all degradations: q tells which one to undo. With a gate g(q) = softmax(W₂ ReLU(W₁ q̂)) over
-[identity, expert 1, …, expert E] the features become x + Σ g_e · std · r_e(z). While it is fitted the sum is over all
-experts; afterwards only over the ``top_k`` most likely (their weights made to sum to one), each expert seeing the
-images that were sent to it, so that an image costs what ``top_k`` FDM cost. Graphs (``torch.compile``,
-``torch.export``, ``torch.jit.trace``) cannot look at the weights: they compute all experts, to the same result.
+One adapter then serves all degradations: q tells which one to undo. With a gate g(q) over [identity, expert 1, …,
+expert E] (probabilities that a quality function such as ``degradation`` gives, or softmax(W₂ ReLU(W₁ q̂)) of another)
+the features become x + Σ g_e · std · r_e(z). The sum is over the ``top_k`` most likely alone (their weights made to sum
+to one), each expert seeing the images that were sent to it, so that an image costs what ``top_k`` FDM cost. Graphs
+(``torch.compile``, ``torch.export``, ``torch.jit.trace``) cannot look at the weights: they compute all experts, to the
+same result.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,24 +26,34 @@ from quac_plugins.core.quality.context import QualityContext, QualityError
 
 _HIDDEN = 64
 _FARTHEST = 4.0  # deviations
+_ELSEWHERE = 0.1  # a degradation that no expert is for is less expected than those that experts are for
+_LEAST = 1e-7  # probability: the logarithm of a smaller one says nothing more
 IDENTITY = "identity"
 
 
 class Gate(nn.Module):
     """Which expert an image needs, from its quality features alone.
 
+    Where the quality function tells degradations apart itself, the choice is read from its probabilities: an expert
+    gets that of its own degradation; the identity gets that of clean pictures and those of degradations without an
+    expert, which are discounted, since the experts are for what the user expects. What a fit has learned is added.
+
     Args:
         quality_channels: Q.
         choices: 1 + E: the identity first.
+        told: the choice that each of q's first numbers is the probability of, that of clean pictures (0) first. Empty:
+            q is no such quality feature, and all must be learned.
 
     Attributes:
-        mean, std: (Q,) of q over the images that it was fitted on; 0 and 1 before.
+        mean, std: (Q,) of :meth:`features` over the images that the gate was fitted on; 0 and 1 before.
+        masses: (1 + E, K): how much of each of the K probabilities goes to each choice.
     """
 
     mean: Tensor
     std: Tensor
+    masses: Tensor
 
-    def __init__(self, quality_channels: int, choices: int):
+    def __init__(self, quality_channels: int, choices: int, told: Sequence[int] = ()):
         super().__init__()
         self.register_buffer("mean", torch.zeros(quality_channels))
         self.register_buffer("std", torch.ones(quality_channels))
@@ -49,18 +61,42 @@ class Gate(nn.Module):
         self.fc2 = nn.Linear(_HIDDEN, choices)
         nn.init.zeros_(self.fc2.weight)
         nn.init.zeros_(self.fc2.bias)
+        masses = torch.zeros(choices, len(told))
+        for kind, choice in enumerate(told):
+            masses[choice, kind] = _ELSEWHERE if kind and not choice else 1.0
+        unknown = [choice for choice in range(1, choices) if choice not in told]
+        masses[unknown] = masses[0] * (masses[0] < 1)  # which of the others it looks like must be learned
+        self.register_buffer("masses", masses, persistent=False)
 
     def forward(self, q: Tensor) -> Tensor:
         """Logits (B, 1 + E) of q (B, Q), at least float32 in a host of any dtype."""
         with full_precision(q):
-            return _linear(self.fc2, self.hidden(q))
+            learned = _linear(self.fc2, self.hidden(self.features(q)))
+            return learned + self.told(q) if self.masses.shape[1] else learned
 
-    def hidden(self, q: Tensor) -> Tensor:
-        """(B, 64) of q (B, Q): what the choice is read from."""
-        wide = torch.promote_types(self.mean.dtype, torch.float32)
+    def told(self, q: Tensor) -> Tensor:
+        """Logits (B, 1 + E) by the probabilities in q (B, Q) alone."""
+        wide = torch.promote_types(q.dtype, torch.float32)
+        masses = self.masses.to(wide)
+        return (q[:, : masses.shape[1]].to(wide) @ masses.T).clamp(min=_LEAST).log()
+
+    def features(self, q: Tensor) -> Tensor:
+        """(B, Q): q, with the logarithms of probabilities in their place."""
+        wide, kinds = torch.promote_types(self.mean.dtype, torch.float32), self.masses.shape[1]
+        q = q.to(wide)
+        return torch.cat([q[:, :kinds].clamp(min=_LEAST).log(), q[:, kinds:]], dim=1) if kinds else q
+
+    def hidden(self, features: Tensor) -> Tensor:
+        """(B, 64) of features (B, Q): what the learned part of the choice is read from."""
+        wide = features.dtype
         # far from all that was fitted on, no choice may grow without bounds
-        h = ((q.to(wide) - self.mean.to(wide)) / self.std.to(wide)).clamp(-_FARTHEST, _FARTHEST)
+        h = ((features - self.mean.to(wide)) / self.std.to(wide)).clamp(-_FARTHEST, _FARTHEST)
         return _linear(self.fc1, h).relu()
+
+    @property
+    def needs_fit(self) -> bool:
+        """Whether there is a choice that the quality function does not tell."""
+        return not self.masses.shape[1] or bool((self.masses[1:] < 1).all(dim=1).any())
 
     @property
     def is_fresh(self) -> bool:
@@ -85,6 +121,7 @@ class RoutedFDM(nn.Module):
         quality_channels: Q.
         top_k: how many experts an image is sent to.
         width, act: of the experts; their activation cannot be one that reads q (the gate does).
+        told: see :class:`Gate`.
 
     Attributes:
         soft: mix all experts instead of the best, so that all have gradients.
@@ -100,6 +137,7 @@ class RoutedFDM(nn.Module):
         top_k: int = 1,
         width: int | None = None,
         act: str = "relu",
+        told: Sequence[int] = (),
     ):
         super().__init__()
         self.site = site
@@ -108,7 +146,7 @@ class RoutedFDM(nn.Module):
         self.only: int | None = None
         self.context: QualityContext | None = None
         self.layer = site.name
-        self.gate = Gate(quality_channels, experts + 1)
+        self.gate = Gate(quality_channels, experts + 1, told)
         self.experts: Any = nn.ModuleList(resolve_fdm(fdm)(site, width, act) for _ in range(experts))  # of FDM
 
     def weights(self, x: Tensor) -> Tensor:

@@ -1,0 +1,98 @@
+"""Where the gate of a routed prior sends pictures: a table by degradation and severity, the identity included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_STARVED = 0.5
+_DISTURBED = 0.8
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """How many pictures of each degradation and severity a gate sent where.
+
+    Attributes:
+        choices: ``"identity"`` and the experts.
+        counts: degradation, or ``"clean"`` → severity, as a string → pictures sent to each choice.
+        held_out: the pictures are of images that were not fitted on.
+
+    Example:
+        >>> found = Confusion(["identity", "fog"], {"clean": {"0": [9, 1]}, "fog": {"1": [4, 1], "5": [0, 5]}})
+        >>> found.share("clean"), found.share("fog"), found.share("fog", "1"), found.starved
+        (0.9, 0.6, 0.2, [])
+        >>> print(found)
+        clean: 90 % left alone, 10 % taken for fog
+        fog: 60 % to its expert (severity 1: 20, 5: 100), 40 % left alone
+    """
+
+    choices: list[str]
+    counts: dict[str, dict[str, list[int]]]
+    held_out: bool = True
+
+    def share(self, kind: str, severity: str | None = None, choice: str | None = None) -> float:
+        """Share of the pictures of a degradation that go to a choice, by default to its own."""
+        rows = [row for level, row in self.counts[kind].items() if severity in (None, level)]
+        index = self.choices.index(choice or self._own(kind))
+        return sum(row[index] for row in rows) / max(1, sum(map(sum, rows)))
+
+    def _own(self, kind: str) -> str:
+        return kind if kind in self.choices else self.choices[0]
+
+    @property
+    def starved(self) -> list[str]:
+        """Degradations of whose pictures fewer than half reach their expert."""
+        return [kind for kind in self.counts if kind in self.choices and self.share(kind) < _STARVED]
+
+    def taken_for(self, kind: str) -> tuple[str, float]:
+        """The choice that gets most of a degradation's other pictures, and its share."""
+        others = {c: self.share(kind, choice=c) for c in self.choices if c != self._own(kind)}
+        return max(others.items(), key=lambda item: item[1])
+
+    def rows(self) -> Iterator[tuple[str, str, list[int]]]:
+        """Degradation, severity and counts, line by line."""
+        for kind, levels in self.counts.items():
+            for level, row in levels.items():
+                yield kind, level, row
+
+    def warnings(self) -> list[str]:
+        """What is wrong with the gate, and what to do: a sentence or two for each fault."""
+        found = []
+        for kind in self.starved:
+            choice, share = self.taken_for(kind)
+            where = "are left alone" if choice == self.choices[0] else f"go to the expert for {choice}"
+            found.append(
+                f"the gate sends only {_percent(self.share(kind))} of the held-out pictures of {kind} to their expert; "
+                f"{_percent(share)} {where}. For such pictures this adapter does little. Fit on more photographs, or "
+                "leave out one of two degradations that look alike; if all your pictures are degraded so, fit a prior "
+                f"for this one alone (corruptions={kind!r} without experts, or --single on the command line)"
+            )
+        for kind in self.counts:
+            if kind not in self.choices and self.share(kind) < _DISTURBED:
+                choice, share = self.taken_for(kind)
+                found.append(
+                    f"the gate leaves only {_percent(self.share(kind))} of the held-out clean pictures alone; "
+                    f"{_percent(share)} go to the expert for {choice}. Fit on more photographs that are as your good "
+                    f"pictures are (size, compression), or leave {choice} out"
+                )
+        return found
+
+    def __str__(self) -> str:
+        """A line for each degradation."""
+        lines = []
+        for kind, levels in self.counts.items():
+            where = "to its expert" if kind in self.choices else "left alone"
+            text = f"{kind}: {_percent(self.share(kind))} {where}"
+            if len(levels) > 1:
+                shares = [f"{level}: {100 * self.share(kind, level):.0f}" for level in levels]
+                text += f" (severity {', '.join(shares)})"
+            choice, share = self.taken_for(kind)
+            if share:
+                text += f", {_percent(share)} " + ("left alone" if choice == self.choices[0] else f"taken for {choice}")
+            lines.append(text)
+        return "\n".join(lines)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
