@@ -11,7 +11,9 @@ import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial, wraps
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -23,12 +25,14 @@ from quac_plugins.core.inject import PriorConfig, QuACConfig, inject, injection_
 from quac_plugins.core.inject.fingerprint import base_name
 from quac_plugins.core.inject.surgery import WidthSwitch
 from quac_plugins.core.names import unknown
+from quac_plugins.core.options import check_foreign
 from quac_plugins.core.prior.fdm import FDMS
 from quac_plugins.core.prior.routed import RoutedFDM
 from quac_plugins.core.quality.tap import QualityTap
 from quac_plugins.hub.fetch import MODEL_FILES, fetch, is_network
 from quac_plugins.hub.load import load_adapter
 from quac_plugins.hub.published import Published, find_published, pretrained_cfg_of
+from quac_plugins.hub.verify import no_larger_than, refuse_pickles
 from quac_plugins.registry import Entry, published
 
 SUFFIXES = ("_qacon", "_ddp", "_qacon_ddp")
@@ -91,6 +95,7 @@ def create_quac(
     """
     source = _field(pretrained_cfg, "source")
     whole = source in ("hf-hub", "local-dir")  # a model that was saved with QuAC inside
+    file = _whole_file(pretrained_cfg, pretrained, kwargs, cache_dir) if whole else None
     found = _published(base, suffix, pretrained_cfg) if not whole else None
     if found is not None:
         pretrained_cfg = found.host_cfg(pretrained_cfg)
@@ -107,14 +112,15 @@ def create_quac(
             k: v for k, v in pretrained_model_args.items() if k not in (*OPTIONS, *PRIOR_OPTIONS)
         }
     try:
-        model = timm.create_model(
-            base,
-            pretrained=pretrained and not own,
-            pretrained_cfg=pretrained_cfg,
-            pretrained_cfg_overlay=pretrained_cfg_overlay,
-            cache_dir=cache_dir,
-            **kwargs,
-        )
+        with no_larger_than([Path(file)]) if file is not None else nullcontext():
+            model = timm.create_model(
+                base,
+                pretrained=pretrained and not own,
+                pretrained_cfg=pretrained_cfg,
+                pretrained_cfg_overlay=pretrained_cfg_overlay,
+                cache_dir=cache_dir,
+                **kwargs,
+            )
     except Exception as error:
         if pretrained and not whole and _is_network(error):
             raise RuntimeError(_not_found(base, suffix, pretrained_cfg)) from error
@@ -128,8 +134,8 @@ def create_quac(
         assert found is not None
         load_adapter(model, found.folder())
     _describe(model, base + suffix)
-    if pretrained and whole:
-        _load_whole(model, _file_of(model.pretrained_cfg), kwargs, cache_dir)
+    if pretrained and file is not None:
+        _load_whole(model, file, kwargs, cache_dir)
     elif pretrained and found is not None and not adapter:
         _load_whole(model, str(found.folder() / MODEL_FILES[-1]), kwargs, cache_dir)
     return model
@@ -144,27 +150,43 @@ def _no_option(base: str, suffix: str, option: str) -> str:
     return str(unknown(f"{base}{suffix} takes no", option, dict.fromkeys([*own, "quality"])))
 
 
-def _load_whole(model: nn.Module, file: str | None, kwargs: dict[str, Any], cache_dir: Any) -> None:
-    """Weights of a network that was saved with QuAC inside; from its own source without a file."""
+def _load_whole(model: nn.Module, file: str, kwargs: dict[str, Any], cache_dir: Any) -> None:
+    """Weights of a network that was saved with QuAC inside, from a safetensors file and from nowhere else."""
     cfg: Any = model.pretrained_cfg
-    if file is not None:
-        cfg = {**cfg, "file": file, "source": None}
+    elsewhere = {"url": "", "hf_hub_id": None, "hf_hub_filename": None, "state_dict": None, "custom_load": False}
     load_pretrained(
         model,
-        pretrained_cfg=cfg,
+        pretrained_cfg={**cfg, **elsewhere, "file": file, "source": None},
         num_classes=getattr(model, "num_classes", 0),
         in_chans=kwargs.get("in_chans", (_field(cfg, "input_size") or (3,))[0]),
         cache_dir=cache_dir,
     )
 
 
-def _file_of(cfg: Any) -> str | None:
-    """The verified weights of a repository on the Hub; timm itself would also open a pickle."""
-    repo, _, revision = (_field(cfg, "hf_hub_id") or "").partition("@")
-    if _field(cfg, "source") != "hf-hub" or not repo:
+def _whole_file(cfg: Any, pretrained: bool, kwargs: dict[str, Any], cache_dir: Any) -> str | None:
+    """The weights of a model that was saved whole, its files verified, and its config not trusted.
+
+    timm itself would also open a pickle, and take from the config where the weights are.
+
+    Raises:
+        ValueError: the config asks for what nobody else's may; there are no safetensors; a file is damaged.
+    """
+    check_foreign(kwargs)
+    if "checkpoint_path" in kwargs:
+        raise ValueError("the model's config names a checkpoint_path, a file of this machine, which it may not open")
+    wanted = MODEL_FILES if pretrained else MODEL_FILES[:1]
+    if _field(cfg, "source") == "hf-hub":
+        repo, _, revision = (_field(cfg, "hf_hub_id") or "").partition("@")
+        folder = fetch(repo, revision or None, files=wanted, cache_dir=cache_dir)
+    else:
+        folder = Path(_field(cfg, "file") or "")
+    if not pretrained:
         return None
-    weights = _field(cfg, "hf_hub_filename") or MODEL_FILES[-1]
-    return str(fetch(repo, revision or None, files=(MODEL_FILES[0], weights)) / weights)
+    file = folder / MODEL_FILES[-1]
+    if not file.is_file():
+        refuse_pickles((path.name for path in folder.iterdir()), str(folder), file.name)
+        raise FileNotFoundError(f"{folder} holds no {file.name}")
+    return str(file)
 
 
 def _configs_of(suffix: str, kwargs: dict[str, Any]) -> tuple[list[QuACConfig | PriorConfig], bool]:
@@ -199,9 +221,9 @@ def _describe(model: nn.Module, name: str) -> None:
     assert record is not None
     options: dict[str, Any] = {}
     if record.prior is not None:
-        options = {k: v for k, v in record.prior.config.to_dict().items() if k in (*PRIOR_OPTIONS, "quality")}
+        options = {k: v for k, v in record.options_to_save(prior=True).items() if k in (*PRIOR_OPTIONS, "quality")}
     if record.config is not None:
-        quac = {key: value for key, value in record.config.to_dict().items() if key in OPTIONS}
+        quac = {key: value for key, value in record.options_to_save().items() if key in OPTIONS}
         if "quality" in options and options["quality"] != quac["quality"]:
             del options["quality"], quac["quality"]  # each its own default; one name given to both is written
         options |= quac

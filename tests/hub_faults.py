@@ -83,6 +83,7 @@ class Faults:
         self.lock = threading.RLock()
         self._faults: list[Fault] = []
         self._replaced: dict[tuple[str, str], tuple[bytes, bool]] = {}
+        self._etags: list[tuple[re.Pattern, str | None]] = []
 
     def fail(self, method="GET", path="", status=500, times=1, headers=None, message="Internal Error", done=False):
         """Answer the next `times` requests (None: all) with this status. The method "*" is every method.
@@ -108,11 +109,22 @@ class Faults:
         with self.lock:
             self._replaced[repo, file] = (data, keep_etag)
 
+    def tag(self, path, form):
+        """Give the files of a path an etag of another form, in which {} stands for the right one; None: give none."""
+        with self.lock:
+            self._etags.append((re.compile(path), form))
+
+    def etag_of(self, path, header, etag):
+        """The header of a file's etag."""
+        form = next((form for pattern, form in self._etags if pattern.search(path)), '"{}"')
+        return {} if form is None else {header: form.format(etag)}
+
     def heal(self):
         """Do everything right again."""
         with self.lock:
             self._faults.clear()
             self._replaced.clear()
+            self._etags.clear()
 
     def _add(self, fault):
         with self.lock:

@@ -441,9 +441,13 @@ class HubServer(Faults):
             raise Refused(404, "Entry not found", "EntryNotFound", headers)
         file, data = self._stored(repo, path, commit)
         if not file.lfs:
-            headers |= {"ETag": f'"{file.etag}"', "Content-Type": "text/plain; charset=utf-8"}
+            headers |= {**self.etag_of(path, "ETag", file.etag), "Content-Type": "text/plain; charset=utf-8"}
             return Reply(file.data if call.head else data, headers=headers, is_file=True)
-        headers |= {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(file.size), "Accept-Ranges": "bytes"}
+        headers |= {
+            **self.etag_of(path, "X-Linked-Etag", file.etag),
+            "X-Linked-Size": str(file.size),
+            "Accept-Ranges": "bytes",
+        }
         headers["Location"] = f"{self.cdn}/cdn/{repo}/{commit.sha}/{quote(path)}"
         return Reply(f"Found. Redirecting to {headers['Location']}".encode(), 302, headers)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -63,11 +63,49 @@ def without_path(quality: str) -> str:
     """``contrique:/some/file`` as ``contrique``: files of one machine are neither saved nor opened for another's sake.
 
     Example:
-        >>> without_path("contrique:/some/file"), without_path("pyiqa:piqe")
-        ('contrique', 'pyiqa:piqe')
+        >>> without_path("contrique:/some/file"), without_path("contrique:file"), without_path("pyiqa:piqe")
+        ('contrique', 'contrique', 'pyiqa:piqe')
     """
     prefix, _, argument = quality.partition(":")
-    return prefix if any(mark in argument for mark in "/\\") else quality
+    return prefix if prefix == "contrique" or any(mark in argument for mark in "/\\") else quality
+
+
+def check_foreign(options: Any) -> None:
+    """Refuse what the config of somebody else's file may not ask for: it can name, and neither compute nor open.
+
+    Raises:
+        ValueError: a regular expression, which may take for ever; a file of this machine; a number that no network has
+            of anything; or no options at all.
+    """
+    if not isinstance(options, Mapping):
+        raise ValueError(f"must be options by name, got {type(options).__name__}")
+    for key, value in options.items():
+        if (largest := _largest(value)) > _MOST:
+            raise ValueError(f"{key}: {largest} is more than any network has of anything (at most {_MOST})")
+    for key in ("where", "site"):
+        value = options.get(key)
+        for pattern in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(pattern, str) and pattern.startswith("re:"):
+                raise ValueError(
+                    f"{key}={pattern[:80]!r} is a regular expression, and those of a saved config are not run, since "
+                    f"one may take for ever; give names or globs: {key}='layer1.*'"
+                )
+    quality = options.get("quality")
+    if isinstance(quality, str) and without_path(quality) != quality:
+        raise ValueError(
+            f"quality={quality[:80]!r} names a file of this machine, which a saved config may not open; a checkpoint "
+            "of CONTRIQUE is given in the environment variable QUAC_CONTRIQUE"
+        )
+
+
+_MOST = 1 << 20
+
+
+def _largest(value: Any) -> int:
+    """The largest whole number in a value of a JSON file."""
+    if isinstance(value, (list, tuple, Mapping)):
+        return max(map(_largest, value.values() if isinstance(value, Mapping) else value), default=0)
+    return abs(value) if isinstance(value, int) else 0
 
 
 class QualityOptions:

@@ -104,7 +104,7 @@ def _expand(network: Any) -> None:
         if tap.given == "error":
             tap.given = _ORDER
     record.config = replace(record.config, expand_q=_ORDER)
-    network.register_to_config(quac=record.config.to_dict())
+    network.register_to_config(quac=record.options_to_save())
 
 
 def _network(pipe: Any) -> Any:

@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 from quac_plugins.core.inject import QuACConfig, inject, injection_of
 from quac_plugins.core.inject.example import Example
-from quac_plugins.core.options import named, one_of
+from quac_plugins.core.options import check_foreign, named, one_of
 from quac_plugins.core.quality.context import quality_of
 from quac_plugins.diffusers.blocks import with_activations, without_activations
 from quac_plugins.diffusers.examples import example_of
 from quac_plugins.hub.load import load_adapter
+from quac_plugins.hub.networks import verified_network, weights_in
+from quac_plugins.hub.verify import no_larger_than
 
 PREFIX = "QuAC"
 _DEFAULTS = {"norm": "layer"}  # batches are small, and one image must train
@@ -100,17 +102,27 @@ class QuACMixin:
             quac: options for a network that was saved without QuAC; for one that was saved with a quality function of
                 the user's own, ``{"quality": the function}``.
             **kwargs: of ``ModelMixin.from_pretrained``: ``subfolder``, ``variant``, ``torch_dtype``, ``revision``, …
+                Only safetensors are read.
 
         Raises:
-            ValueError: ``quac`` for a network that holds QuAC already; or weights of what was put in are missing.
+            FileNotFoundError, PermissionError, ConnectionError: see :func:`quac_plugins.hub.fetch.fetch`.
+            ValueError: ``quac`` for a network that holds QuAC already; weights of what was put in are missing; a file
+                is not what the Hub says; or the config asks for what no config of somebody else's may ask for.
         """
+        pretrained_model_name_or_path, kwargs = verified_network(pretrained_model_name_or_path, kwargs)
         loading = {key: value for key, value in kwargs.items() if key in _LOADING}
         config: Any = cls.load_config(pretrained_model_name_or_path, **loading)  # type: ignore[attr-defined]
+        with named(str(pretrained_model_name_or_path)):
+            check_foreign(config)
+        weights = weights_in(pretrained_model_name_or_path, kwargs)
         if "quac" not in config:
             host: Any = cls.host_class
-            loaded = host.from_pretrained(pretrained_model_name_or_path, **kwargs)
+            with no_larger_than(weights):
+                loaded = host.from_pretrained(pretrained_model_name_or_path, **kwargs)
             cls.from_host(loaded[0] if isinstance(loaded, tuple) else loaded, quac)
             return loaded
+        with named(f"{pretrained_model_name_or_path}: quac"):
+            check_foreign(config["quac"])
         own = str(config["quac"].get("quality")).startswith("callable:")
         if own and isinstance(quac, Mapping) and list(quac) == ["quality"]:
             kwargs["quac"] = {**config["quac"], **quac}
@@ -118,7 +130,8 @@ class QuACMixin:
             raise ValueError(
                 f"{pretrained_model_name_or_path} was saved with QuAC inside ({config['quac']}); load it without quac="
             )
-        loaded = _aligned(super().from_pretrained(pretrained_model_name_or_path, **kwargs))  # type: ignore[misc]
+        with no_larger_than(weights):
+            loaded = _aligned(super().from_pretrained(pretrained_model_name_or_path, **kwargs))  # type: ignore[misc]
         model: nn.Module = loaded[0] if isinstance(loaded, tuple) else loaded
         absent = [name for name, parameter in model.named_parameters() if parameter.is_meta]
         if absent and kwargs.get("device_map") is None:
@@ -163,7 +176,7 @@ def _write_config(model: Any) -> None:
     record = injection_of(model)
     assert record is not None
     assert record.config is not None
-    model.register_to_config(quac=record.config.to_dict())
+    model.register_to_config(quac=record.options_to_save())
 
 
 def _be_host(model: Any) -> None:

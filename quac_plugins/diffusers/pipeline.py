@@ -35,6 +35,7 @@ from quac_plugins.diffusers.images import OUTPUTS, Picture, give_back, pictures_
 from quac_plugins.diffusers.models import QuACUNet2DModel
 from quac_plugins.diffusers.schedule import check_scheduler, schedule_of
 from quac_plugins.diffusers.tiles import tiled
+from quac_plugins.hub.networks import verified_pipeline
 from quac_plugins.hub.published import find_published
 from quac_plugins.registry import is_published_name, published
 
@@ -92,8 +93,9 @@ class QuACRestorationPipeline(DiffusionPipeline):
             **kwargs: of ``DiffusionPipeline.from_pretrained``.
 
         Raises:
-            FileNotFoundError: nothing is published under that name.
-            ValueError: the weights are not those that were published.
+            FileNotFoundError, PermissionError, ConnectionError: nothing is published under that name, or the Hub
+                refused it.
+            ValueError: a file is not the one that was published, no safetensors, or of another pipeline.
             OSError: diffusers finds no pipeline there.
 
         Example:
@@ -101,7 +103,8 @@ class QuACRestorationPipeline(DiffusionPipeline):
             >>> pipe.unet.config.quac["activation"]
             'qacon'
         """
-        return super().from_pretrained(_located(pretrained_model_name_or_path), **kwargs)
+        folder, kwargs = verified_pipeline(_located(pretrained_model_name_or_path), _PARTS, kwargs)
+        return super().from_pretrained(folder, **kwargs)
 
     @property
     def interrupt(self) -> bool:
@@ -253,6 +256,12 @@ QuACRestorationPipeline.__init__.__annotations__.update(
     scheduler=FlowMatchEulerDiscreteScheduler,
     start_noise=float,
 )
+
+
+_PARTS = {
+    "unet": {"quac_plugins.diffusers.models.QuACUNet2DModel", "diffusers.UNet2DModel"},
+    "scheduler": {"diffusers.FlowMatchEulerDiscreteScheduler"},
+}
 
 
 def _check_network(unet: Any) -> None:

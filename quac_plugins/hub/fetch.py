@@ -33,6 +33,7 @@ def fetch(
     size: int | None = None,
     force: bool = False,
     token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
 ) -> Path:
     """Fetch files of one commit of a repository; interrupted downloads go on, what the cache has is not sent again.
 
@@ -44,6 +45,7 @@ def fetch(
         sha256, size: of the weights, where they are known beforehand.
         force: fetch again what the cache has.
         token: as everywhere on the Hub: None is the one of ``hf auth login`` or ``HF_TOKEN``.
+        cache_dir: in the place of ``HF_HUB_CACHE``.
 
     Returns:
         The folder of the commit in the cache.
@@ -53,15 +55,15 @@ def fetch(
             be reached; the message says which.
         PermissionError: the repository is gated.
         ConnectionError: the Hub answered with an error.
-        ValueError: the name is not one of a repository, a file is not what the Hub or the caller says, or the weights
-            are a pickle.
+        ValueError: the name is not one of a repository, a file is not what the Hub or the caller says, the Hub says
+            of a file no hash to compare it with, or the weights are a pickle.
     """
     from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 
     commit, folder = revision, Path()
     for name in (*files, *optional):
         try:
-            path = _verified(repo_id, name, commit, force, token)
+            path = _verified(repo_id, name, commit, force, token, cache_dir)
         except LocalEntryNotFoundError as error:
             if name in optional:
                 continue
@@ -123,22 +125,31 @@ class _NotAnAdapter(FileNotFoundError):
     """The repository holds a whole model."""
 
 
-def _verified(repo_id: str, name: str, revision: str | None, force: bool, token: str | bool | None) -> Path:
+def _verified(
+    repo_id: str, name: str, revision: str | None, force: bool, token: str | bool | None, cache_dir: str | Path | None
+) -> Path:
     """The cache's file, with the bytes that the Hub has; huggingface_hub looks at their number alone."""
-    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    cache = Path(cache_dir or constants.HF_HUB_CACHE)
 
     def download(again: bool) -> Path:
-        options: Any = {"revision": revision, "force_download": again, "token": token}
-        with _one_at_a_time(repo_id, name), disk_errors(Path(constants.HF_HUB_CACHE)):
+        options: Any = {"revision": revision, "force_download": again, "token": token, "cache_dir": cache}
+        with _one_at_a_time(repo_id, name, cache), disk_errors(cache):
             return Path(hf_hub_download(repo_id, name, library_name="quac-plugins", **options))
+
+    def told() -> str | None:
+        if constants.HF_HUB_OFFLINE:
+            return None
+        return get_hf_file_metadata(hf_hub_url(repo_id, name, revision=revision), token=token).etag
 
     path = download(force)
     try:
-        check_cached(path)
+        check_cached(path, told)
     except ValueError:
         if force or constants.HF_HUB_OFFLINE:
             raise
-        check_cached(path := download(True))  # it may have been damaged here, and not where it comes from
+        check_cached(path := download(True), told)  # it may have been damaged here, and not where it comes from
     return path
 
 
@@ -147,7 +158,7 @@ _PATIENCE = 30
 
 
 @contextlib.contextmanager
-def _one_at_a_time(repo_id: str, name: str) -> Iterator[None]:
+def _one_at_a_time(repo_id: str, name: str, cache: Path) -> Iterator[None]:
     """Let the others that want the same file wait.
 
     Of two that fetch a file at once, huggingface_hub 0.23 lets the second take away the link that the first one was
@@ -159,7 +170,7 @@ def _one_at_a_time(repo_id: str, name: str) -> Iterator[None]:
     if constants.HF_HUB_OFFLINE:
         yield
         return
-    path = Path(constants.HF_HUB_CACHE) / ".locks" / f"quac-plugins--{repo_id}--{name}.lock".replace("/", "--")
+    path = cache / ".locks" / f"quac-plugins--{repo_id}--{name}.lock".replace("/", "--")
     with contextlib.ExitStack() as held:
         # without, in a cache that may only be read or where nothing can be locked, and if the other takes too long
         with contextlib.suppress(OSError, NotImplementedError):
@@ -178,7 +189,9 @@ def _incomplete(repo_id: str, revision: str | None, name: str, token: str | bool
         return _explained(error, repo_id, revision)
     where = f"the Hub repository {repo_id!r} (revision {revision or 'main'})"
     try:
-        refuse_pickles(names, where, WEIGHTS_NAME if name in ADAPTER_FILES else MODEL_FILES[-1])
+        refuse_pickles(
+            names, where, WEIGHTS_NAME if name in ADAPTER_FILES else MODEL_FILES[-1] if name in MODEL_FILES else name
+        )
     except ValueError as error:
         return error
     if set(MODEL_FILES) <= set(names):

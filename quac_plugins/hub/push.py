@@ -166,6 +166,9 @@ def _stage(model: nn.Module | str | Path, folder: Path, whole: bool | None) -> N
                     f"whole=True needs a model of timm, got {type(model).__name__}; leave it out to send the adapter"
                 )
             check_savable({"": model}, dict(model.named_parameters()))
+            record = injection_of(model)
+            if record is not None and record.changed is not None:
+                record.changed(model)  # timm has noted the arguments as they were given, with regular expressions
             packing = model.register_state_dict_post_hook(_pack)
             try:
                 save_for_hf(model, str(folder), safe_serialization=True)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
 _SHA1, _SHA256 = re.compile(r"[0-9a-f]{40}\Z"), re.compile(r"[0-9a-f]{64}\Z")
@@ -28,27 +35,35 @@ def check_file(path: Path, sha256: str | None = None, size: int | None = None, s
         raise ValueError(f"{path} has the SHA-256 {found}, but {said_by} says {sha256}; {_AGAIN}")
 
 
-def check_cached(path: Path) -> None:
-    """Refuse a file of the Hub's cache that is not what the Hub said it sent.
+def check_cached(path: Path, told: Callable[[], str | None] = lambda: None) -> None:
+    """Refuse a file of the Hub's cache that is not what the Hub said it sent, or of which it said nothing.
 
     The cache names every file by the hash that the Hub gave: SHA-256 for large files, git's for small ones. Caches
-    without links (Windows) keep no such names, and there nothing can be checked.
+    without links (Windows) keep no such names.
+
+    Args:
+        path: in the cache.
+        told: asks the Hub for the hash, where the cache keeps none; None: it cannot be asked.
 
     Raises:
-        ValueError: the bytes have another hash.
+        ValueError: the bytes have another hash, or there is none to compare them with.
     """
     blob = path.resolve()
-    if blob.parent.name != "blobs":
-        return
-    if _SHA256.match(blob.name):
+    said = blob.name if blob.parent.name == "blobs" else told()
+    if said is not None and _SHA256.match(said):
         found = sha256_of(blob)
-    elif _SHA1.match(blob.name):
+    elif said is not None and _SHA1.match(said):
         found = _digest(hashlib.sha1(f"blob {blob.stat().st_size}\0".encode(), usedforsecurity=False), blob)
     else:
-        return
-    if found != blob.name:
+        what = "no hash of it is known" if said is None else f"{said!r} is neither a SHA-256 nor git's hash"
         raise ValueError(
-            f"{path} is damaged: its hash is {found}, and the Hub said {blob.name}; {_AGAIN} "
+            f"{path} cannot be compared with what the Hub has, since {what} (the Hub sends it as ETag; a mirror, or no "
+            "network with a cache that has no links, may not). So it is not read. Download the files by hand from "
+            "where you trust them, and give their folder"
+        )
+    if found != said:
+        raise ValueError(
+            f"{path} is damaged: its hash is {found}, and the Hub said {said}; {_AGAIN} "
             "(quac pull … --force, or force=True)"
         )
 
@@ -64,6 +79,45 @@ def refuse_pickles(names: Iterable[str], where: str, wanted: str) -> None:
         )
 
 
+@contextlib.contextmanager
+def no_larger_than(files: Iterable[Path]) -> Iterator[None]:
+    """Let nobody build a network that is much larger than its weights, whatever sizes its config gives.
+
+    Args:
+        files: safetensors with the weights.
+
+    Raises:
+        ValueError: a parameter more than the files can hold was made; or a file is damaged.
+    """
+    files, mine = list(files), threading.get_ident()
+    most = sum(path.stat().st_size for path in files) + _SLACK  # a number has a byte at least
+    tensors = 1000
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors += 2 * len(file.keys())  # parts may be made and replaced
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+    made = [0, 0]
+
+    def count(module: nn.Module, name: str, parameter: Any) -> None:
+        if parameter is None or threading.get_ident() != mine:
+            return
+        made[0], made[1] = made[0] + 1, made[1] + parameter.numel()
+        if made[0] > tensors or made[1] > most:
+            raise ValueError(
+                f"the config asks for a network far larger than its weights ({', '.join(path.name for path in files)}, "
+                f"{most - _SLACK} bytes); it is not built"
+            )
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+_SLACK = 1 << 23  # numbers beside those in the files, as of a classifier of the user's
 _AGAIN = "it was changed or cut off on its way: fetch it again"
 
 

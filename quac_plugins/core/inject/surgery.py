@@ -111,6 +111,17 @@ class Injection:
     removed: Callable[[nn.Module], None] | None = None
     kept: dict[str, Callable[[], None]] = field(default_factory=dict)
 
+    def options_to_save(self, prior: bool = False) -> dict[str, Any]:
+        """The options of the activations, or of the prior, for a file: names in the place of regular expressions."""
+        held = self.prior if prior else self
+        assert held is not None
+        assert held.config is not None
+        options = held.config.to_dict()
+        key = "site" if prior else "where"
+        if any(pattern.startswith("re:") for pattern in held.config.patterns):
+            options[key] = [site.name for site in held.sites]
+        return options
+
     def prefixes(self) -> tuple[str, ...]:
         """What the names of tensors that were put in begin with, activations before the prior."""
         return tuple(f"{name}." for name in sorted(self.inside, key=lambda name: name.endswith(f".{PRIOR_NAME}")))

@@ -1,0 +1,122 @@
+"""Networks and pipelines of diffusers from the Hub: verified files, safetensors alone, before diffusers sees one."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from quac_plugins.files import read_json
+from quac_plugins.hub.fetch import fetch
+from quac_plugins.hub.verify import refuse_pickles
+
+_WEIGHTS = "diffusion_pytorch_model"
+_SHARD = re.compile(r"[\w][\w.-]*\.safetensors\Z")
+_FETCHING = {"revision": "revision", "token": "token", "force_download": "force", "cache_dir": "cache_dir"}
+_NOT_NEEDED = ("local_files_only", "proxies", "resume_download")  # a folder has it all
+_LIMIT = 64 << 20  # bytes of the list of a large network's shards
+
+
+def verified_network(source: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Where ``from_pretrained`` of a network shall read, and with which options: a folder, and safetensors alone.
+
+    Args:
+        source: a folder, or ``"org/name"`` of the Hub.
+        options: of ``from_pretrained``: ``subfolder``, ``variant``, ``revision``, …
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError: see :func:`quac_plugins.hub.fetch.fetch`.
+        ValueError: a file is not what the Hub says, or there are no safetensors.
+    """
+    kept = safe(options)
+    if os.path.isdir(source):
+        return source, kept
+    folder = fetch_network(str(source), kept.get("subfolder"), kept.get("variant"), **fetching(kept))
+    return str(folder), kept
+
+
+def verified_pipeline(
+    source: str, parts: Mapping[str, set[str]], options: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """Likewise of a pipeline: only such parts as it is made of, whatever its ``model_index.json`` names.
+
+    Args:
+        source: a folder, or ``"org/name"`` of the Hub.
+        parts: name of a part → what it may be, ``"library.Class"``; a scheduler, or a network.
+        options: of ``from_pretrained``; a part that is given among them is not fetched.
+
+    Raises:
+        FileNotFoundError, PermissionError, ConnectionError, ValueError: as of :func:`verified_network`; and of a part
+            that is another.
+    """
+    kept, folder, index = safe(options), Path(source), "model_index.json"
+    if not folder.is_dir():
+        loading = fetching(kept)
+        folder = fetch(source, files=(index,), **loading)
+        loading["revision"] = folder.name
+        for name in parts:
+            if name == "scheduler" and name not in kept:
+                fetch(source, files=(index, "scheduler/scheduler_config.json"), **loading)
+            elif name not in kept:
+                fetch_network(source, name, kept.get("variant"), **loading)
+    if (folder / index).is_file():  # else diffusers says what is missing
+        found = read_json(folder / index)
+        for name, known in parts.items():
+            told = found.get(name) if isinstance(found, dict) else None
+            named = ".".join(map(str, told)) if isinstance(told, list) else told
+            if named not in known:
+                raise ValueError(
+                    f"{folder / index} names {named!r} as {name}, which this pipeline is not made of; it takes "
+                    f"{' or '.join(sorted(known))}"
+                )
+    return str(folder), kept
+
+
+def fetch_network(repo_id: str, subfolder: str | None, variant: str | None, **options: Any) -> Path:
+    """The folder of a commit with one network in it, verified; its weights may be in several files."""
+    inside, middle = f"{subfolder}/" if subfolder else "", f".{variant}" if variant else ""
+    config, weights = f"{inside}config.json", f"{inside}{_WEIGHTS}{middle}.safetensors"
+    index = f"{inside}{_WEIGHTS}.safetensors.index{middle}.json"
+    folder = fetch(repo_id, files=(config,), optional=(weights, index), **options)
+    commit = {**options, "revision": folder.name}
+    if not (folder / index).is_file():
+        return fetch(repo_id, files=(config, weights), **commit)  # or the error that says what is there
+    found = read_json(folder / index, _LIMIT)
+    shards = found.get("weight_map") if isinstance(found, dict) else None
+    names = set(shards.values()) if isinstance(shards, dict) else set()
+    if not names or not all(isinstance(name, str) and _SHARD.match(name) for name in names):
+        raise ValueError(f"{folder / index} is no list of the files of a network's weights")
+    return fetch(repo_id, files=(config, *(f"{inside}{name}" for name in sorted(names))), **commit)
+
+
+def weights_in(folder: Any, options: Mapping[str, Any]) -> list[Path]:
+    """The safetensors of a network in a folder, at least one.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: there are none, but a pickle.
+    """
+    inside = Path(folder) / (options.get("subfolder") or "")
+    found = sorted(inside.glob("*.safetensors"))
+    if not found:
+        wanted = f"{_WEIGHTS}.safetensors"
+        refuse_pickles((path.name for path in inside.glob("*")), str(inside), wanted)
+        raise FileNotFoundError(f"{inside} holds no {wanted}")
+    return found
+
+
+def safe(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of ``from_pretrained`` with which diffusers opens no pickle."""
+    if options.get("use_safetensors") is False:
+        raise ValueError("use_safetensors=False would open a pickle, which can run any code: only safetensors are read")
+    return {**options, "use_safetensors": True}
+
+
+def fetching(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of a download out of those of ``from_pretrained``, as :func:`fetch` calls them."""
+    found = {ours: options.pop(theirs) for theirs, ours in _FETCHING.items() if theirs in options}
+    for name in _NOT_NEEDED:
+        options.pop(name, None)
+    return {name: value for name, value in found.items() if value is not None}

@@ -1,0 +1,252 @@
+"""What a repository says can be refused, and no more: it opens nothing, hangs nothing, and is compared before use."""
+
+import json
+import time
+
+import pytest
+import timm
+import torch
+from huggingface_hub import file_download
+from safetensors.torch import save
+
+import quac_plugins as quac
+from quac_plugins.core.inject.saved import CONFIG_NAME, WEIGHTS_NAME
+from quac_plugins.hub.fetch import fetch
+
+REPO, WHOLE = "me/adapter", "me/whole"
+CATASTROPHE = "re:(([a-z0-9._])+)+!"
+
+
+def host():
+    torch.manual_seed(0)
+    return timm.create_model("test_resnet", num_classes=5).eval()
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """The files of an adapter with both activations and a prior."""
+    torch.manual_seed(0)
+    model = quac.inject(host(), quac.QuACConfig(where="all", norm="layer"))
+    folder = quac.save_adapter(quac.inject(model, quac.PriorConfig(site="auto")), tmp_path_factory.mktemp("a"))
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The files of a whole model."""
+    model = timm.create_model("test_resnet_qacon", num_classes=3)
+    folder = tmp_path_factory.mktemp("w")
+    quac.push(model, WHOLE, whole=True, dry_run=folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def changed(files, name, **values):
+    """The files with another config: dotted names lead into it."""
+    config = json.loads(files[name])
+    for path, value in values.items():
+        *parents, last = path.split("__")
+        place = config
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    return {**files, name: json.dumps(config).encode()}
+
+
+# -- compared with the hash that the Hub gives
+
+
+@pytest.mark.parametrize("form", ['W/"{}"', "{}", '"{}"'])
+def test_a_hash_in_any_of_its_forms_is_compared(form, hub, adapter):
+    hub.add(REPO, adapter)
+    hub.tag(WEIGHTS_NAME, form)
+    assert quac.injection_of(quac.load_adapter(host(), REPO)) is not None
+    hub.add(REPO, {WEIGHTS_NAME: b"new" + adapter[WEIGHTS_NAME]})
+    hub.replace(REPO, WEIGHTS_NAME, b"odd" + adapter[WEIGHTS_NAME])
+    with pytest.raises(ValueError, match=r"is damaged: its hash is .* and the Hub said"):
+        fetch(REPO)
+
+
+@pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
+@pytest.mark.parametrize("form", ['"{}-gzip"', '"0123456789abcdef0123456789abcdef"', '"of another kind"'])
+def test_what_cannot_be_compared_is_not_read(form, name, hub, adapter):
+    hub.add(REPO, adapter)
+    hub.tag(name, form)
+    with pytest.raises(ValueError, match=r"cannot be compared .* neither a SHA-256 nor git's hash.*not read"):
+        quac.load_adapter(host(), REPO)
+
+
+def test_without_any_hash_nothing_is_read(hub, adapter):
+    hub.add(REPO, adapter)
+    hub.tag(WEIGHTS_NAME, None)
+    with pytest.raises((OSError, ValueError), match=r"(?i)etag|could not be re"):
+        quac.load_adapter(host(), REPO)
+
+
+def test_a_cache_without_links_asks_the_hub(hub, adapter, monkeypatch):
+    monkeypatch.setattr(file_download, "are_symlinks_supported", lambda *_: False)
+    hub.add(REPO, adapter)
+    path = fetch(REPO) / WEIGHTS_NAME
+    assert not path.is_symlink()
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
+    fetch(REPO)  # fetched again
+    assert path.read_bytes() == adapter[WEIGHTS_NAME]
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"cannot be compared .* no hash of it is known"):
+        fetch(REPO)
+
+
+# -- whole models of timm
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"model_args__where": CATASTROPHE}, "where=.*is a regular expression, and those of a saved config are not"),
+        ({"model_args__where": ["*", CATASTROPHE]}, "is a regular expression"),
+        ({"model_args__quality": "contrique:/etc/passwd"}, "names a file of this machine"),
+        ({"model_args__quality": "contrique:passwd"}, "names a file of this machine"),
+        ({"model_args": {"checkpoint_path": "/etc/passwd"}}, "names a checkpoint_path, a file of this machine"),
+        ({"model_args": {"layers": [10**9, 1, 1, 1]}}, "1000000000 is more than any network has"),
+        ({"model_args": {"layers": [100_000, 1, 1, 1]}}, "asks for a network far larger than its weights"),
+        ({"model_args": {"num_classes": 900_000}}, "asks for a network far larger than its weights"),
+    ],
+)
+def test_the_config_of_a_whole_model_asks_for_nothing_that_takes_time_or_files(values, message, hub, whole):
+    hub.add(WHOLE, changed(whole, "config.json", **values))
+    start = time.process_time()
+    with pytest.raises(ValueError, match=message):
+        timm.create_model(f"hf-hub:{WHOLE}", pretrained=True)
+    assert time.process_time() - start < 20
+
+
+def test_a_config_does_not_say_where_the_weights_are(hub, whole, tmp_path):
+    """Neither a pickle, nor a file here, nor an address, nor another repository."""
+    torch.save({}, tmp_path / "evil.bin")
+    elsewhere = {
+        "file": str(tmp_path / "evil.bin"), "url": "http://127.0.0.1:9/evil.bin", "hf_hub_id": "you/other",
+        "hf_hub_filename": "evil.bin", "custom_load": "hf", "source": "",
+    }  # fmt: skip
+    config = json.loads(whole["config.json"])
+    config["pretrained_cfg"] |= elsewhere
+    hub.add(WHOLE, {**whole, "config.json": json.dumps(config).encode(), "evil.bin": b"\x80\x04."})
+    model = timm.create_model(f"hf-hub:{WHOLE}", pretrained=True)
+    assert quac.injection_of(model) is not None
+    assert not any("evil" in request.path or "you/other" in request.path for request in hub.requests)
+    (folder := tmp_path / "local").mkdir()
+    (folder / "config.json").write_bytes(hub.files(WHOLE)["config.json"])
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    with pytest.raises(ValueError, match=r"pytorch_model.bin and no model.safetensors.*any code"):
+        timm.create_model(f"local-dir:{folder}", pretrained=True)
+    (folder / "model.safetensors").write_bytes(whole["model.safetensors"])
+    timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+def test_a_model_that_was_put_together_by_a_regular_expression_is_saved_by_names(tmp_path):
+    model = timm.create_model("test_resnet_qacon_ddp", where=r"re:layer1.*act\d", site="re:layer2$", num_classes=3)
+    quac.push(model, WHOLE, whole=True, dry_run=tmp_path)
+    args = json.loads((tmp_path / "config.json").read_text())["model_args"]
+    assert args["site"] == ["layer2"]
+    assert args["where"] == [site.name for site in quac.injection_of(model).sites]
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert quac.injection_of(again).sites == quac.injection_of(model).sites
+    names = model.state_dict().keys()
+    assert all(torch.equal(model.state_dict()[name], again.state_dict()[name]) for name in names)
+
+
+def test_config_of_a_whole_model_that_was_changed_on_its_way(hub, whole):
+    hub.add(WHOLE, whole)
+    hub.replace(WHOLE, "config.json", whole["config.json"].replace(b'"num_classes": 3', b'"num_classes": 4'))
+    with pytest.raises(ValueError, match=r"config.json is damaged"):
+        timm.create_model(f"hf-hub:{WHOLE}", pretrained=False)
+
+
+# -- networks and pipelines of diffusers
+
+
+@pytest.fixture(scope="module")
+def restorer(tmp_path_factory):
+    """The files of a restoration pipeline, path → bytes."""
+    diffusers = pytest.importorskip("diffusers")
+    from quac_plugins.diffusers import QuACRestorationPipeline, QuACUNet2DModel
+
+    torch.manual_seed(0)
+    unet = QuACUNet2DModel(
+        block_out_channels=(8, 8), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+        layers_per_block=1, norm_num_groups=4, quac={"where": "all"},
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("p")
+    QuACRestorationPipeline(unet, diffusers.FlowMatchEulerDiscreteScheduler()).save_pretrained(folder)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+WEIGHTS, CONFIG = "unet/diffusion_pytorch_model.safetensors", "unet/config.json"
+
+
+def loaded(**options):
+    from quac_plugins.diffusers import QuACRestorationPipeline
+
+    return QuACRestorationPipeline.from_pretrained("me/restorer", **options)
+
+
+def test_every_file_of_a_pipeline_is_compared(hub, restorer):
+    hub.add("me/restorer", restorer)
+    assert quac.injection_of(loaded().unet) is not None
+    for name in restorer:
+        hub.add("me/restorer", {"notes.txt": name.encode()})
+        hub.replace("me/restorer", name, restorer[name][:-2] + b"\n}")
+        with pytest.raises(ValueError, match="is damaged"):
+            loaded(force_download=True)
+        hub.heal()
+
+
+def test_no_pickle_comes_in_through_diffusers(hub, restorer):
+    from quac_plugins.diffusers import QuACUNet2DModel
+
+    files = {name: data for name, data in restorer.items() if name != WEIGHTS}
+    hub.add("me/restorer", {**files, "unet/diffusion_pytorch_model.bin": b"\x80\x04."})
+    for load in (loaded, lambda: QuACUNet2DModel.from_pretrained("me/restorer", subfolder="unet")):
+        with pytest.raises(ValueError, match=r"diffusion_pytorch_model.bin and no .*safetensors.*any code"):
+            load()
+    with pytest.raises(ValueError, match="use_safetensors=False would open a pickle"):
+        loaded(use_safetensors=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("model_index.json", {"unet": ["os", "system"]}, r"names 'os.system' as unet, which this pipeline is not made"),
+        ("model_index.json", {"scheduler": ["evil", "Evil"]}, "names 'evil.Evil' as scheduler"),
+        (CONFIG, {"quac__where": CATASTROPHE}, "unet.*: quac: where=.*regular expression"),
+        (CONFIG, {"quac__quality": "contrique:/etc/passwd"}, "names a file of this machine"),
+        (CONFIG, {"quac": 5}, "quac: must be options by name, got int"),
+        (CONFIG, {"layers_per_block": 10**9}, "layers_per_block: 1000000000 is more than any network"),
+        (CONFIG, {"layers_per_block": 100_000}, "asks for a network far larger than its weights"),
+        (CONFIG, {"block_out_channels": [4096, 8192]}, "asks for a network far larger than its weights"),
+    ],
+)
+def test_the_config_of_a_pipeline_asks_for_nothing_that_takes_time_or_files(name, values, message, hub, restorer):
+    hub.add("me/restorer", changed(restorer, name, **values))
+    start = time.process_time()
+    with pytest.raises(ValueError, match=message):
+        loaded()
+    assert time.process_time() - start < 20
+
+
+def test_a_network_in_several_files(hub, restorer):
+    from safetensors.torch import load
+
+    from quac_plugins.diffusers import QuACUNet2DModel
+
+    tensors = load(restorer[WEIGHTS])
+    names = sorted(tensors)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    shards = {f"unet/{file}": save({n: tensors[n] for n in held}, {"format": "pt"}) for file, held in halves.items()}
+    index = {"metadata": {}, "weight_map": {name: file for file, held in halves.items() for name in held}}
+    listed = f"{WEIGHTS}.index.json"
+    hub.add("me/restorer", {CONFIG: restorer[CONFIG], **shards, listed: json.dumps(index).encode()})
+    found = QuACUNet2DModel.from_pretrained("me/restorer", subfolder="unet").state_dict()
+    assert all(torch.equal(found[name], tensors[name]) for name in names)
+    index["weight_map"][names[0]] = "../../outside.safetensors"
+    hub.add("me/restorer", {listed: json.dumps(index).encode()})
+    with pytest.raises(ValueError, match="is no list of the files"):
+        QuACUNet2DModel.from_pretrained("me/restorer", subfolder="unet")
