@@ -32,7 +32,7 @@ from quac_plugins.core.quality.tap import QualityTap
 from quac_plugins.hub.fetch import MODEL_FILES, fetch, is_network
 from quac_plugins.hub.load import load_adapter
 from quac_plugins.hub.published import Published, find_published, pretrained_cfg_of
-from quac_plugins.hub.verify import no_larger_than, refuse_pickles
+from quac_plugins.hub.verify import no_larger_than
 from quac_plugins.registry import Entry, published
 
 SUFFIXES = ("_qacon", "_ddp", "_qacon_ddp")
@@ -134,7 +134,7 @@ def create_quac(
         assert found is not None
         load_adapter(model, found.folder())
     _describe(model, base + suffix)
-    if pretrained and file is not None:
+    if pretrained and whole:
         _load_whole(model, file, kwargs, cache_dir)
     elif pretrained and found is not None and not adapter:
         _load_whole(model, str(found.folder() / MODEL_FILES[-1]), kwargs, cache_dir)
@@ -150,13 +150,14 @@ def _no_option(base: str, suffix: str, option: str) -> str:
     return str(unknown(f"{base}{suffix} takes no", option, dict.fromkeys([*own, "quality"])))
 
 
-def _load_whole(model: nn.Module, file: str, kwargs: dict[str, Any], cache_dir: Any) -> None:
-    """Weights of a network that was saved with QuAC inside, from a safetensors file and from nowhere else."""
+def _load_whole(model: nn.Module, file: str | None, kwargs: dict[str, Any], cache_dir: Any) -> None:
+    """Weights of a network that was saved with QuAC inside, from a file; None: of one's own folder, by timm."""
     cfg: Any = model.pretrained_cfg
+    source = {"file": file, "source": None} if file is not None else {}
     elsewhere = {"url": "", "hf_hub_id": None, "hf_hub_filename": None, "state_dict": None, "custom_load": False}
     load_pretrained(
         model,
-        pretrained_cfg={**cfg, **elsewhere, "file": file, "source": None},
+        pretrained_cfg={**cfg, **elsewhere, **source},
         num_classes=getattr(model, "num_classes", 0),
         in_chans=kwargs.get("in_chans", (_field(cfg, "input_size") or (3,))[0]),
         cache_dir=cache_dir,
@@ -169,7 +170,7 @@ def _whole_file(cfg: Any, pretrained: bool, kwargs: dict[str, Any], cache_dir: A
     timm itself would also open a pickle, and take from the config where the weights are.
 
     Raises:
-        ValueError: the config asks for what nobody else's may; there are no safetensors; a file is damaged.
+        ValueError: the config asks for what nobody else's may; a repository has no safetensors; a file is damaged.
     """
     check_foreign(kwargs)
     if "checkpoint_path" in kwargs:
@@ -183,10 +184,7 @@ def _whole_file(cfg: Any, pretrained: bool, kwargs: dict[str, Any], cache_dir: A
     if not pretrained:
         return None
     file = folder / MODEL_FILES[-1]
-    if not file.is_file():
-        refuse_pickles((path.name for path in folder.iterdir()), str(folder), file.name)
-        raise FileNotFoundError(f"{folder} holds no {file.name}")
-    return str(file)
+    return str(file) if file.is_file() else None  # one's own folder may hold a pickle, which timm reads as weights alone
 
 
 def _configs_of(suffix: str, kwargs: dict[str, Any]) -> tuple[list[QuACConfig | PriorConfig], bool]:

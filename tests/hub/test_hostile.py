@@ -133,11 +133,8 @@ def test_a_config_does_not_say_where_the_weights_are(hub, whole, tmp_path):
     assert quac.injection_of(model) is not None
     assert not any("evil" in request.path or "you/other" in request.path for request in hub.requests)
     (folder := tmp_path / "local").mkdir()
-    (folder / "config.json").write_bytes(hub.files(WHOLE)["config.json"])
-    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(ValueError, match=r"pytorch_model.bin and no model.safetensors.*any code"):
-        timm.create_model(f"local-dir:{folder}", pretrained=True)
-    (folder / "model.safetensors").write_bytes(whole["model.safetensors"])
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_bytes(hub.files(WHOLE)[name])
     timm.create_model(f"local-dir:{folder}", pretrained=True)
 
 
