@@ -184,7 +184,7 @@ def _whole_file(cfg: Any, pretrained: bool, kwargs: dict[str, Any], cache_dir: A
     if not pretrained:
         return None
     file = folder / MODEL_FILES[-1]
-    return str(file) if file.is_file() else None  # one's own folder may hold a pickle, which timm reads as weights alone
+    return str(file) if file.is_file() else None  # a pickle of one's own is read by timm, as weights
 
 
 def _configs_of(suffix: str, kwargs: dict[str, Any]) -> tuple[list[QuACConfig | PriorConfig], bool]:
