@@ -18,7 +18,6 @@ from quac_plugins.parsing import key_values, numbers
 if TYPE_CHECKING:
     from torch import nn
 
-REPORT_NAME = "fit_report.json"
 STATES = ".fit"  # inside the adapter's folder, while a fit is unfinished
 
 
@@ -255,7 +254,7 @@ def _fit(
         raise typer.Exit(common.INTERRUPTED) from None
     if main:
         _save(network, out, states)
-        report.to_json(out / REPORT_NAME)
+        report.to_json(out / common.REPORT_NAME)
         if json is not None:
             report.to_json(json)
         if plot is not None:
@@ -296,7 +295,7 @@ def _check(
         raise NotADirectoryError(f"--out: {out} is a file, not a folder")
     from quac_plugins.core.inject.saved import CONFIG_NAME, WEIGHTS_NAME
 
-    there = [name for name in (CONFIG_NAME, WEIGHTS_NAME, REPORT_NAME) if (out / name).exists()]
+    there = [name for name in (CONFIG_NAME, WEIGHTS_NAME, common.REPORT_NAME) if (out / name).exists()]
     if there and not overwrite:
         raise FileExistsError(f"{out} holds {there[0]} already; give another folder, or --overwrite")
     common.check_folder(out)

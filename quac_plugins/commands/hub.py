@@ -20,7 +20,12 @@ def push_command(
     metrics: Annotated[
         list[Path] | None, typer.Option(help="JSON of quac evaluate, one for each seed. May be repeated.")
     ] = None,
-    fit: Annotated[Path | None, typer.Option(help="JSON of quac fit-prior or fit-qacon, for the card.")] = None,
+    fit: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON of quac fit-prior or fit-qacon, for the card. By default that in the adapter's folder."
+        ),
+    ] = None,
     base_model: Annotated[str | None, typer.Option(help="The host's weights on the Hub, for the card.")] = None,
     license: Annotated[str | None, typer.Option(help="Of the weights, such as apache-2.0.")] = None,
     description: Annotated[str | None, typer.Option(help="One paragraph for the card.")] = None,
@@ -38,6 +43,8 @@ def push_command(
             raise ValueError("--out goes with --dry-run")
         from quac_plugins.hub.push import push
 
+        if fit is None and (folder / common.REPORT_NAME).is_file():
+            fit = folder / common.REPORT_NAME
         pushed = push(
             folder, repo_id, metrics=metrics, fit=fit, base_model=base_model, license=license,
             description=description, private=private, revision=revision, commit_message=message,

@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 
 import quac_plugins as quac
 from quac_plugins.core.inject.saved import CONFIG_NAME, WEIGHTS_NAME
+from quac_plugins.fit.confusion import Confusion
+from quac_plugins.fit.report import FitReport
 from quac_plugins.hub.fetch import fetch
 from quac_plugins.hub.verify import sha256_of
 from quac_plugins.registry import Entry
@@ -391,10 +393,21 @@ def test_the_commands(host, hub, tmp_path):
     def run(*arguments):
         return CliRunner().invoke(app, list(arguments))
 
+    gate = Confusion(["identity", "fog"], {"clean": {"0": [9, 1]}, "fog": {"3": [4, 6]}})
+    agreement = {"fog": {"before": 35.0, "after": 61.7, "n": 10}}
+    FitReport("prior", ["layer1"], ["fog"], gate=gate, agreement=agreement).to_json(Path(folder) / "fit_report.json")
     dry = run("push", folder, REPO, "--dry-run", "--out", str(tmp_path / "dry"))
     assert dry.exit_code == 0, dry.output
     assert not hub.requests
-    assert (tmp_path / "dry/README.md").is_file()
+    card = (tmp_path / "dry/README.md").read_text()
+    rows = [
+        "| degradation | severity | identity | fog |",
+        "|---|---|---|---|",
+        "| clean | 0 | 9 | 1 |",
+        "| fog | 3 | 4 | 6 |",
+    ]
+    assert "\n".join(rows) in card
+    assert "| fog | 35.0 | 61.7 | 10 |" in card
     sent = run("push", folder, REPO, "--license", "mit", "--private")
     assert sent.exit_code == 0, sent.output
     pulled = run("pull", REPO, "--out", str(tmp_path / "pulled"))
