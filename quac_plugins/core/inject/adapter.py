@@ -48,7 +48,7 @@ from quac_plugins.core.prior.config import PriorConfig
 from quac_plugins.core.prior.fdm import FDM
 from quac_plugins.core.prior.routed import Gate
 from quac_plugins.core.quality.context import QualityContext
-from quac_plugins.core.quality.table import resolve_quality
+from quac_plugins.core.quality.table import QualityFunction, resolve_quality
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
@@ -131,6 +131,7 @@ def write_files(model: nn.Module, folder: str | Path) -> Path:
         "sites": [asdict(site) for site in record.sites],
         "tap": record.tap,
         "host": describe_host(model),
+        "qualities": {quality.name: quality.weights for quality in _qualities(record) if quality.weights},
     }
     if prior is not None:
         config["prior"] = {
@@ -219,9 +220,23 @@ def _check_host(model: nn.Module, saved: Saved) -> None:
     warnings.warn(message, stacklevel=4)
 
 
+def _qualities(record: Injection) -> list[QualityFunction]:
+    """The quality functions that are read by what was put in."""
+    found = [record.quality, record.prior.quality if record.prior is not None else None]
+    return [quality for quality in found if quality is not None]
+
+
 def _tell_other_use(model: nn.Module, saved: Saved) -> None:
     """What a host that held such a prior says of its use goes before the adapter, but not without a word."""
     here = _record(model).prior
+    for quality in _qualities(_record(model)):
+        if saved.qualities.get(quality.name, quality.weights) != quality.weights:
+            warnings.warn(
+                f"the adapter in {saved.folder} was saved with other weights of the quality function {quality.name!r} "
+                f"({saved.qualities[quality.name]}, here {quality.weights}), as another version of quac-plugins has "
+                "them: what it does may differ; evaluate it, or fit it again",
+                stacklevel=4,
+            )
     if saved.prior is not None and here is not None and saved.prior.top_k != here.config.top_k:
         warnings.warn(
             f"the adapter in {saved.folder} was saved with top_k={saved.prior.top_k}; the prior of this host keeps its "

@@ -6,7 +6,8 @@
 - ``config``, ``sites``, ``tap``: the :class:`QuACConfig` (null: no activations), its sites, the layer that is tapped,
 - ``prior`` (format 2): ``config``, ``sites`` and ``tap`` of the prior,
 - ``host``: what :func:`quac_plugins.core.inject.fingerprint.describe_host` says of the host,
-- ``sha256``: of ``adapter_model.safetensors``. Adapters of earlier versions lack it, and are read without.
+- ``qualities``: name → hash of the weights of each quality function that has such, as they were when this was saved,
+- ``sha256``: of ``adapter_model.safetensors``. Adapters of earlier versions lack both, and are read without.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import hashlib
 import json
 import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class Saved:
     prior_sites: list[PriorSite]
     host: dict[str, Any]
     sha256: str | None = None
+    qualities: dict[str, Any] = field(default_factory=dict)
 
 
 def write_adapter(folder: Path, config: dict[str, Any], state: dict[str, Tensor]) -> None:
@@ -122,6 +124,7 @@ def read_config(path: Path) -> Saved:
             prior_sites=prior_sites,
             host=dict(values["host"]),
             sha256=_digest(values.get("sha256")),
+            qualities=dict(values.get("qualities") or {}),
         )
     except (KeyError, TypeError, ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)

@@ -32,6 +32,7 @@ class QualityFunction:
         needs_grad: let gradients flow from q to the images; otherwise it is run under ``no_grad``.
         kinds: names of the degradations that the first numbers of q are the probabilities of, ``"clean"`` first; empty
             if q says no such thing. A routed prior chooses by these probabilities.
+        weights: a hash of the trained weights that the function computes with, kept in adapters; None without such.
     """
 
     name: str
@@ -40,6 +41,7 @@ class QualityFunction:
     needs_grad: bool = False
     builtin: bool = True
     kinds: tuple[str, ...] = ()
+    weights: str | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         """Compute q (B, Q) of images (B, 3, H, W); raises ValueError if the function returns another shape."""
@@ -65,14 +67,14 @@ _ALIVE: WeakValueDictionary[tuple[Any, ...], Any] = WeakValueDictionary()
 
 
 def quality_function(
-    name: str, channels: int, kinds: tuple[str, ...] = ()
+    name: str, channels: int, kinds: tuple[str, ...] = (), weights: str | None = None
 ) -> Callable[[QualityCallable], QualityCallable]:
     """Register a function (B, 3, H, W) in [0, 1] → (B, ``channels``) under ``name``.
 
     Args:
         name: under which configs find the function.
         channels: Q.
-        kinds: see :class:`QualityFunction`.
+        kinds, weights: see :class:`QualityFunction`.
     """
 
     def register(function: QualityCallable) -> QualityCallable:
@@ -81,7 +83,7 @@ def quality_function(
             raise ValueError(
                 f"the quality function {name!r} is taken by {taken.function.__module__}; choose another name"
             )
-        _TABLE[name] = QualityFunction(name, channels, function, kinds=kinds)
+        _TABLE[name] = QualityFunction(name, channels, function, kinds=kinds, weights=weights)
         return function
 
     return register

@@ -283,6 +283,20 @@ def test_other_settings_of_use_are_the_hosts_own(tmp_path):
     assert model.conv1[0].weight.requires_grad
 
 
+def test_other_weights_of_the_quality_function_are_told(tmp_path):
+    save_adapter(fitted(host(), PriorConfig(experts=["fog", "snow"])), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    own = quac.resolve_quality("degradation").weights
+    assert config["qualities"] == {"degradation": own}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(host(), tmp_path)
+    config["qualities"] = {"degradation": "0123456789abcdef"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match=f"other weights of the quality function .*0123456789abcdef, here {own}"):
+        load_adapter(host(), tmp_path)
+
+
 def test_a_fresh_prior_and_quac_beside_it(tmp_path, normalized):
     model = fitted(host(), QuACConfig(), PriorConfig(site="layer2", fdm="ncrf", quality="brisque"))
     save_adapter(model, tmp_path)
