@@ -21,8 +21,9 @@ from timm.models import DefaultCfg, PretrainedCfg, _registry, load_pretrained, r
 from torch import nn
 
 from quac_plugins.core.activations import ACTIVATIONS, ChannelActivation
-from quac_plugins.core.inject import PriorConfig, QuACConfig, inject, injection_of
+from quac_plugins.core.inject import Injection, PriorConfig, QuACConfig, inject, injection_of
 from quac_plugins.core.inject.fingerprint import base_name
+from quac_plugins.core.inject.images import same
 from quac_plugins.core.inject.surgery import WidthSwitch
 from quac_plugins.core.names import unknown
 from quac_plugins.core.options import check_foreign
@@ -229,7 +230,7 @@ def _describe(model: nn.Module, name: str) -> None:
         cfg: Any = getattr(model, attribute, None)
         if isinstance(cfg, dict):
             record.attributes.setdefault(attribute, cfg)
-            setattr(model, attribute, {**cfg, "architecture": name})
+            setattr(model, attribute, {**cfg, **_images_of(record, cfg), "architecture": name})
     inside = [(where, module) for where, module in model.named_modules() if isinstance(module, ChannelActivation)]
     slopes = {f"{where}.{leaf}" for where, m in inside for leaf in ("p1", "p2", "beta") if leaf in m._parameters}
     own = getattr(type(model), "no_weight_decay", None)
@@ -240,6 +241,18 @@ def _describe(model: nn.Module, name: str) -> None:
     args = record.attributes.setdefault("_model_args", getattr(model, "_model_args", {}))
     model._model_args = {**args, **options}  # type: ignore[assignment]
     record.changed = partial(_describe, name=name)
+
+
+def _images_of(record: Injection, cfg: dict[str, Any]) -> dict[str, Any]:
+    """What a network with something inside takes, where that differs from what its host takes; in timm's words."""
+    if record.images is None:
+        return {}
+    found = {key: value for key, value in record.images.settings.items() if value is not None}
+    if "input_size" in found:
+        found["input_size"] = ((cfg.get("input_size") or (3,))[0], *found["input_size"])
+    if record.images.normalization is not None and not same(record.images.normalization, record.images.host):
+        found["mean"], found["std"] = record.images.normalization
+    return found
 
 
 def _names(names: frozenset[str]) -> set[str]:

@@ -16,6 +16,8 @@ from timm.models import load_state_dict
 from torch import nn
 
 from quac_plugins.core.inject.fingerprint import base_name
+from quac_plugins.core.inject.images import Images
+from quac_plugins.core.inject.saved import CONFIG_NAME, read_config
 from quac_plugins.evaluate.preprocessing import per_channel, square_or_not
 
 __all__ = ["build_model", "plain_name"]
@@ -43,7 +45,8 @@ def build_model(
             it fills the host before modules are put in.
         checkpoint: such a file with the weights of the whole network, loaded strictly at the end.
         adapter: what `quac_plugins.load_adapter` takes: a directory, or ``org/name`` of the Hub. It says what is put
-            in, so that ``NAME_qacon`` and ``NAME_ddp`` then mean ``NAME``, unless ``model_kwargs`` say how to build it.
+            in, so that ``NAME_qacon`` and ``NAME_ddp`` then mean ``NAME``, unless ``model_kwargs`` say how to build it,
+            and, where ``mean``, ``std`` and ``input_size`` are not given, for which images the network is built.
         model_kwargs: further arguments of `timm.create_model`.
         num_classes: of the classifier. A file must have as many.
         input_size: a side or (H, W) to evaluate at; passed on as ``img_size`` to networks built for one size.
@@ -57,6 +60,7 @@ def build_model(
         RuntimeError: if timm knows no such name, or has no weights for it.
     """
     import quac_plugins  # registers the names
+    from quac_plugins.hub.load import find_adapter
     from quac_plugins.timm import OPTIONS, PRIOR_OPTIONS
 
     for path in (base_checkpoint, checkpoint):
@@ -69,6 +73,12 @@ def build_model(
     kwargs: dict[str, Any] = dict(model_kwargs or {})
     if adapter is not None and not set(kwargs) & {*OPTIONS, *PRIOR_OPTIONS}:
         name = plain_name(name)
+    if adapter is not None:
+        adapter = find_adapter(adapter)
+        images = read_config(adapter / CONFIG_NAME).images or Images()
+        if mean is None and std is None and images.normalization is not None:
+            mean, std = images.normalization
+        input_size = input_size or images.settings.get("input_size")
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
     if input_size is not None and _built_for_one_size(name):

@@ -12,6 +12,10 @@ from timm.data.transforms import str_to_interp_mode
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
+from quac_plugins.core.inject import injection_of
+from quac_plugins.core.inject.images import same
+from quac_plugins.core.quality.tap import QualityTap
+
 __all__ = ["Crop", "data_config", "per_channel", "sources_of", "square_or_not"]
 
 
@@ -26,6 +30,8 @@ def data_config(
 ) -> dict[str, Any]:
     """Return the model's timm data config with the settings that are not None in place of its own.
 
+    What was put into the model knows its images: the normalization that it undoes, and what it was fitted on.
+
     Args:
         model: the network; without a ``pretrained_cfg`` timm's defaults are taken.
         mean: of the normalization, in [0, 1], one number or one for each channel.
@@ -35,9 +41,10 @@ def data_config(
         interpolation: ``"bilinear"``, ``"bicubic"`` and what else timm names.
 
     Raises:
-        ValueError: if a setting is out of range, or the network does not take images of three channels.
+        ValueError: if a setting is out of range, the network does not take images of three channels, or a tap in it
+            undoes another normalization.
     """
-    args: dict[str, Any] = {}
+    args = _known(model)
     if mean is not None:
         args["mean"] = per_channel(mean, "mean")
     if std is not None:
@@ -59,19 +66,55 @@ def data_config(
     config = timm.data.resolve_model_data_config(model, args=args)
     if config["input_size"][0] != 3:
         raise ValueError(f"only networks of three input channels can be evaluated, this has {config['input_size'][0]}")
+    for tap in taps_of(model):
+        if tap.mean is not None:
+            check_tap(tap, config)
     return config
 
 
+def _known(model: nn.Module) -> dict[str, Any]:
+    """The settings that were noted when something was put into a network, fitted or loaded."""
+    record = injection_of(model)
+    images = record.images if record is not None else None
+    if images is None:
+        return {}
+    known = {key: value for key, value in images.settings.items() if value is not None}
+    if "input_size" in known:
+        known["input_size"] = (3, *known["input_size"])
+    if images.normalization is not None and all(len(values) in (1, 3) for values in images.normalization):
+        known |= {what: per_channel(v, what) for what, v in zip(("mean", "std"), images.normalization, strict=True)}
+    return known
+
+
+def taps_of(model: nn.Module) -> list[QualityTap]:
+    """The taps of a network that compute q of its images."""
+    return [module for module in model.modules() if isinstance(module, QualityTap) and module.given is None]
+
+
+def check_tap(tap: QualityTap, config: Mapping[str, Any]) -> None:
+    """Raise ValueError if a tap undoes another normalization than the images get."""
+    ours, theirs = (config["mean"], config["std"]), (tap.mean or (0.0,), tap.std or (1.0,))
+    if not same(ours, theirs):
+        raise ValueError(
+            f"images are normalized with mean {tuple(ours[0])} and std {tuple(ours[1])} here, but the tap of the model "
+            f"undoes mean {theirs[0]} and std {theirs[1]}: give these, or inject a config with those"
+        )
+
+
 def sources_of(model: nn.Module, given: Mapping[str, Any]) -> dict[str, str]:
-    """Return where each setting of `data_config` came from: ``"given"``, ``"network"``, or ``"timm"`` for its default.
+    """Return where each setting of `data_config` came from.
+
+    It is ``"given"``, ``"adapter"`` (what was put in knows it), ``"network"`` or, for its default, ``"timm"``.
 
     Example:
         >>> sources_of(nn.Identity(), {"mean": 0.5, "std": None})
         {'mean': 'given', 'std': 'timm'}
     """
-    own = getattr(model, "pretrained_cfg", None) or {}
+    own, known = getattr(model, "pretrained_cfg", None) or {}, _known(model)
+    settings = {key for key, value in known.items() if key not in ("mean", "std") or value != own.get(key)}
+    places = (("adapter", settings), ("network", {key for key, value in own.items() if value is not None}))
     return {
-        key: "given" if value is not None else "network" if own.get(key) is not None else "timm"
+        key: "given" if value is not None else next((name for name, keys in places if key in keys), "timm")
         for key, value in given.items()
     }
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from quac_plugins.core.hooks import PRIOR_NAME
-from quac_plugins.core.inject.surgery import injection_of, modules_inside, unwrap
+from quac_plugins.core.inject.record import injection_of, modules_inside, unwrap
 from quac_plugins.core.prior.config import PriorConfig
 from quac_plugins.core.prior.fdm import FDM
 from quac_plugins.core.prior.features import channel_statistics
@@ -171,7 +171,7 @@ def fit_prior(
             report.agreement = agreement(session, judged)
             with _one_expert(everywhere):
                 report.multiply_adds = session.multiply_adds()
-        session.keep_until_saved(keep)
+        session.finish(keep)
     report.seconds = round(time.perf_counter() - started, 1)
     for fault in report.gate.warnings() if report.gate is not None else ():
         warnings.warn(fault, stacklevel=2)

@@ -14,7 +14,7 @@ from torch import nn
 from quac_plugins.core.hooks import PRIOR_NAME
 from quac_plugins.core.inject.adapter import is_fresh
 from quac_plugins.core.inject.config import QuACConfig
-from quac_plugins.core.inject.surgery import injection_of, modules_inside, unwrap
+from quac_plugins.core.inject.record import injection_of, modules_inside, unwrap
 from quac_plugins.core.prior.comparison import Pictures
 from quac_plugins.core.prior.recipe import Recipe
 from quac_plugins.core.prior.training import Fit
@@ -135,7 +135,7 @@ def fit_qacon(
             )
             session.fit("qacon", fit, keep, report, show)
             report.multiply_adds = session.multiply_adds()
-        session.keep_until_saved(keep)
+        session.finish(keep)
     report.seconds = round(time.perf_counter() - started, 1)
     return report
 

@@ -8,7 +8,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from quac_plugins.core.inject.adapter import adapter_state, is_fresh, load_adapter_state
 from quac_plugins.core.inject.fingerprint import fingerprint
+from quac_plugins.core.inject.images import SETTINGS, Images
 from quac_plugins.core.inject.surgery import Injection, injection_of, remove, unwrap
 from quac_plugins.core.inject.trace import Trace, trace
 from quac_plugins.core.options import QualityOptions, whole_number
@@ -29,9 +30,8 @@ from quac_plugins.core.prior.comparison import Pictures
 from quac_plugins.core.prior.recipe import Recipe
 from quac_plugins.core.prior.sites import PriorSite, find_prior_sites
 from quac_plugins.core.prior.training import Fit, Share
-from quac_plugins.core.quality.tap import QualityTap
 from quac_plugins.degradations import check_severity, corruption_names
-from quac_plugins.evaluate.preprocessing import Crop, data_config
+from quac_plugins.evaluate.preprocessing import Crop, check_tap, data_config, taps_of
 from quac_plugins.evaluate.processes import is_main_process, process_group
 from quac_plugins.fit.checkpoint import Checkpoints
 from quac_plugins.fit.draws import Degrade, Draws, held_out, make_draws, own_degradations
@@ -111,9 +111,8 @@ class Session:
         mean, std = data.mean, data.std
         if (mean is None) != (std is None):
             raise ValueError("mean and std go together; give both or neither")
-        if mean is None and std is None:  # what was put in knows the images of its host, also where timm does not
-            own = next((config for config in [planned, *self._configs()] if config.mean is not None), planned)
-            mean, std = own.mean, own.std
+        if mean is None and std is None:  # what is to be put in may know the images of its host
+            mean, std = planned.mean, planned.std
         self.config = data_config(
             model,
             mean=mean,
@@ -270,15 +269,8 @@ class Session:
         """Refuse what could only give wrong numbers: other images than the host's, other hosts in other processes."""
         with colour_images(self.size):
             self.seen = trace(self.teacher, torch.empty(1, 3, *self.size))
-        ours = tuple(self.config["mean"]), tuple(self.config["std"])
-        for tap in (module for module in self.model.modules() if isinstance(module, QualityTap)):
-            mean, std = (tap.mean or (0.0,), tap.std or (1.0,))
-            theirs = tuple(mean) * (3 // len(mean)), tuple(std) * (3 // len(std))
-            if not np.allclose(theirs, ours, atol=1e-6):
-                raise ValueError(
-                    f"images are normalized with mean {ours[0]} and std {ours[1]} here, but the tap of the model "
-                    f"undoes mean {theirs[0]} and std {theirs[1]}: give these to the fit, or inject a config with those"
-                )
+        for tap in taps_of(self.model):
+            check_tap(tap, self.config)
         if self.share.world_size > 1:
             hosts: list[Any] = [None] * self.share.world_size
             dist.all_gather_object(hosts, fingerprint(self.model), group=self.group)
@@ -300,11 +292,18 @@ class Session:
             load_adapter_state(self.model, start)
         return keep
 
-    def keep_until_saved(self, keep: Checkpoints) -> None:
-        """Let the states of a finished fit lie until :func:`quac_plugins.save_adapter` has written what was fitted."""
+    def finish(self, keep: Checkpoints) -> None:
+        """Note with what was fitted on which images, and let the states lie until ``save_adapter`` has written it."""
         record = injection_of(self.model)
-        if record is not None and keep.folder is not None:
+        assert record is not None
+        if keep.folder is not None:
             record.kept[str(keep.folder)] = keep.clear
+        settings = {key: self.config[key] for key in SETTINGS if key in self.config}
+        settings["input_size"] = list(self.size)
+        normalization = tuple(self.config["mean"]), tuple(self.config["std"])
+        record.images = replace(record.images or Images(), normalization=normalization, settings=settings)
+        if record.changed is not None:
+            record.changed(self.model)
 
     def _average(self, tensor: Tensor) -> Tensor:
         """The mean over all processes."""

@@ -48,7 +48,10 @@ def colour_images(size: tuple[int, int]) -> Iterator[None]:
         yield
     except RuntimeError as error:
         shape = f"(B, 3, {size[0]}, {size[1]})"
-        raise ValueError(f"only hosts that take colour images, here {shape}, can be fitted: {error}") from error
+        said = str(error).partition(" Give images it takes")[0]
+        raise ValueError(
+            f"only hosts that take colour images, here {shape}, can be fitted (input_size gives another size): {said}"
+        ) from None
 
 
 @contextlib.contextmanager

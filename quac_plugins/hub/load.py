@@ -61,8 +61,9 @@ def load_adapter(
             ``"org/name"`` on the Hub.
         revision: branch, tag or commit (Hub only).
         check_host: refuse a host of another architecture than the adapter was made for, and for an adapter with a
-            degradation prior one with other weights; activations alone are warned of other weights.
-        example: images as a fresh host gets them, where :func:`inject` needs them.
+            degradation prior one with other weights; activations alone are warned of other weights. Refuse one too that
+            says another normalization of its images than the adapter was made for; else the adapter's is undone.
+        example: images as a fresh host gets them, if not of the shape with which the adapter was made.
 
     Returns:
         The model, in place. On any error it is as it was before.
@@ -70,7 +71,8 @@ def load_adapter(
     Raises:
         FileNotFoundError: there is no adapter there.
         PermissionError, ConnectionError: the Hub refused it.
-        ValueError: the adapter is damaged or does not fit; the message names the first tensors at fault.
+        ValueError: the adapter is damaged, or does not fit the host or its images; the message names what is at fault.
+        RuntimeError: the host runs neither on images of the adapter's shape nor on those that it says itself.
 
     Example:
         >>> import tempfile, timm, quac_plugins as quac

@@ -10,16 +10,33 @@ import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from quac_plugins.core.hooks import PRIOR_NAME
+from quac_plugins.core.inject.compare import (
+    differences,
+    prior_differences,
+    site_problems,
+    tensor_problems,
+    without_normalization,
+)
 from quac_plugins.core.inject.config import QuACConfig
 from quac_plugins.core.inject.example import Example
 from quac_plugins.core.inject.fingerprint import describe_host, same_weights
+from quac_plugins.core.inject.images import in_words, said_by_host, same
+from quac_plugins.core.inject.record import (
+    Injection,
+    PriorInjection,
+    injection_of,
+    modules_inside,
+    nothing_inside,
+    unwrap,
+)
 from quac_plugins.core.inject.savable import check_savable
 from quac_plugins.core.inject.saved import (
     CONFIG_NAME,
@@ -31,24 +48,19 @@ from quac_plugins.core.inject.saved import (
     write_adapter,
 )
 from quac_plugins.core.inject.surgery import (
-    Injection,
-    PriorInjection,
     build_prior,
     inject,
-    injection_of,
-    modules_inside,
-    nothing_inside,
     remove,
     take_prior,
-    unwrap,
 )
-from quac_plugins.core.options import QualityOptions
 from quac_plugins.core.parts import parts, tensor_names
 from quac_plugins.core.prior.config import PriorConfig
 from quac_plugins.core.prior.fdm import FDM
 from quac_plugins.core.prior.routed import Gate
 from quac_plugins.core.quality.context import QualityContext
 from quac_plugins.core.quality.table import QualityFunction, resolve_quality
+
+C = TypeVar("C", QuACConfig, PriorConfig)
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
@@ -132,6 +144,7 @@ def write_files(model: nn.Module, folder: str | Path) -> Path:
         "tap": record.tap,
         "host": describe_host(model),
         "qualities": {quality.name: quality.weights for quality in _qualities(record) if quality.weights},
+        "images": record.images.to_dict() if record.images is not None else None,
     }
     if prior is not None:
         config["prior"] = {
@@ -179,6 +192,7 @@ def load_adapter_folder(
     saved, state = read_adapter(folder)
     if check_host:
         _check_host(model, saved)
+        _check_images(model, saved)
     for config, what in ((saved.config, "QuACConfig"), (saved.prior, "PriorConfig")):
         if config is not None and config.has_own_quality and not _holds(model, config):
             raise ValueError(
@@ -193,7 +207,10 @@ def load_adapter_folder(
         raise
     load_adapter_state(model, state)
     _tell_other_use(model, saved)
-    changed = _record(model).changed
+    record = _record(model)
+    if saved.images is not None and record.images is not None:
+        record.images = replace(record.images, settings=saved.images.settings)
+    changed = record.changed
     if changed is not None:
         changed(unwrap(model))
     return model
@@ -226,6 +243,23 @@ def _qualities(record: Injection) -> list[QualityFunction]:
     return [quality for quality in found if quality is not None]
 
 
+def _check_images(model: nn.Module, saved: Saved) -> None:
+    """Refuse a host that says another normalization than the adapter's, and than its host said then."""
+    if saved.images is None:
+        return
+    record, wanted = injection_of(model), saved.images.normalization
+    here = record.images.host if record is not None and record.images is not None else said_by_host(unwrap(model))
+    if here is None or same(here, wanted) or (saved.images.host is not None and same(here, saved.images.host)):
+        return
+    mean, std = wanted or ((0.0,), (1.0,))
+    raise ValueError(
+        f"the adapter in {saved.folder} is for images with {in_words(wanted)}, and this host says {in_words(here)} "
+        "(its pretrained_cfg): the quality would be that of other pictures. Build the host for those images "
+        f"(timm.create_model(…, pretrained_cfg_overlay=dict(mean={mean}, std={std})), --mean and --std), or take the "
+        "adapter's (load_adapter(…, check_host=False))"
+    )
+
+
 def _tell_other_use(model: nn.Module, saved: Saved) -> None:
     """What a host that held such a prior says of its use goes before the adapter, but not without a word."""
     here = _record(model).prior
@@ -245,7 +279,7 @@ def _tell_other_use(model: nn.Module, saved: Saved) -> None:
         )
 
 
-def _holds(model: nn.Module, config: QualityOptions) -> bool:
+def _holds(model: nn.Module, config: QuACConfig | PriorConfig) -> bool:
     record = injection_of(model)
     return record is not None and (record.config if isinstance(config, QuACConfig) else record.prior) is not None
 
@@ -261,33 +295,62 @@ def _make_room(
     record = injection_of(model)
     try:
         if record is None:
-            try:
-                if saved.config is not None:
-                    inject(model, saved.config, example)
-                if saved.prior is not None:
-                    _inject_prior(model, saved, state, example)
-            except Exception:
-                if injection_of(model) is not None:
-                    remove(model)
-                raise
+            _with_example(partial(_put_all_in, model, saved, state), saved, example)
             return lambda: remove(model)
         if record.prior is None or saved.prior is None or not is_fresh(model) or _same_prior(saved, record.prior):
             return lambda: None
         put_back = take_prior(model)
         try:
-            _inject_prior(model, saved, state, example)
+            _with_example(partial(_inject_prior, model, saved, state), saved, example)
         except Exception:
             put_back()
             raise
         return lambda: (take_prior(model), put_back())
     except ValueError as error:
-        raise _refused(saved, str(error)) from error
+        raise _refused(saved, str(error)) from None
+    except RuntimeError as error:  # the host does not run on the images
+        raise RuntimeError(str(error).replace("inject(model, config, ", "load_adapter(model, source, ")) from None
+
+
+def _with_example(put_in: Callable[[Example | None], object], saved: Saved, example: Example | None) -> None:
+    """Put in by the user's example, else by images as the adapter's host took them, else by what the host says."""
+    shape = saved.images.shape if saved.images is not None else None
+    if example is not None or shape is None:
+        put_in(example)
+        return
+    try:
+        put_in(torch.empty(1, *shape))
+    except RuntimeError:  # a host that was built for images of another size
+        put_in(None)
+
+
+def _put_all_in(model: nn.Module, saved: Saved, state: dict[str, Tensor], example: Example | None) -> None:
+    try:
+        if saved.config is not None:
+            inject(model, _with_normalization(model, saved, saved.config), example)
+            _record(model).config = saved.config
+        if saved.prior is not None:
+            _inject_prior(model, saved, state, example)
+    except Exception:
+        if injection_of(model) is not None:
+            remove(model)
+        raise
+
+
+def _with_normalization(model: nn.Module, saved: Saved, config: C) -> C:
+    """The config, with the adapter's normalization unless it says one or the host says the same."""
+    if saved.images is None or config.mean is not None or config.tap == "given":
+        return config
+    if same(saved.images.normalization, said_by_host(unwrap(model))):
+        return config
+    mean, std = saved.images.normalization or ((0.0,), (1.0,))
+    return replace(config, mean=mean, std=std)  # type: ignore[type-var]
 
 
 def _same_prior(saved: Saved, here: PriorInjection) -> bool:
     assert saved.prior is not None
     names = [site.name for site in here.sites], [site.name for site in saved.prior_sites]
-    return names[0] == names[1] and not _prior_differences(saved.prior, here.config)
+    return names[0] == names[1] and not prior_differences(saved.prior, here.config)
 
 
 def _inject_prior(model: nn.Module, saved: Saved, state: dict[str, Tensor], example: Example | None) -> None:
@@ -303,7 +366,7 @@ def _inject_prior(model: nn.Module, saved: Saved, state: dict[str, Tensor], exam
     if problems:
         raise ValueError("; ".join(problems[:5]))
     patterns = [rf"re:^{re.escape(site.name)}\Z" for site in saved.prior_sites]
-    inject(model, replace(saved.prior, site=patterns), example)
+    inject(model, replace(_with_normalization(model, saved, saved.prior), site=patterns), example)
     _prior_of(model).config = saved.prior
 
 
@@ -318,7 +381,7 @@ def _prior_shapes(saved: Saved, state: dict[str, Tensor]) -> list[str]:
     for site in saved.prior_sites:
         with torch.device("meta"):
             expected = build_prior(site, saved.prior, context, quality).state_dict()
-        problems += _tensor_problems({f"{site.name}.{PRIOR_NAME}.{name}": t for name, t in expected.items()}, state)
+        problems += tensor_problems({f"{site.name}.{PRIOR_NAME}.{name}": t for name, t in expected.items()}, state)
     return problems
 
 
@@ -332,17 +395,22 @@ def _check(model: nn.Module, saved: Saved, state: dict[str, Tensor]) -> None:
     ):
         if (there is None) != (here is None):
             problems.append(f"{what}: in the {'adapter' if here is None else 'host'} only")
+    if saved.images is not None and record.images is not None:
+        theirs, ours = saved.images.normalization, record.images.normalization
+        if not same(theirs, ours):
+            problems.append(f"images have {in_words(theirs)} in the adapter, {in_words(ours)} in this host")
+        saved = replace(saved, config=without_normalization(saved.config), prior=without_normalization(saved.prior))
     if saved.config is not None and record.config is not None:
-        problems += _differences(saved.config, record.config)
+        problems += differences(saved.config, record.config)
     if saved.prior is not None and record.prior is not None:
-        problems += _prior_differences(saved.prior, record.prior.config)
+        problems += prior_differences(saved.prior, record.prior.config)
     axes = [{(s.name, s.after): s.channel_dim for s in sites} for sites in (record.sites, saved.sites)]
-    problems += _site_problems(*axes)
-    problems += _site_problems(
+    problems += site_problems(*axes)
+    problems += site_problems(
         {(s.name, "prior"): (s.layout, s.prefix) for s in (record.prior.sites if record.prior else ())},
         {(s.name, "prior"): (s.layout, s.prefix) for s in saved.prior_sites},
     )
-    problems += _tensor_problems(expected, state)
+    problems += tensor_problems(expected, state)
     problems += [f"surplus tensor {name!r}" for name in state if name not in expected]
     deviations = _deviations(model)
     for name, tensor in state.items():
@@ -364,60 +432,6 @@ def _deviations(model: nn.Module) -> set[str]:
 
 def _refused(saved: Saved, why: str) -> ValueError:
     return ValueError(f"the adapter in {saved.folder} does not fit this host, which was left as it was: {why}")
-
-
-def _tensor_problems(expected: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
-    problems = [f"missing tensor {name!r}" for name in expected if name not in state]
-    there = {name: (state[name], tensor) for name, tensor in expected.items() if name in state}
-    problems += [
-        f"tensor {name!r} has shape {tuple(found.shape)}, expected {tuple(tensor.shape)}"
-        for name, (found, tensor) in there.items()
-        if found.shape != tensor.shape
-    ]
-    problems += [
-        f"tensor {name!r} holds {found.dtype}, expected {tensor.dtype}"
-        for name, (found, tensor) in there.items()
-        if found.is_floating_point() != tensor.is_floating_point()
-    ]
-    return problems
-
-
-def _site_problems(here: dict[Any, Any], there: dict[Any, Any]) -> list[str]:
-    problems = [f"site {key[0]!r} is in the adapter, not in this host" for key in there if key not in here]
-    problems += [f"site {key[0]!r} is in this host, not in the adapter" for key in here if key not in there]
-    return problems + [
-        f"site {key[0]!r} has its channels on axis {there[key]}, in this host on {here[key]}"
-        if isinstance(here[key], int)
-        else f"site {key[0]!r} has layout {there[key]}, in this host {here[key]}"
-        for key in here
-        if key in there and there[key] != here[key]
-    ]
-
-
-def _differences(there: QuACConfig, here: QuACConfig) -> list[str]:
-    """What the tensors' shapes do not show: parameters of one activation, read by another, give wrong numbers."""
-    fields = ["activation", "init"]
-    if here.is_driven:
-        fields += ["norm", "reduction"]
-    if here.activation_class.needs_quality:
-        fields.append("tap")
-    return _compare(there, here, fields, here.activation_class.needs_quality)
-
-
-def _prior_differences(there: PriorConfig, here: PriorConfig) -> list[str]:
-    return _compare(there, here, ["fdm", "fdm_width", "fdm_act", "experts"], here.needs_quality)
-
-
-def _compare(there: QualityOptions, here: QualityOptions, fields: list[str], needs_quality: bool) -> list[str]:
-    if needs_quality and isinstance(here.quality, str) and not there.has_own_quality:
-        fields = [*fields, "quality"]
-    if there.mean is not None:  # explicit there; otherwise each host brings its own, and q is that of the pictures
-        fields = [*fields, "mean", "std"]
-    if needs_quality:
-        fields = [*fields, "channel_order"]
-    known = there.to_dict(), here.to_dict()
-    pairs = [(field, known[0][field], known[1][field]) for field in fields]
-    return [f"{field} is {a!r} in the adapter, {b!r} in this host" for field, a, b in pairs if a != b]
 
 
 def is_fresh(model: nn.Module) -> bool:

@@ -7,7 +7,10 @@
 - ``prior`` (format 2): ``config``, ``sites`` and ``tap`` of the prior,
 - ``host``: what :func:`quac_plugins.core.inject.fingerprint.describe_host` says of the host,
 - ``qualities``: name → hash of the weights of each quality function that has such, as they were when this was saved,
-- ``sha256``: of ``adapter_model.safetensors``. Adapters of earlier versions lack both, and are read without.
+- ``images``: what is known of the host's images, :class:`quac_plugins.core.inject.images.Images`,
+- ``sha256``: of ``adapter_model.safetensors``.
+
+Adapters of earlier versions lack the last three, and are read without.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from torch import Tensor
 
 from quac_plugins.core.files import BESIDE, replacing
 from quac_plugins.core.inject.config import QuACConfig
+from quac_plugins.core.inject.images import Images
 from quac_plugins.core.inject.sites import Site
 from quac_plugins.core.prior.config import PriorConfig
 from quac_plugins.core.prior.fdm import LAYOUTS
@@ -49,6 +53,7 @@ class Saved:
     prior: PriorConfig | None
     prior_sites: list[PriorSite]
     host: dict[str, Any]
+    images: Images | None = None
     sha256: str | None = None
     qualities: dict[str, Any] = field(default_factory=dict)
 
@@ -123,6 +128,7 @@ def read_config(path: Path) -> Saved:
             prior=prior_config,
             prior_sites=prior_sites,
             host=dict(values["host"]),
+            images=Images.from_dict(values["images"]) if values.get("images") is not None else None,
             sha256=_digest(values.get("sha256")),
             qualities=dict(values.get("qualities") or {}),
         )

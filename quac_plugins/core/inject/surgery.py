@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,10 +22,21 @@ from quac_plugins.core.hooks import (
 from quac_plugins.core.inject.config import QuACConfig
 from quac_plugins.core.inject.containers import leave_out, let_chains_run, note_chain, runs_children
 from quac_plugins.core.inject.example import Example
+from quac_plugins.core.inject.images import Images, normalization_of, said_by_host
+from quac_plugins.core.inject.record import (
+    RECORD,
+    Injection,
+    PriorInjection,
+    injection_of,
+    names_in_host,
+    nothing_inside,
+    unwrap,
+)
 from quac_plugins.core.inject.sites import Site, find_sites
 from quac_plugins.core.inject.tapping import tap_for, untap
 from quac_plugins.core.inject.trace import Trace, trace
-from quac_plugins.core.parts import module_at, parts, paths, tensor_names
+from quac_plugins.core.options import QualityOptions
+from quac_plugins.core.parts import module_at
 from quac_plugins.core.prior.config import PriorConfig
 from quac_plugins.core.prior.fdm import FDM, resolve_fdm
 from quac_plugins.core.prior.routed import RoutedFDM
@@ -35,9 +44,6 @@ from quac_plugins.core.prior.sites import PriorSite, find_prior_sites
 from quac_plugins.core.quality.context import QualityContext
 from quac_plugins.core.quality.table import QualityFunction, resolve_quality
 from quac_plugins.core.quality.tap import QualityTap
-
-_RECORD = "_quac_injection"
-_OF_HOST = re.compile(r"(widths\.\d+\.)?host\.")  # behind a site's name: parameters of the activation that it keeps
 
 
 class WidthSwitch(nn.Module):
@@ -58,136 +64,6 @@ class WidthSwitch(nn.Module):
         if width not in self.widths:
             raise ValueError(f"no activation for {width} channels; there are: {', '.join(self.widths)}")
         return self.widths[width](x, q)
-
-
-@dataclass
-class PriorInjection:
-    """The degradation prior inside a host.
-
-    Attributes:
-        config: as given to :func:`inject`.
-        sites: after which modules, in the order they are called.
-        tap: name of the layer that is tapped, None if nothing in the prior reads q.
-        quality: the quality function, None likewise.
-        frozen: parameters of the host that took gradients before, as :meth:`Injection.name_in_host` names them.
-    """
-
-    config: PriorConfig
-    sites: list[PriorSite]
-    tap: str | None
-    quality: QualityFunction | None
-    frozen: list[str]
-
-
-@dataclass
-class Injection:
-    """What was put into a host: enough to save it, take it out and describe it.
-
-    Attributes:
-        config: of the activations, as given to :func:`inject`; None if only a prior was put in.
-        sites: of the activations, in module order.
-        inside: name → the very module that was put in there (in a tuple, so that it is no second child of the host).
-        tap: name of the layer that is tapped for the activations, None if they need no quality.
-        quality: their quality function, None likewise.
-        replaced: site name → the host's own module (in a tuple, so that it is no parameter of the host).
-        prior: the degradation prior, if there is one.
-        attributes: attributes of the host that a door has rewritten, as they were; :func:`remove` restores them.
-        added: attributes that a door has added; :func:`remove` deletes them.
-        changed: what a door does when other things have been put in than those it asked for.
-        removed: what a door does when all has been taken out.
-        kept: folder → what clears it: states of finished fits, which are needed until what they fitted is saved.
-    """
-
-    config: QuACConfig | None = None
-    sites: list[Site] = field(default_factory=list)
-    inside: dict[str, tuple[nn.Module, ...]] = field(default_factory=dict)
-    tap: str | None = None
-    quality: QualityFunction | None = None
-    replaced: dict[str, tuple[nn.Module, ...]] = field(default_factory=dict)
-    prior: PriorInjection | None = None
-    attributes: dict[str, Any] = field(default_factory=dict)
-    added: list[str] = field(default_factory=list)
-    changed: Callable[[nn.Module], None] | None = None
-    removed: Callable[[nn.Module], None] | None = None
-    kept: dict[str, Callable[[], None]] = field(default_factory=dict)
-
-    def options_to_save(self, prior: bool = False) -> dict[str, Any]:
-        """The options of the activations, or of the prior, for a file: names in the place of regular expressions."""
-        held = self.prior if prior else self
-        assert held is not None
-        assert held.config is not None
-        options = held.config.to_dict()
-        key = "site" if prior else "where"
-        if any(pattern.startswith("re:") for pattern in held.config.patterns):
-            options[key] = [site.name for site in held.sites]
-        return options
-
-    def prefixes(self) -> tuple[str, ...]:
-        """What the names of tensors that were put in begin with, activations before the prior."""
-        return tuple(f"{name}." for name in sorted(self.inside, key=lambda name: name.endswith(f".{PRIOR_NAME}")))
-
-    def name_in_host(self, name: str) -> str | None:
-        """What a tensor of the state dict is called in the host itself; None if it was put in."""
-        return _name_in_host(name, self.prefixes())
-
-
-def _name_in_host(name: str, prefixes: tuple[str, ...]) -> str | None:
-    prefix = next((p for p in prefixes if name.startswith(p)), None)
-    if prefix is None:
-        return name
-    kept = _OF_HOST.match(name, len(prefix))
-    return prefix + name[kept.end() :] if kept else None
-
-
-def names_in_host(model: nn.Module) -> Callable[[str], str | None]:
-    """:meth:`Injection.name_in_host` of any name in a model's state dict, by whichever path and through wrappers."""
-    record, known = injection_of(model) or Injection(), paths(model)
-    own = {id(module) for (module,) in record.inside.values()}
-    found = [(known[path], module) for path, module in model.named_modules(remove_duplicate=False)]
-    prefixes = tuple(dict.fromkeys(f"{name}." for name, module in found if id(module) in own))
-    name_of = tensor_names(model)
-    return lambda name: _name_in_host(name_of(name), prefixes)
-
-
-def modules_inside(model: nn.Module) -> dict[str, nn.Module]:
-    """Name → module of all that was put in, each where it was put.
-
-    Raises:
-        ValueError: one is not there any more, so that what is in the model is not what was put in.
-    """
-    record = injection_of(model) or Injection()
-    here = parts(unwrap(model))
-    for name, (module,) in record.inside.items():
-        if here.get(name) is not module:
-            now = next((other for other, found in here.items() if found is module), None)
-            raise ValueError(
-                f"what was put in at {name!r} is {'not in the model' if now is None else f'now at {now!r}'}: that part "
-                "was replaced or moved. Put it back, or call quac_plugins.remove(model) and inject again"
-            )
-    return {name: module for name, (module,) in record.inside.items()}
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile``, DistributedDataParallel, DataParallel or an averaged copy."""
-    while _RECORD not in model.__dict__:
-        inner = model._modules.get("_orig_mod", model._modules.get("module"))
-        if inner is None:
-            break
-        model = inner
-    return model
-
-
-def injection_of(model: nn.Module) -> Injection | None:
-    """What was put into a model (also a wrapped one, see :func:`unwrap`), or None."""
-    return unwrap(model).__dict__.get(_RECORD)
-
-
-def nothing_inside(model: nn.Module, todo: str) -> ValueError:
-    """The error of a model that holds nothing: it names the parts that do, as a detector's backbone may."""
-    inside = [name for name, module in unwrap(model).named_modules() if name and injection_of(module) is not None]
-    if inside:
-        todo = f"what holds it is {' and '.join(repr(name) for name in inside)}: give that module"
-    return ValueError(f"{type(unwrap(model)).__name__} holds no QuAC and no prior; {todo}")
 
 
 def inject(
@@ -267,7 +143,7 @@ def inject(
     except Exception:
         take_prior(model)
         if there is None:
-            delattr(model, _RECORD)
+            delattr(model, RECORD)
         raise
     return whole
 
@@ -277,7 +153,7 @@ def _check_parts(model: nn.Module, config: QuACConfig | PriorConfig) -> None:
     quac = isinstance(config, QuACConfig)
     what, names = ("QuAC", (TAP_NAME,)) if quac else ("a prior", (PRIOR_NAME, PRIOR_TAP_NAME))
     for name, module in model.named_modules():
-        record = module.__dict__.get(_RECORD)
+        record = module.__dict__.get(RECORD)
         if record is not None and name and (record.config if quac else record.prior) is not None:
             raise ValueError(f"the part {name!r} of {type(model).__name__} already holds {what}: give that module")
     if injection_of(model) is None and any(child in part._modules for part in model.modules() for child in names):
@@ -298,7 +174,7 @@ def place(
         for site in sites:
             host = None if site.after else module_at(model, site.name)
             built.append(_build(site, config, host, context).to(dtype=dtype))
-    record = injection_of(model) or Injection()
+    record = injection_of(model) or Injection(host_parameters=_count(model))
     for site, module in zip(sites, built, strict=True):
         host = module_at(model, site.name)
         module.train(host.training)
@@ -310,7 +186,8 @@ def place(
             _swap(model, host, module)
     record.config, record.sites, record.quality = config, sites, quality
     record.tap = seen.tap if quality is not None else None
-    setattr(model, _RECORD, record)
+    record.images = _images(model, config, seen, record)
+    setattr(model, RECORD, record)
     attach()
     return model
 
@@ -323,7 +200,7 @@ def place_prior(
     device, dtype = _placement(model)
     with torch.device(device):
         built = [build_prior(site, config, context, quality).to(dtype=dtype) for site in sites]
-    record = injection_of(model) or Injection()
+    record = injection_of(model) or Injection(host_parameters=_count(model))
     frozen, in_host = [], names_in_host(model)
     for name, parameter in model.named_parameters():
         own = in_host(name)
@@ -337,8 +214,25 @@ def place_prior(
         record.inside[f"{site.name}.{PRIOR_NAME}"] = (module,)
     tap = seen.tap if quality is not None else None
     record.prior = PriorInjection(config, sites, tap, quality, frozen)
-    setattr(model, _RECORD, record)
+    record.images = _images(model, config, seen, record)
+    setattr(model, RECORD, record)
     return model
+
+
+def _count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _images(model: nn.Module, config: QualityOptions, seen: Trace, record: Injection) -> Images:
+    """What is known of the images after an injection; what the host itself says of them was told by the first one."""
+    before = record.images
+    normalization = normalization_of(model, config, seen.in_chans) if config.tap != "given" else None
+    return Images(
+        normalization=normalization if before is None or config.mean is not None else before.normalization,
+        host=said_by_host(model) if before is None else before.host,
+        shape=(seen.in_chans, *seen.image_size) if seen.alone and seen.image_size[0] else None,
+        settings=before.settings if before is not None else {},
+    )
 
 
 def build_prior(
@@ -452,7 +346,7 @@ def remove(model: nn.Module) -> nn.Module:
         setattr(model, name, value)
     for name in record.added:
         delattr(model, name)
-    model.__dict__.pop(_RECORD, None)  # without activations the prior took it along
+    model.__dict__.pop(RECORD, None)  # without activations the prior took it along
     if record.removed is not None:
         record.removed(model)
     return whole

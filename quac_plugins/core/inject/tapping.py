@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from quac_plugins.core.hooks import PRIOR_TAP_NAME, TAP_HOOKS, TAP_NAME
+from quac_plugins.core.inject.images import normalization_of
 from quac_plugins.core.inject.trace import Trace
 from quac_plugins.core.options import QualityOptions
 from quac_plugins.core.parts import module_at
@@ -27,7 +28,7 @@ def tap_for(
     if quality is None or seen.tap is None:
         return None, _nothing
     given = getattr(config, "expand_q", "error") if config.tap == "given" else None
-    mean, std = _normalization(model, config, seen.in_chans) if given is None else (None, None)
+    mean, std = (normalization_of(model, config, seen.in_chans) if given is None else None) or (None, None)
     at = seen.tap
     layer = module_at(model, at)
     for name in TAP_HOOKS:
@@ -68,23 +69,3 @@ def untap(model: nn.Module) -> None:
         for name in TAP_HOOKS:
             if name in layer._modules:
                 QualityTap.detach(layer, name)
-
-
-def _normalization(
-    model: nn.Module, config: QualityOptions, in_chans: int
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    """mean and std from the config, else from the host's pretrained_cfg, for as many channels as the tap reads."""
-    cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    mean, std = config.mean, config.std
-    if mean is None and isinstance(cfg, dict) and "mean" in cfg and "std" in cfg:
-        mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
-    if mean is None or std is None:
-        return None, None
-    wanted = min(in_chans, 3)
-    if len(mean) == 1 or len(mean) == wanted:
-        return mean, std
-    if len(mean) == in_chans:  # more than colours: the first three are RGB
-        return mean[:wanted], std[:wanted]
-    if len(mean) == 3:  # a grey host of a colour recipe: timm normalizes by the mean of the three
-        return (sum(mean) / 3,) * wanted, (sum(std) / 3,) * wanted
-    raise ValueError(f"mean and std have {len(mean)} numbers, the host's images have {in_chans} channels")

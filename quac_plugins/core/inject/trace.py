@@ -89,6 +89,7 @@ class Trace:
         others: module name → what it returned instead of such a tensor, in words.
         layers: how many convolution and linear layers ran, so that ``feature.layers / layers`` is a depth.
         image_size: (H, W) of the images.
+        alone: whether the host was called with images and nothing else.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
@@ -99,6 +100,7 @@ class Trace:
     others: dict[str, str] = field(default_factory=dict)
     layers: int = 0
     image_size: tuple[int, int] = (0, 0)
+    alone: bool = True
 
 
 def _describe(x: Tensor, batch: int) -> Call | None:
@@ -136,21 +138,21 @@ def trace(model: nn.Module, example: Example | None = None, tokens: bool = False
         with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
             many = one.of_batch(BATCH, model, lambda tensor, shape: mode.from_tensor(tensor).new_empty(shape))
             return _run(model, many, BATCH)
-    except TakenApart as error:
+    except TakenApart:
         part = _part(model, one)
         raise RuntimeError(
             f"{type(model).__name__} takes its batch of images apart, as detectors do that are given a list, so it has "
             f"no tensor of images whose quality could be computed. {in_words(model, part)}"
-        ) from error
+        ) from None
     except Exception as fake_error:
         if images.is_meta:
-            raise RuntimeError(_cannot_run(model, one, fake_error)) from fake_error
+            raise RuntimeError(_cannot_run(model, one, fake_error)) from None
         try:
             # a host that decides by the values of its tensors cannot run on fake ones
             with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
                 return _run(copy.deepcopy(model), one.of_batch(2, model, _random), 2)
         except Exception as error:
-            raise RuntimeError(_cannot_run(model, one, error)) from error
+            raise RuntimeError(_cannot_run(model, one, error)) from None  # the message holds what it adds
 
 
 def _part(model: nn.Module, one: Arguments) -> tuple[str, tuple[int, ...]] | None:
@@ -166,7 +168,7 @@ def _random(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _cannot_run(model: nn.Module, given: Arguments, error: Exception) -> str:
     beside = "alone" if given.alone else "and the other arguments of the example"
-    reason = (str(error).splitlines() or [""])[0]
+    reason = (str(error).splitlines() or [""])[0].rstrip(".")
     part = _part(model, given) if given.alone else None
     if part is not None:
         return f"{type(model).__name__} is not given its images as one tensor (B, C, H, W). {in_words(model, part)}"
@@ -190,15 +192,19 @@ def _quiet() -> Iterator[None]:
 
 
 def _input_size(model: nn.Module) -> tuple[int, int, int]:
-    """(C, H, W) from timm's pretrained_cfg where there is one, channels from the first convolution."""
+    """(C, H, W) from what timm or transformers say of a network, where they do; channels from the first convolution."""
     cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     size = cfg.get("input_size") if isinstance(cfg, dict) else None
-    chans, height, width = size or (3, 224, 224)
+    sizes = getattr(getattr(model, "config", None), "image_size", None)  # of transformers
+    sides = (sizes, sizes) if isinstance(sizes, int) else sizes
+    if not isinstance(sides, (tuple, list)) or len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        sides = (224, 224)
+    chans, height, width = size or (3, sides[0], sides[1])
     embed = getattr(model, "patch_embed", None)
     img_size = getattr(embed, "img_size", None)
     if isinstance(img_size, (tuple, list)) and len(img_size) == 2:
         height, width = img_size
-    in_chans = getattr(model, "in_chans", None)
+    in_chans = getattr(model, "in_chans", getattr(getattr(model, "config", None), "num_channels", None))
     if isinstance(in_chans, int):
         return in_chans, height, width
     for module in model.modules():
@@ -212,7 +218,7 @@ def _run(model: nn.Module, given: Arguments, batch: int) -> Trace:
     images = given.images
     channel, height, width = (1, *images.shape[2:]) if images.ndim == 4 else (2, 0, 0)  # nothing tells tokens' size
     images._quac_label = Label(batch=0, channel=channel)  # type: ignore[attr-defined]
-    result = Trace(in_chans=images.shape[channel], image_size=(height, width))
+    result = Trace(in_chans=images.shape[channel], image_size=(height, width), alone=given.alone)
     known = parts(model)
     names = {id(module): name for name, module in known.items()}
     labels = Labels(batch)

@@ -42,6 +42,18 @@ def filled(net, cheap):
     return net.eval()
 
 
+def test_the_text_of_a_record_is_a_summary(cheap):
+    host = Net()
+    before = sum(p.numel() for p in host.parameters())
+    net = filled(host, cheap)
+    text, added = str(quac.injection_of(net)), sum(p.numel() for p in net.parameters()) - before
+    assert f"parameters: {added:,} || host: {before:,} || {100 * added / before:.3g} %" in text
+    assert "qacon (init=preserve, norm=layer) at 2 places: backbone.1, backbone.3\n" in text
+    assert "prior light at 2 places: backbone.0, backbone.4\n" in text
+    assert "q: channel_statistics" in text
+    assert len(text) < 600
+
+
 def empty(net):
     return not any(mark in name for name in [*net.state_dict(), *dict(net.named_modules())] for mark in ("quac", "fc3"))
 

@@ -1,0 +1,76 @@
+"""What an adapter says, beside what a host holds: the differences, in words."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from quac_plugins.core.inject.config import QuACConfig
+from quac_plugins.core.options import QualityOptions
+from quac_plugins.core.prior.config import PriorConfig
+
+C = TypeVar("C", QuACConfig, PriorConfig)
+
+
+def tensor_problems(expected: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
+    """Tensors that are missing, or of another shape or kind."""
+    problems = [f"missing tensor {name!r}" for name in expected if name not in state]
+    there = {name: (state[name], tensor) for name, tensor in expected.items() if name in state}
+    problems += [
+        f"tensor {name!r} has shape {tuple(found.shape)}, expected {tuple(tensor.shape)}"
+        for name, (found, tensor) in there.items()
+        if found.shape != tensor.shape
+    ]
+    problems += [
+        f"tensor {name!r} holds {found.dtype}, expected {tensor.dtype}"
+        for name, (found, tensor) in there.items()
+        if found.is_floating_point() != tensor.is_floating_point()
+    ]
+    return problems
+
+
+def site_problems(here: dict[Any, Any], there: dict[Any, Any]) -> list[str]:
+    """Sites that are on one side alone, or laid out otherwise."""
+    problems = [f"site {key[0]!r} is in the adapter, not in this host" for key in there if key not in here]
+    problems += [f"site {key[0]!r} is in this host, not in the adapter" for key in here if key not in there]
+    return problems + [
+        f"site {key[0]!r} has its channels on axis {there[key]}, in this host on {here[key]}"
+        if isinstance(here[key], int)
+        else f"site {key[0]!r} has layout {there[key]}, in this host {here[key]}"
+        for key in here
+        if key in there and there[key] != here[key]
+    ]
+
+
+def differences(there: QuACConfig, here: QuACConfig) -> list[str]:
+    """What the tensors' shapes do not show: parameters of one activation, read by another, give wrong numbers."""
+    fields = ["activation", "init"]
+    if here.is_driven:
+        fields += ["norm", "reduction"]
+    if here.activation_class.needs_quality:
+        fields.append("tap")
+    return _compare(there, here, fields, here.activation_class.needs_quality)
+
+
+def prior_differences(there: PriorConfig, here: PriorConfig) -> list[str]:
+    """The same for a prior."""
+    return _compare(there, here, ["fdm", "fdm_width", "fdm_act", "experts"], here.needs_quality)
+
+
+def _compare(there: QualityOptions, here: QualityOptions, fields: list[str], needs_quality: bool) -> list[str]:
+    if needs_quality and isinstance(here.quality, str) and not there.has_own_quality:
+        fields = [*fields, "quality"]
+    if there.mean is not None:  # explicit there; otherwise each host brings its own, and q is that of the pictures
+        fields = [*fields, "mean", "std"]
+    if needs_quality:
+        fields = [*fields, "channel_order"]
+    known = there.to_dict(), here.to_dict()
+    pairs = [(field, known[0][field], known[1][field]) for field in fields]
+    return [f"{field} is {a!r} in the adapter, {b!r} in this host" for field, a, b in pairs if a != b]
+
+
+def without_normalization(config: C | None) -> C | None:
+    """Without mean and std, which an adapter of this version says with the images."""
+    return replace(config, mean=None, std=None) if config is not None else None  # type: ignore[type-var]

@@ -1,0 +1,113 @@
+"""How a host is given its images: what an injection and a fit knew, so that the load of an adapter knows it too."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from quac_plugins.core.options import QualityOptions, numbers
+
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+SETTINGS = ("input_size", "crop_pct", "crop_mode", "interpolation")
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a host.
+
+    Attributes:
+        normalization: the mean and std that they are normalized with, which a tap undoes; None: they are in [0, 1].
+        host: the same as the host itself says it, by timm's ``pretrained_cfg``; None if it says nothing.
+        shape: (C, H, W) of those that it was traced with; None: it takes more than images, or tokens.
+        settings: what a fit made its pictures by: ``input_size`` (H, W), ``crop_pct``, ``crop_mode`` and
+            ``interpolation``; empty if there was none.
+    """
+
+    normalization: Normalization | None = None
+    host: Normalization | None = None
+    shape: tuple[int, int, int] | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As an adapter's config holds it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Images:
+        """Read what :meth:`to_dict` wrote; ValueError, TypeError or KeyError for what cannot be."""
+        shape, settings = values["shape"], dict(values["settings"])
+        sides = [*(shape or ()), *(settings.get("input_size") or ())]
+        if not all(type(side) is int and 0 < side < 1 << 16 for side in sides):
+            raise ValueError(f"sizes of images are {sides}")
+        if (shape is not None and len(shape) != 3) or len(settings.get("input_size") or (1, 1)) != 2:
+            raise ValueError(f"a size of images is {shape}, {settings.get('input_size')}")
+        if surplus := set(settings) - set(SETTINGS):
+            raise ValueError(f"unknown settings of images: {', '.join(sorted(surplus))}")
+        if not all(isinstance(settings.get(key, ""), str) for key in ("crop_mode", "interpolation")):
+            raise ValueError(f"settings of images are {settings}")
+        if not isinstance(settings.get("crop_pct", 1.0), (int, float)) or not 0 < settings.get("crop_pct", 1.0) <= 1:
+            raise ValueError(f"crop_pct is {settings['crop_pct']!r}")
+        return cls(
+            _read(values["normalization"]), _read(values["host"]), tuple(shape) if shape is not None else None, settings
+        )
+
+
+def _read(value: Any) -> Normalization | None:
+    if value is None:
+        return None
+    mean, std = (numbers(what, given) for what, given in zip(("mean", "std"), value, strict=True))
+    if len(mean) != len(std) or min(std) <= 0:
+        raise ValueError(f"mean and std are {value!r}")
+    return mean, std
+
+
+def same(one: Normalization | None, other: Normalization | None) -> bool:
+    """Whether two normalizations give the same images; None, images in [0, 1], is a mean of 0 and a std of 1.
+
+    Example:
+        >>> same(((0.5,), (0.5,)), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))), same(None, ((0.0,), (1.0,)))
+        (True, True)
+    """
+    return np.allclose(_three(one), _three(other), rtol=0, atol=1e-6)
+
+
+def _three(value: Normalization | None) -> list[tuple[float, ...]]:
+    """For three channels: one number stands for all, and of many the first three are colours."""
+    return [((*v, *v[-1:], *v[-1:]))[:3] for v in value or ((0.0,), (1.0,))]
+
+
+def said_by_host(model: nn.Module) -> Normalization | None:
+    """mean and std of a host's ``pretrained_cfg``, None if it has none."""
+    cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if isinstance(cfg, dict) and cfg.get("mean") is not None and cfg.get("std") is not None:
+        return tuple(cfg["mean"]), tuple(cfg["std"])
+    return None
+
+
+def normalization_of(model: nn.Module, config: QualityOptions, in_chans: int) -> Normalization | None:
+    """mean and std from the config, else from the host, for as many channels as a tap reads.
+
+    Raises:
+        ValueError: they have another number of channels than the images.
+    """
+    explicit = (config.mean, config.std) if config.mean is not None and config.std is not None else None
+    found = explicit or said_by_host(model)
+    if found is None:
+        return None
+    mean, std = found
+    wanted = min(in_chans, 3)
+    if len(mean) == 1 or len(mean) == wanted:
+        return mean, std
+    if len(mean) == in_chans:  # more than colours: the first three are RGB
+        return mean[:wanted], std[:wanted]
+    if len(mean) == 3:  # a grey host of a colour recipe: timm normalizes by the mean of the three
+        return (sum(mean) / 3,) * wanted, (sum(std) / 3,) * wanted
+    raise ValueError(f"mean and std have {len(mean)} numbers, the host's images have {in_chans} channels")
+
+
+def in_words(value: Normalization | None) -> str:
+    """A normalization, for messages."""
+    return "none (images in [0, 1])" if value is None else f"mean {value[0]} and std {value[1]}"
