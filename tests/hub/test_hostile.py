@@ -95,6 +95,47 @@ def test_a_cache_without_links_asks_the_hub(hub, adapter, monkeypatch):
         fetch(REPO)
 
 
+# -- adapters
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"config__where": CATASTROPHE}, None),
+        ({"config__where": ["all"] * 10_000}, None),
+        ({"config__quality": "contrique:passwd"}, "has shape .*, expected"),
+        ({"config__reduction": 4096}, "reduction=4096 asks for 4096 hidden numbers or more, and a tensor has 16"),
+        ({"prior__config__site": CATASTROPHE}, None),
+        ({"prior__config__fdm_width": 65536, "prior__config__fdm": "dense"}, r"has shape .*, expected \(65536"),
+        ({"prior__config__experts": [f"e{i}" for i in range(256)]}, "missing tensors: 256 experts"),
+        (
+            {"prior__sites": [{"name": f"x{i}", "channels": 8, "layout": "nchw"} for i in range(20_000)]},
+            "is not an ad|not in",
+        ),
+        ({"config__mean": [10**400], "config__std": [1]}, "mean must be a number"),
+        ({"prior__config__fdm": "x" * 1_000_000}, "unknown FDM 'xxx"),
+        ({"host": {"architecture": "test_resnet", "fingerprint": {"a": [1]}}}, "other weights than this host"),
+    ],
+)
+def test_the_config_of_an_adapter_asks_for_nothing_that_takes_time_memory_or_files(values, message, hub, adapter):
+    hub.add(REPO, changed(adapter, CONFIG_NAME, **values))
+    start, model = time.process_time(), host()
+    if message is None:
+        assert quac.injection_of(quac.load_adapter(model, REPO)) is not None
+    else:
+        with pytest.raises(ValueError, match=message) as caught:
+            quac.load_adapter(model, REPO, check_host="host" in values)
+        assert len(str(caught.value)) < 5000
+        assert quac.injection_of(model) is None
+    assert time.process_time() - start < 20
+
+
+def test_configs_that_are_nested_without_end(hub, adapter):
+    hub.add(REPO, {**adapter, CONFIG_NAME: b'{"a":' * 200_000})
+    with pytest.raises(ValueError, match="is not an adapter's config"):
+        quac.load_adapter(host(), REPO)
+
+
 # -- whole models of timm
 
 

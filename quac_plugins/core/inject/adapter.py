@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quac_plugins.core.hooks import PRIOR_NAME
+from quac_plugins.core.inject.bounds import at_sites, bound_problems
 from quac_plugins.core.inject.compare import (
     differences,
     prior_differences,
@@ -294,6 +295,8 @@ def _make_room(
     """
     record = injection_of(model)
     try:
+        if problems := bound_problems(saved, state, parts(unwrap(model))):
+            raise ValueError("; ".join(problems[:5]))
         if record is None:
             _with_example(partial(_put_all_in, model, saved, state), saved, example)
             return lambda: remove(model)
@@ -327,7 +330,7 @@ def _with_example(put_in: Callable[[Example | None], object], saved: Saved, exam
 def _put_all_in(model: nn.Module, saved: Saved, state: dict[str, Tensor], example: Example | None) -> None:
     try:
         if saved.config is not None:
-            inject(model, _with_normalization(model, saved, saved.config), example)
+            inject(model, at_sites(_with_normalization(model, saved, saved.config), saved.sites), example)
             _record(model).config = saved.config
         if saved.prior is not None:
             _inject_prior(model, saved, state, example)
@@ -356,14 +359,7 @@ def _same_prior(saved: Saved, here: PriorInjection) -> bool:
 def _inject_prior(model: nn.Module, saved: Saved, state: dict[str, Tensor], example: Example | None) -> None:
     """At the adapter's own sites: a rule such as "auto" is not asked twice."""
     assert saved.prior is not None
-    known = parts(unwrap(model))
-    problems = [
-        f"site {site.name!r} is in the adapter, not in this host"
-        for site in saved.prior_sites
-        if site.name not in known
-    ]
-    problems += _prior_shapes(saved, state)
-    if problems:
+    if problems := _prior_shapes(saved, state):
         raise ValueError("; ".join(problems[:5]))
     patterns = [rf"re:^{re.escape(site.name)}\Z" for site in saved.prior_sites]
     inject(model, replace(_with_normalization(model, saved, saved.prior), site=patterns), example)

@@ -40,6 +40,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 FORMATS = (1, 2)  # 2: with a degradation prior
 _TRIES, _PAUSE = 4, 0.05  # how often, and with how many seconds between, files are read that do not belong together
+_MOST_SAID = 1000  # letters of an error, which may quote what the config holds
 _LIMIT = 4 << 20  # bytes of a config: a list of sites is far below
 
 
@@ -134,7 +135,7 @@ def read_config(path: Path) -> Saved:
         )
     except (KeyError, TypeError, ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{path} is not an adapter's config: {what}") from error
+        raise ValueError(f"{path} is not an adapter's config: {what[:_MOST_SAID]}") from error
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -1,0 +1,50 @@
+"""What an adapter of somebody else's may ask a host for: what its own tensors are of, and no more.
+
+Asked before anything is built, so that a config can neither fill the memory nor take for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from glob import escape
+
+from torch import Tensor
+
+from quac_plugins.core.hooks import PRIOR_NAME
+from quac_plugins.core.inject.config import QuACConfig
+from quac_plugins.core.inject.saved import Saved
+from quac_plugins.core.inject.sites import Site
+
+
+def bound_problems(saved: Saved, state: dict[str, Tensor], known: Iterable[str]) -> list[str]:
+    """What in a config is not of its tensors, or not of this host.
+
+    Args:
+        saved: what the config says.
+        state: the adapter's tensors.
+        known: names of the host's modules.
+    """
+    here = set(known)
+    named = [*(site.name for site in saved.sites), *(site.name for site in saved.prior_sites)]
+    problems = [f"site {name!r} is in the adapter, not in this host" for name in named if name not in here]
+    if saved.config is not None and saved.config.is_driven:
+        drivers = [name for name in state if name.endswith(".fc1.weight") and f".{PRIOR_NAME}." not in name]
+        widths = [state[name].shape[0] for name in drivers if state[name].ndim]
+        if widths and saved.config.reduction > min(widths):
+            problems.append(
+                f"reduction={saved.config.reduction} asks for {saved.config.reduction} hidden numbers or more, and a "
+                f"tensor has {min(widths)}"
+            )
+    if saved.prior is not None and len(saved.prior_sites) * max(1, len(saved.prior.experts)) > len(state):
+        problems.append(
+            f"missing tensors: {len(saved.prior.experts)} experts at {len(saved.prior_sites)} sites have more than the "
+            f"{len(state)} that there are"
+        )
+    return problems
+
+
+def at_sites(config: QuACConfig, sites: list[Site]) -> QuACConfig:
+    """A config that asks for these very sites: a saved rule is not asked twice, nor a saved regular expression run."""
+    places = [escape(site.name) for site in sites if not site.after]
+    return replace(config, where=[*places, *(["last"] if any(site.after for site in sites) else [])])
