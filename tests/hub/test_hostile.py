@@ -103,6 +103,8 @@ def test_a_cache_without_links_asks_the_hub(hub, adapter, monkeypatch):
     [
         ({"config__where": CATASTROPHE}, None),
         ({"config__where": ["all"] * 10_000}, None),
+        ({"images__shape": [3, 65535, 65535]}, None),
+        ({"images__shape": [3, 10**9, 10**9]}, "sizes of images are"),
         ({"config__quality": "contrique:passwd"}, "has shape .*, expected"),
         ({"config__reduction": 4096}, "reduction=4096 asks for 4096 hidden numbers or more, and a tensor has 16"),
         ({"prior__config__site": CATASTROPHE}, None),
