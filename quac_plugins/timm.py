@@ -28,6 +28,7 @@ from quac_plugins.core.inject.surgery import WidthSwitch
 from quac_plugins.core.names import unknown
 from quac_plugins.core.options import check_foreign
 from quac_plugins.core.prior.fdm import FDMS
+from quac_plugins.core.prior.grid import SizeNote
 from quac_plugins.core.prior.routed import RoutedFDM
 from quac_plugins.core.quality.tap import QualityTap
 from quac_plugins.hub.fetch import MODEL_FILES, fetch, is_network
@@ -349,7 +350,7 @@ def register() -> list[str]:
                 tables = _tables(written)
             new.append(name)
     _add_published(published().values())
-    for cls in (*ACTIVATIONS.values(), *FDMS.values(), RoutedFDM, WidthSwitch, QualityTap):
+    for cls in (*ACTIVATIONS.values(), *FDMS.values(), RoutedFDM, WidthSwitch, QualityTap, SizeNote):
         register_notrace_module(cls)  # torch.fx feature extraction takes them whole
     vars(module)["__all__"] = sorted({*names, *new})
     return new

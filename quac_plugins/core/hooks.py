@@ -14,7 +14,8 @@ TAP_NAME = "quac_tap"
 AFTER_NAME = "quac_last"
 PRIOR_NAME = "quac_prior"
 PRIOR_TAP_NAME = "quac_prior_tap"
-OUR_CHILDREN = (TAP_NAME, PRIOR_TAP_NAME, PRIOR_NAME, AFTER_NAME)
+SIZE_NAME = "quac_size"
+OUR_CHILDREN = (SIZE_NAME, TAP_NAME, PRIOR_TAP_NAME, PRIOR_NAME, AFTER_NAME)
 
 
 def tap_pre_hook(layer: Any, args: tuple, kwargs: dict) -> None:
@@ -35,6 +36,11 @@ def prior_tap_pre_hook(layer: Any, args: tuple, kwargs: dict) -> None:
 def prior_tap_hook(layer: Any, args: tuple, output: Any) -> None:
     """The same for a prior whose quality function is another one."""
     layer.quac_prior_tap.mark(output)
+
+
+def size_pre_hook(layer: Any, args: tuple, kwargs: dict) -> None:
+    """Note the size of the images, the layer's first argument."""
+    layer.quac_size(args[0] if args else next(iter(kwargs.values()), None))
 
 
 def prior_hook(layer: Any, args: tuple, kwargs: dict, output: Any) -> Any:

@@ -14,6 +14,7 @@ from quac_plugins.core.hooks import (
     BEHIND,
     PRIOR_NAME,
     PRIOR_TAP_NAME,
+    SIZE_NAME,
     TAP_NAME,
     add_hook,
     move_all,
@@ -39,6 +40,7 @@ from quac_plugins.core.options import QualityOptions
 from quac_plugins.core.parts import module_at
 from quac_plugins.core.prior.config import PriorConfig
 from quac_plugins.core.prior.fdm import FDM, resolve_fdm
+from quac_plugins.core.prior.grid import ImageSize, SizeNote
 from quac_plugins.core.prior.routed import RoutedFDM
 from quac_plugins.core.prior.sites import PriorSite, find_prior_sites
 from quac_plugins.core.quality.context import QualityContext
@@ -208,6 +210,11 @@ def place_prior(
             parameter.requires_grad_(False)
             frozen.append(own)
     attach()
+    if seen.tap is not None and any(site.layout == "tokens" for site in sites):
+        size = ImageSize()
+        SizeNote(size).attach(module_at(model, seen.tap))
+        for fdm in (inner for module in built for inner in module.modules() if isinstance(inner, FDM)):
+            fdm.image_size = size
     for site, module in zip(sites, built, strict=True):
         host = module_at(model, site.name)
         _put_behind(host, PRIOR_NAME, module.train(host.training))
@@ -370,10 +377,14 @@ def take_prior(model: nn.Module) -> Callable[[], None]:
     )
     if layer is not None and tap is not None and shared:
         tap.attach(layer, TAP_NAME)  # the activations go on reading it
+    noting = next((module for module in model.modules() if SIZE_NAME in module._modules), None)
+    note = SizeNote.detach(noting) if noting is not None else None
     _set_requires_grad(model, set(prior.frozen), True)
     record.prior = None
 
     def put_back() -> None:
+        if noting is not None and note is not None:
+            note.attach(noting)
         if layer is not None and tap is not None:
             if shared:
                 QualityTap.detach(layer, TAP_NAME)

@@ -88,6 +88,7 @@ class FDM(nn.Module):
     def __init__(self, site: PriorSite, width: int | None = None, act: str = "relu", quality_channels: int = 0):
         super().__init__()
         self.site = site
+        self.image_size: Any = None  # an ImageSize, where tokens stand on a grid over the image
         self.fold = _FOLDS.get(site.stride, 1) if self.folds and site.grid is None else 1
         self.register_buffer("mean", torch.zeros(site.channels))
         self.register_buffer("std", torch.ones(site.channels))
@@ -109,7 +110,7 @@ class FDM(nn.Module):
             x: features.
             onto: what std · r is added to; x by default.
             weight: (B,) of std · r; 1 by default.
-            grid: (h, w) of the tokens; by default that of the site.
+            grid: (h, w) of the tokens; by default that of the image they are of, or of the site.
         """
         r = self.residual(standardized(x, self, grid))
         if weight is not None:
@@ -154,7 +155,7 @@ def all_zero(*values: Any) -> bool:
 
 def standardized(x: Tensor, module: Any, grid: Grid | None = None) -> Tensor:
     """z (B, C, H, W) of features in the layout of ``module.site``, with its mean and std."""
-    z = _as_image(x, module.site, grid)
+    z = _as_image(x, module.site, grid, module.image_size)
     return (z - _column(module.mean, z)) / _column(module.std, z)
 
 
@@ -174,7 +175,7 @@ def _column(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like.dtype).view(1, -1, 1, 1)
 
 
-def _as_image(x: Tensor, site: PriorSite, grid: Grid | None) -> Tensor:
+def _as_image(x: Tensor, site: PriorSite, grid: Grid | None, image_size: Any) -> Tensor:
     axis = 1 if site.layout == "nchw" else -1
     if not isinstance(x, Tensor) or x.ndim != (3 if site.layout == "tokens" else 4) or x.shape[axis] != site.channels:
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
@@ -185,11 +186,15 @@ def _as_image(x: Tensor, site: PriorSite, grid: Grid | None) -> Tensor:
     if site.layout == "nhwc":
         return x.permute(0, 3, 1, 2)
     told = grid is not None and site.prefix + grid[0] * grid[1] == x.shape[1]  # else it is of something else
+    if not told and image_size is not None:
+        grid = image_size.grid(site, x.shape[1])
+        told = grid is not None
     height, width = (grid if told else site.grid) or (0, 0)
     if x.shape[1] != site.prefix + height * width:
         raise ValueError(
             f"the prior after {site.name!r} was put in for {height}×{width} tokens and {site.prefix} in front, got "
-            f"{x.shape[1]} tokens. For images of another size inject it with example=torch.empty(1, C, H, W)"
+            f"{x.shape[1]} tokens, which are no grid of stride {site.stride} over the image. For images of another "
+            "size inject it with example=torch.empty(1, C, H, W)"
         )
     return x[:, site.prefix :].transpose(1, 2).unflatten(2, (height, width))
 

@@ -1,23 +1,27 @@
-"""Priors among the tokens of hosts whose layers know the grid: right for images of every size and shape."""
+"""Priors among tokens: right for images of every size and shape, be the grid told by layers or by the image."""
 
 import copy
 import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
 import torch
 
 import quac_plugins as quac
+from quac_plugins.core.inject.surgery import take_prior
 from quac_plugins.core.prior.routed import Gate
 
-NAMES = {"pvt_v2_b0": "stages", "twins_svt_small": "blocks.[01].1"}  # a norm at the end is not told the grid
+NAMES = {"pvt_v2_b0": "stages", "twins_svt_small": "blocks.[01].1", "vit_tiny_patch16_224": "blocks.[01]"}
+KWARGS = {"vit_tiny_patch16_224": {"dynamic_img_size": True, "depth": 2, "reg_tokens": 3}}
 WIDE, TALL = (96, 160), (160, 96)  # as many tokens
 
 
 def hosted(name, size, **options):
     """A host with a prior that was put in for images of one size, and is not as it was made."""
     torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=3).eval()
+    model = timm.create_model(name, num_classes=3, **KWARGS.get(name, {})).eval()
     options = {"site": NAMES.get(name, "stages"), **options}
     quac.inject(model, quac.PriorConfig(**options), example=torch.empty(1, 3, *size))
     torch.manual_seed(1)
@@ -48,9 +52,10 @@ def test_an_image_of_another_size_gets_what_it_would_have_got(name, options, siz
         assert not torch.equal(found, host(images))
 
 
-def test_copies_and_graphs_know_it_too(photographs):
+@pytest.mark.parametrize("name", ["pvt_v2_b0", "vit_tiny_patch16_224"])
+def test_copies_and_graphs_know_it_too(name, photographs):
     images = photographs(2, 160)[:, :, : TALL[0], : TALL[1]]
-    model = hosted("pvt_v2_b0", WIDE)
+    model = hosted(name, WIDE)
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
@@ -77,11 +82,50 @@ def test_a_fit_on_images_of_another_size():
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_a_host_that_does_not_tell_its_grid_takes_one_size():
-    vit = hosted("vit_tiny_patch16_224", (224, 224))
-    vit.pos_embed = torch.nn.Parameter(torch.zeros(1, 65, vit.embed_dim))
-    vit.patch_embed.strict_img_size = False
-    with pytest.raises(ValueError, match=r"tokens and \d+ in front, got"):
+VIT = "vit_tiny_patch16_224"
+
+
+def test_every_way_through_the_host_knows_it(photographs):
+    images = photographs(1, 160)[:, :, : TALL[0], : TALL[1]]
+    model = hosted(VIT, WIDE)
+    with torch.no_grad():
+        features = hosted(VIT, TALL).forward_features(images)
+        assert torch.equal(model.forward_features(images), features)
+        assert torch.equal(model.forward_intermediates(images)[0], features)
+        put_back = take_prior(model)
+        assert not any("quac" in name for name, _ in model.named_modules())
+        assert not torch.equal(model.forward_features(images), features)
+        put_back()
+        assert torch.equal(model.forward_features(images), features)
+
+
+def test_each_thread_has_its_own_images(photographs):
+    pictures = [photographs(1, 160)[:, :, : size[0], : size[1]] for size in (WIDE, TALL)]
+    model = hosted(VIT, WIDE)
+    with torch.no_grad():
+        expected = [hosted(VIT, picture.shape[2:])(picture) for picture in pictures]
+        met = threading.Barrier(2)
+        model.blocks[0].register_forward_pre_hook(lambda *_: (met.wait(), None)[1])
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(model, pictures))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_what_is_recomputed_is_of_its_own_image_or_an_error():
+    model = hosted(VIT, WIDE)
+    model.set_grad_checkpointing()
+    wide, tall, small = (torch.rand(1, 3, *size) for size in (WIDE, TALL, (64, 64)))
+    first, _ = model(wide).sum(), model(small)
+    first.backward()  # the other image has another number of tokens
+    first, _ = model(wide).sum(), model(tall)
+    with pytest.raises(ValueError, match="6×10 and 10×6"):
+        first.backward()
+
+
+def test_tokens_that_are_no_grid_of_the_image_are_refused():
+    vit = hosted(VIT, (64, 64))
+    vit.blocks[0].register_forward_pre_hook(lambda block, args: (args[0][:, :-1], *args[1:]))
+    with pytest.raises(ValueError, match="no grid of stride 16 over the image"):
         vit(torch.rand(1, 3, 128, 128))
 
 

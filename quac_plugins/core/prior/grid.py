@@ -1,0 +1,105 @@
+"""On which grid the tokens of an image stand: its size over the stride of the site, noted where the image enters.
+
+Blocks are given tokens (B, N, C) and not the shape of the picture they are of. So where a prior is among tokens, the
+first layer that sees the image notes how large it is, in the same forward.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quac_plugins.core.hooks import SIZE_NAME, remove_hooks, size_pre_hook
+from quac_plugins.core.prior.sites import Grid, PriorSite
+
+_KEPT = 64  # sizes that a recomputation under activation checkpointing may be of
+
+
+class ImageSize:
+    """(H, W) of the images that a network sees now, in each thread; the first layer notes it, priors read it."""
+
+    def __init__(self) -> None:
+        self.size: Any = None  # the plain attribute, read while compiling
+        self._compiled = False  # the latest note is of compiled code
+        self._local = threading.local()
+        self._recent: deque[Grid] = deque(maxlen=_KEPT)
+
+    def __reduce__(self) -> Any:  # a copy has seen nothing yet
+        return type(self), ()
+
+    def note(self, images: Any) -> None:
+        """Note the size of images (B, C, H, W); anything else has none."""
+        size = tuple(images.shape[-2:]) if isinstance(images, Tensor) and images.ndim == 4 else None
+        if torch.compiler.is_compiling():
+            self.size, self._compiled = size, True
+            return
+        size = (int(size[0]), int(size[1])) if size is not None else None  # tensors while torch.jit.trace runs
+        self.size, self._compiled, self._local.size = size, False, size
+        if size is not None and size not in self._recent:
+            self._recent.append(size)
+
+    def grid(self, site: PriorSite, tokens: Any) -> Grid | None:
+        """(h, w) of N tokens at a site; None if no image is known whose grid has that many.
+
+        Raises:
+            ValueError: images of several shapes are possible.
+        """
+        if torch.compiler.is_compiling():
+            return _grid(site, tokens, self.size)
+        if torch._C._current_graph_task_id() != -1:  # recomputed in backward, whose forward may not be the last
+            sizes: list[Any] = list(self._recent)
+        else:
+            sizes = [getattr(self._local, "size", None)]
+            if self._compiled or sizes == [None]:  # another thread's at worst
+                sizes.append(self.size)
+        grids = {grid for size in sizes if (grid := _grid(site, tokens, size)) is not None}
+        if len(grids) > 1:
+            shapes = " and ".join(f"{height}×{width}" for height, width in sorted(grids))
+            raise ValueError(
+                f"the prior after {site.name!r} got {tokens} tokens and cannot tell whether they are {shapes}, since "
+                "images of both shapes went through the network before backward, or compiled and not. Call backward "
+                "before images of another shape, and compile the whole network"
+            )
+        return grids.pop() if grids else None
+
+
+def _grid(site: PriorSite, tokens: Any, size: Any) -> Grid | None:
+    if size is None or site.stride < 1:
+        return None
+    height, width = size
+    for grid in ((height // site.stride, width // site.stride), (-(-height // site.stride), -(-width // site.stride))):
+        if site.prefix + grid[0] * grid[1] == tokens:
+            return grid
+    return None
+
+
+class SizeNote(nn.Module):
+    """A child of the first layer that sees the image: notes its size, as a module so that torch.fx keeps the call."""
+
+    _is_impure = True
+
+    def __init__(self, size: ImageSize):
+        super().__init__()
+        self.size = size
+
+    def forward(self, images: Any) -> None:
+        """Called by the layer's hook."""
+        self.size.note(images)
+
+    def attach(self, layer: nn.Module) -> None:
+        """Become a child of the layer, and listen to its calls."""
+        layer.add_module(SIZE_NAME, self)
+        layer.register_forward_pre_hook(size_pre_hook, with_kwargs=True)
+
+    @staticmethod
+    def detach(layer: nn.Module) -> SizeNote:
+        """Undo :meth:`attach`; returns the child."""
+        remove_hooks(layer, size_pre_hook)
+        note = layer.get_submodule(SIZE_NAME)
+        assert isinstance(note, SizeNote)
+        delattr(layer, SIZE_NAME)
+        return note
