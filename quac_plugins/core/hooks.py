@@ -137,4 +137,5 @@ def _foreign(module: nn.Module, other: nn.Module) -> dict[str, Any]:
         for function in vars(cls).values():
             code = getattr(getattr(function, "fget", function), "__code__", None)
             known |= set(code.co_names) if code is not None else set()
-    return {name: value for name, value in vars(module).items() if name not in known}
+    its_own = {name for name, value in vars(module).items() if getattr(value, "__self__", None) is module}  # methods
+    return {name: value for name, value in vars(module).items() if name not in known | its_own}

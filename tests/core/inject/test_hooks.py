@@ -60,7 +60,7 @@ def test_hooks_and_attributes_move_and_come_back(configs):
     torch.manual_seed(0)
     model, heard = Tagged(), []
     handles = hang(model.act, heard)
-    model.act.tag, model.act._quac_of_a_framework = 1, "kept"
+    model.act.tag, model.act._quac_of_a_framework, model.act._old_forward = 1, "kept", model.act.forward
     expected, names = use(model, heard), dict(model.act.__dict__)
     assert len(set(expected)) == len(handles)
     for config in configs:
@@ -68,6 +68,8 @@ def test_hooks_and_attributes_move_and_come_back(configs):
     assert model.inside["first"] is model.act
     assert use(model, heard) == expected  # once each, in this order
     assert (model.act.tag, model.act._quac_of_a_framework) == (1, "kept")
+    if isinstance(configs[-1], QuACConfig):
+        assert not hasattr(model.act, "_old_forward")  # of the module itself: of no use to another
     handles.pop(2).remove()
     expected = [kind for kind in expected if kind != "forward"]
     model.act.later = 2
