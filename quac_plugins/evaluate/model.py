@@ -17,7 +17,7 @@ from torch import nn
 
 from quac_plugins.core.inject.fingerprint import base_name
 from quac_plugins.core.inject.images import Images
-from quac_plugins.core.inject.saved import CONFIG_NAME, read_config
+from quac_plugins.core.inject.saved import read_adapter
 from quac_plugins.evaluate.preprocessing import per_channel, square_or_not
 
 __all__ = ["build_model", "plain_name"]
@@ -75,7 +75,7 @@ def build_model(
         name = plain_name(name)
     if adapter is not None:
         adapter = find_adapter(adapter)
-        images = read_config(adapter / CONFIG_NAME).images or Images()
+        images = read_adapter(adapter)[0].images or Images()
         if mean is None and std is None and images.normalization is not None:
             mean, std = images.normalization
         input_size = input_size or images.settings.get("input_size")

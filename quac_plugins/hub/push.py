@@ -196,6 +196,8 @@ def _stage(model: nn.Module | str | Path, folder: Path, whole: bool | None) -> N
         check_adapter_files(source)
     for name in (*wanted, *(n for n in EXTRAS[1:] if n in names)):
         shutil.copyfile(source / name, folder / name)
+    if wanted is ADAPTER_FILES:
+        check_adapter_files(folder)  # of a save that was killed here, the two may not belong together
 
 
 def _pack(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
