@@ -17,7 +17,6 @@ from quac_plugins.files import same_file
 from quac_plugins.parsing import numbers
 
 WRONG, UNREADABLE, INTERRUPTED = 2, 3, 130
-REPORT_NAME = "fit_report.json"  # of a fit, in its adapter's folder
 _PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 
 BaseCheckpoint = Annotated[Path | None, typer.Option(help="File with the host's weights, in place of downloaded ones.")]

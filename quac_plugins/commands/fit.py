@@ -122,6 +122,8 @@ def fit_prior_command(
         _check(out, images, pairs, corruptions, overwrite)
         inputs = [images, *(pairs or ()), base_checkpoint, checkpoint, *common.files_of(adapter)]
         common.check_outputs(json, plot, inputs=[*inputs, *common.files_of(str(out))])
+        if routed is False and top_k is not None:
+            raise ValueError("--top-k is for a routed prior, and --single asks for one module")
         if routed and pairs is not None:
             raise ValueError("--routed needs corruptions to tell apart, and --pairs bring none")
         prior: dict[str, Any] = _given(site=_one_or_several(site), fdm=fdm, fdm_act=fdm_act, top_k=top_k)
@@ -254,7 +256,9 @@ def _fit(
         raise typer.Exit(common.INTERRUPTED) from None
     if main:
         _save(network, out, states)
-        report.to_json(out / common.REPORT_NAME)
+        from quac_plugins.fit.report import REPORT_NAME
+
+        report.to_json(out / REPORT_NAME)
         if json is not None:
             report.to_json(json)
         if plot is not None:
@@ -294,8 +298,9 @@ def _check(
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out: {out} is a file, not a folder")
     from quac_plugins.core.inject.saved import CONFIG_NAME, WEIGHTS_NAME
+    from quac_plugins.fit.report import REPORT_NAME
 
-    there = [name for name in (CONFIG_NAME, WEIGHTS_NAME, common.REPORT_NAME) if (out / name).exists()]
+    there = [name for name in (CONFIG_NAME, WEIGHTS_NAME, REPORT_NAME) if (out / name).exists()]
     if there and not overwrite:
         raise FileExistsError(f"{out} holds {there[0]} already; give another folder, or --overwrite")
     common.check_folder(out)

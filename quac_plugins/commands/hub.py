@@ -43,8 +43,6 @@ def push_command(
             raise ValueError("--out goes with --dry-run")
         from quac_plugins.hub.push import push
 
-        if fit is None and (folder / common.REPORT_NAME).is_file():
-            fit = folder / common.REPORT_NAME
         pushed = push(
             folder, repo_id, metrics=metrics, fit=fit, base_model=base_model, license=license,
             description=description, private=private, revision=revision, commit_message=message,

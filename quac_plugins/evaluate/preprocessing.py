@@ -12,7 +12,7 @@ from timm.data.transforms import str_to_interp_mode
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor
 
-from quac_plugins.core.inject import injection_of
+from quac_plugins.core.inject import Injection, injection_of
 from quac_plugins.core.inject.images import same
 from quac_plugins.core.quality.tap import QualityTap
 
@@ -84,6 +84,20 @@ def _known(model: nn.Module) -> dict[str, Any]:
     if images.normalization is not None and all(len(values) in (1, 3) for values in images.normalization):
         known |= {what: per_channel(v, what) for what, v in zip(("mean", "std"), images.normalization, strict=True)}
     return known
+
+
+def is_bgr(model: nn.Module) -> bool:
+    """Whether a network takes blue first, by the configs of what was put into it.
+
+    Raises:
+        ValueError: the configs disagree.
+    """
+    record = injection_of(model) or Injection()
+    configs = [record.config, record.prior.config if record.prior is not None else None]
+    orders = {config.channel_order for config in configs if config is not None}
+    if len(orders) > 1:
+        raise ValueError("the configs of what was put in disagree about channel_order, 'rgb' or 'bgr'")
+    return orders == {"bgr"}
 
 
 def taps_of(model: nn.Module) -> list[QualityTap]:

@@ -49,7 +49,8 @@ def _classes(session: Any, network: nn.Module, pictures: np.ndarray) -> Any:
         for start in range(0, len(pictures), _BATCH):
             batch = torch.from_numpy(np.ascontiguousarray(pictures[start : start + _BATCH])).to(session.device)
             logits = network(session.normalize(batch))
-            if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
+            features = getattr(network, "num_classes", None) == 0  # of a host of timm without its classifier
+            if features or not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
                 return None
             found.append(logits.argmax(1).cpu().numpy())
     return np.concatenate(found)

@@ -11,7 +11,7 @@ _DISTURBED = 0.8
 
 @dataclass(frozen=True)
 class Confusion:
-    """How many pictures of each degradation and severity a gate sent where.
+    """How many pictures of each degradation and severity a gate sent where, by its first choice.
 
     Attributes:
         choices: ``"identity"`` and the experts.
@@ -41,6 +41,11 @@ class Confusion:
         return kind if kind in self.choices else self.choices[0]
 
     @property
+    def judged(self) -> str:
+        """What the pictures are, in a word."""
+        return "held-out" if self.held_out else "fitted"
+
+    @property
     def starved(self) -> list[str]:
         """Degradations of whose pictures fewer than half reach their expert."""
         return [kind for kind in self.counts if kind in self.choices and self.share(kind) < _STARVED]
@@ -63,16 +68,16 @@ class Confusion:
             choice, share = self.taken_for(kind)
             where = "are left alone" if choice == self.choices[0] else f"go to the expert for {choice}"
             found.append(
-                f"the gate sends only {_percent(self.share(kind))} of the held-out pictures of {kind} to their expert; "
-                f"{_percent(share)} {where}. For such pictures this adapter does little. Fit on more photographs, or "
-                "leave out one of two degradations that look alike; if all your pictures are degraded so, fit a prior "
-                f"for this one alone (corruptions={kind!r} without experts, or --single on the command line)"
+                f"the gate sends only {_percent(self.share(kind))} of the {self.judged} pictures of {kind} to their "
+                f"expert; {_percent(share)} {where}. For such pictures this adapter does little. Fit on more "
+                "photographs, or leave out one of two degradations that look alike; if all your pictures are degraded "
+                "so, fit a prior for this one alone (PriorConfig() without experts, or --single on the command line)"
             )
         for kind in self.counts:
             if kind not in self.choices and self.share(kind) < _DISTURBED:
                 choice, share = self.taken_for(kind)
                 found.append(
-                    f"the gate leaves only {_percent(self.share(kind))} of the held-out clean pictures alone; "
+                    f"the gate leaves only {_percent(self.share(kind))} of the {self.judged} clean pictures alone; "
                     f"{_percent(share)} go to the expert for {choice}. Fit on more photographs that are as your good "
                     f"pictures are (size, compression), or leave {choice} out"
                 )

@@ -14,6 +14,7 @@ import multiprocessing
 import operator
 import pickle
 import random
+import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -175,9 +176,11 @@ def own_degradations(degrade: Degrade | None) -> dict[str, Callable[..., Any]]:
     if degrade is None:
         return {}
     found = dict(degrade) if isinstance(degrade, Mapping) else {"degrade": degrade}
-    if not found or not all(isinstance(name, str) and name and callable(f) for name, f in found.items()):
+    if not found or not all(isinstance(name, str) and callable(f) for name, f in found.items()):
         raise ValueError(f"degrade must be a function from image to image, or several by name, got {degrade!r}")
-    if taken := sorted(set(found) & {*corruption_names("every"), "clean", "identity"}):
+    if wrong := [name for name in found if not re.fullmatch(r"\w[\w -]*", name)]:
+        raise ValueError(f"degrade={{{wrong[0]!r}: …}}: a name has letters, digits, _, - and spaces, no others")
+    if taken := sorted(set(found) & {*corruption_names("every"), "clean", "identity", "pairs", "prior", "start"}):
         raise ValueError(f"degrade={{{taken[0]!r}: …}}: this name is taken; give the function another one")
     return found
 

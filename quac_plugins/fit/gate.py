@@ -64,6 +64,8 @@ class Drawn:
 
 def draw(session: Any, kinds: list[str], images: list[int], wanted: int) -> Drawn:
     """About so many pictures of each kind and as many clean ones, of all severities."""
+    if len(images) > wanted:  # evenly spread
+        images = [images[place * len(images) // wanted] for place in range(wanted)]
     views = min(_MOST_VIEWS, math.ceil(wanted / len(images)))
     found = session.draws(kinds, 0.0, 1, views=views, severities=SEVERITIES, images=images)
     image = np.asarray(images)[found.image]
@@ -77,8 +79,10 @@ def draw(session: Any, kinds: list[str], images: list[int], wanted: int) -> Draw
     )
 
 
-def fit_gate(session: Any, modules: dict[str, nn.Module], kinds: list[str], experts: list[str], seed: int) -> None:
-    """Fit and calibrate the gate that all sites share, and write it into each.
+def fit_gate(
+    session: Any, modules: dict[str, nn.Module], kinds: list[str], experts: list[str], seed: int
+) -> dict[str, Tensor]:
+    """Fit and calibrate the gate that all sites share; its state dict.
 
     Args:
         session: :class:`quac_plugins.fit.session.Session`.
@@ -94,15 +98,25 @@ def fit_gate(session: Any, modules: dict[str, nn.Module], kinds: list[str], expe
     gate, logits = (_learned if fresh.needs_fit else _as_told)(fresh, q, target, drawn.image, seed)
     with torch.no_grad():
         gate.fc2.bias[0] += _raise_of_identity(logits, target)
-    for module in routed:
-        module.gate.load_state_dict(gate.state_dict())
+    return gate.state_dict()
+
+
+def set_gate(modules: dict[str, nn.Module], state: dict[str, Tensor]) -> None:
+    """Write a gate into the prior of every site."""
+    for module in modules.values():
+        if isinstance(module, RoutedFDM):
+            module.gate.load_state_dict(state)
 
 
 def judge_gate(session: Any, gate: RoutedFDM, drawn: Drawn, kinds: list[str], experts: list[str]) -> Confusion:
-    """How often the gate inside a model sends pictures of each kind and severity where."""
+    """How often the gate inside a model sends pictures of each kind and severity where first.
+
+    An expert that was never fitted is the identity, and counts as such.
+    """
     with torch.no_grad():
         q = quality(session, gate, drawn.pictures).to(next(gate.gate.parameters()).device)
         answers = gate.gate(q).argmax(1).cpu().numpy()
+    answers[np.isin(answers, [place for place, expert in enumerate(gate.experts, 1) if expert.is_fresh])] = 0
     counts: dict[str, dict[str, list[int]]] = {}
     for kind in (CLEAN, *kinds):
         for severity in sorted(set(drawn.severity[drawn.kind == kind].tolist())):
@@ -153,7 +167,7 @@ def _learned(fresh: Gate, q: Tensor, target: Tensor, image: np.ndarray, seed: in
     with torch.no_grad():
         if folds < 2:
             return gate, gate(q)
-        logits = torch.empty(len(q), len(fresh.masses))
+        logits = torch.empty(len(q), fresh.fc2.out_features)
         for index in range(folds):
             there = fold == index
             logits[there] = _trained(fresh, q[~there], target[~there], seed)(q[there])
@@ -162,7 +176,7 @@ def _learned(fresh: Gate, q: Tensor, target: Tensor, image: np.ndarray, seed: in
 
 def _trained(fresh: Gate, q: Tensor, target: Tensor, seed: int) -> Gate:
     """A gate fitted on q (N, Q) and choices (N,); every choice counts alike, however many pictures it has."""
-    choices = len(fresh.masses)
+    choices = fresh.fc2.out_features
     counts = torch.bincount(target, minlength=choices).float()
     weight = torch.where(counts > 0, counts.sum() / counts.clamp(min=1) / (counts > 0).sum(), 0.0)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -170,7 +184,7 @@ def _trained(fresh: Gate, q: Tensor, target: Tensor, seed: int) -> Gate:
         gate = copy.deepcopy(fresh).requires_grad_(True)
         gate.fc1.reset_parameters()
         features = gate.features(q)
-        told = gate.told(q) if gate.masses.shape[1] else 0.0
+        told = gate.told(q) if gate.masses else 0.0
         gate.mean.copy_(features.mean(0))
         gate.std.copy_(features.std(0, correction=0).clamp(min=1e-4))
         optimizer = torch.optim.AdamW(gate.parameters(), lr=1e-2, weight_decay=_WEIGHT_DECAY)

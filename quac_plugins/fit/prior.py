@@ -24,7 +24,7 @@ from quac_plugins.core.prior.training import Fit
 from quac_plugins.degradations import corruption_names
 from quac_plugins.fit.agreement import agreement
 from quac_plugins.fit.draws import Degrade, own_degradations
-from quac_plugins.fit.gate import fit_gate, judge_gate, judged_pictures
+from quac_plugins.fit.gate import fit_gate, judge_gate, judged_pictures, set_gate
 from quac_plugins.fit.report import FitReport
 from quac_plugins.fit.session import Data, Session, parameters_of, progress_bar
 from quac_plugins.fit.settings import recipe_with
@@ -126,6 +126,16 @@ def fit_prior(
     experts = planned.experts
     if corruptions is None and pairs is None and degrade is None and experts:
         corruptions = experts
+        if unknown := [name for name in experts if name not in corruption_names("every")]:
+            raise ValueError(
+                f"the expert for {unknown[0]!r} is for no corruption of ImageNet-C: give your own function that "
+                f"degrades so, degrade={{{unknown[0]!r}: function}}, and the others as corruptions"
+            )
+    if clean_share is not None and experts:
+        raise ValueError(
+            "clean_share is for one FDM for several degradations; a routed prior leaves clean pictures to its gate. "
+            "Leave clean_share out, or put in one FDM: config=PriorConfig()"
+        )
     data = Data(
         images, pairs, degrade, corruptions, severity, limit, views, draws, clean_share, held_out, seed, num_workers,
         mean, std, input_size, crop_pct, interpolation,
@@ -155,20 +165,21 @@ def fit_prior(
         with session.open(fitted), progress_bar(progress) as show:
             deeper = session.deep_sites(deep, prior.sites[0])
             keep = session.checkpoints(checkpoint, made, what="prior", deep=deep, clean_share=clean_share)
+            known = _known_experts(session, modules, kinds, experts) if experts else kinds
+            judged = judged_pictures(session, known)
             if experts:
-                known = _known_experts(session, modules, kinds, experts)
                 _fit_experts(session, sites, deeper, modules, kinds, experts, made, keep, report, show)
-                fit_gate(session, modules, known, experts, seed)
-                judged = judged_pictures(session, known)
+                set_gate(modules, session.of_main(lambda: fit_gate(session, modules, known, experts, seed)))
+                session.round_as_saved()
                 gate = next(module for module in modules.values() if isinstance(module, RoutedFDM))
-                report.gate = judge_gate(session, gate, judged, known, experts)
+                report.gate = session.of_main(lambda: judge_gate(session, gate, judged, known, experts))
             else:
                 share = clean_share if clean_share is not None else 0.1 if len(kinds) > 1 else 0.0
                 pictures = session.pictures(session.draws(kinds, share, _per_view(session)))
                 fit = _fit_of(session, sites, deeper, fitted, pictures, made, list(modules.values()))
                 session.fit("prior", fit, keep, report, show)
-                judged = judged_pictures(session, kinds)
-            report.agreement = agreement(session, judged)
+                session.round_as_saved()
+            report.agreement = session.of_main(lambda: agreement(session, judged))
             with _one_expert(everywhere):
                 report.multiply_adds = session.multiply_adds()
         session.finish(keep)

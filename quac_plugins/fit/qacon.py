@@ -18,7 +18,9 @@ from quac_plugins.core.inject.record import injection_of, modules_inside, unwrap
 from quac_plugins.core.prior.comparison import Pictures
 from quac_plugins.core.prior.recipe import Recipe
 from quac_plugins.core.prior.training import Fit
+from quac_plugins.fit.agreement import agreement
 from quac_plugins.fit.draws import Degrade
+from quac_plugins.fit.gate import judged_pictures
 from quac_plugins.fit.prior import standardize
 from quac_plugins.fit.report import FitReport
 from quac_plugins.fit.session import Data, Session, parameters_of, progress_bar
@@ -124,6 +126,7 @@ def fit_qacon(
         report = session.report("qacon", names, kinds, made, sum(p.numel() for p in parameters.values()))
         with session.open(parameters), progress_bar(progress) as show:
             deeper = session.deep_sites(deep)
+            judged = judged_pictures(session, kinds)
             keep = session.checkpoints(checkpoint, made, what="qacon", deep=deep, with_prior=with_prior)
             per_view = max(1, round(_PICTURES / (session.views * len(session.few) * len(kinds))))
             pictures = session.pictures(session.draws(kinds, clean_share, per_view))
@@ -134,6 +137,8 @@ def fit_qacon(
                 network, session.teacher, parameters, [], deeper, session.normalize, pictures, made, session.share
             )
             session.fit("qacon", fit, keep, report, show)
+            session.round_as_saved()
+            report.agreement = session.of_main(lambda: agreement(session, judged))
             report.multiply_adds = session.multiply_adds()
         session.finish(keep)
     report.seconds = round(time.perf_counter() - started, 1)

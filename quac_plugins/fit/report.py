@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from quac_plugins.files import write_file
 from quac_plugins.fit.confusion import Confusion
 
+REPORT_NAME = "fit_report.json"  # in the folder of the adapter that was fitted
+
 if TYPE_CHECKING:
     import os
 
@@ -73,6 +75,10 @@ class FitReport:
     def diverged(self) -> bool:
         """Whether a stage ended because its loss was not finite; the best state before was kept."""
         return any(str(stage["stopped"]).startswith("the loss was") for stage in self.stages.values())
+
+    @property
+    def _judged(self) -> str:
+        return "held out" if self.images.get("held") else "of the only image, which was fitted on"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serializable."""
@@ -140,13 +146,10 @@ class FitReport:
         if self.unfitted:
             lines.append(f"  too few images for {', '.join(self.unfitted)}, which stay the identity (least_positions)")
         if self.gate is not None:
-            where = "held out" if self.gate.held_out else "of the only image, on which it was fitted"
-            lines.append(f"  gate, on pictures {where}, of all severities:")
+            lines.append(f"  gate, on pictures {self._judged}, of all severities:")
             lines += [f"    {line}" for line in str(self.gate).splitlines()]
         if self.agreement:
-            lines.append(
-                "  pictures held out, of all severities, on which the host says what it says on the clean one:"
-            )
+            lines.append(f"  pictures {self._judged}, of all severities, that get the class of the clean picture:")
             lines += [f"    {kind}: {_change(found)}" for kind, found in self.agreement.items()]
         return "\n".join(lines)
 

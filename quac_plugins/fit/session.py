@@ -31,7 +31,7 @@ from quac_plugins.core.prior.recipe import Recipe
 from quac_plugins.core.prior.sites import PriorSite, find_prior_sites
 from quac_plugins.core.prior.training import Fit, Share
 from quac_plugins.degradations import check_severity, corruption_names
-from quac_plugins.evaluate.preprocessing import Crop, check_tap, data_config, taps_of
+from quac_plugins.evaluate.preprocessing import Crop, check_tap, data_config, is_bgr, taps_of
 from quac_plugins.evaluate.processes import is_main_process, process_group
 from quac_plugins.fit.checkpoint import Checkpoints
 from quac_plugins.fit.draws import Degrade, Draws, held_out, make_draws, own_degradations
@@ -136,6 +136,7 @@ class Session:
         self.seen = Trace()
         self.share = Share()
         self.group: Any = None  # of processes; None: the default one
+        self.half: torch.dtype | None = None  # of a host of half precision, while it is open in float32
 
     def draws(
         self,
@@ -188,18 +189,10 @@ class Session:
         """uint8 (B, H, W, 3) in RGB → what the host takes."""
         mean, std = (pictures.new_tensor(self.config[key], dtype=torch.float32) for key in ("mean", "std"))
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
-        if self.is_bgr:
+        if is_bgr(self.model):
             pictures = pictures.flip(-1)
         images = ((pictures.float() / 255 - mean) / std).permute(0, 3, 1, 2)
         return images.to(dtype).contiguous(memory_format=torch.channels_last)
-
-    @property
-    def is_bgr(self) -> bool:
-        """Whether the host takes blue first, by the configs of what was put in."""
-        orders = {config.channel_order for config in self._configs()}
-        if len(orders) > 1:
-            raise ValueError("the configs of what was put in disagree about channel_order, 'rgb' or 'bgr'")
-        return orders == {"bgr"}
 
     def deep_sites(self, deep: str | Sequence[str] | None, after: PriorSite | None = None) -> list[PriorSite]:
         """The later places whose features are compared: those that come after the first site of a prior.
@@ -237,6 +230,7 @@ class Session:
             torch.compiler.set_stance("force_eager"),  # compiled code does not see hooks, which collect the features
         ):
             narrow = _widened(self.model)
+            self.half = narrow[0][1] if narrow else None
             try:
                 self.model.to(self.device).eval()
                 for parameter in self.model.parameters():
@@ -265,6 +259,13 @@ class Session:
                 for name, parameter in parameters.items():
                     parameter.grad = grads[name]
 
+    def round_as_saved(self) -> None:
+        """Round what was put in to the precision that a host of half precision keeps it in, before it is judged."""
+        if self.half is not None:
+            for tensor in adapter_state(self.model).values():
+                if tensor.is_floating_point():
+                    tensor.copy_(tensor.to(self.half))
+
     def _check_host(self) -> None:
         """Refuse what could only give wrong numbers: other images than the host's, other hosts in other processes."""
         with colour_images(self.size):
@@ -285,7 +286,7 @@ class Session:
         if forget is not None:  # the states of an earlier fit of this model, with whose result this one begins
             forget()
         keep = Checkpoints(folder, self.key(recipe, **others), writes=self.share.rank == 0)
-        start = self._of_main(lambda: keep.load(_START))
+        start = self.of_main(lambda: keep.load(_START))
         if start is None:
             keep.save(_START, {name: tensor.detach().cpu() for name, tensor in adapter_state(self.model).items()})
         else:
@@ -311,7 +312,7 @@ class Session:
         dist.all_reduce(there, group=self.group)
         return (there / dist.get_world_size()).to(tensor)
 
-    def _of_main(self, function: Callable[[], T]) -> T:
+    def of_main(self, function: Callable[[], T]) -> T:
         """What a function returns, or raises, in the first process; in all of them."""
         if self.share.world_size == 1:
             return function()
@@ -330,7 +331,7 @@ class Session:
         """Run one stage, going on where an earlier run was interrupted."""
         of = _digest(fit.pictures) if keep.folder is not None else ""
         try:
-            state = self._of_main(lambda: keep.load(stage, of))
+            state = self.of_main(lambda: keep.load(stage, of))
             if state is not None:
                 try:
                     fit.load_state_dict(state)

@@ -80,7 +80,8 @@ def push(
             the host is one of timm. By default what was put in alone.
         metrics: what was measured: an :class:`EvaluationReport`, the path of its JSON, or several of these, one for
             each seed.
-        fit: the :class:`FitReport` of the fit, or the path of its JSON, for the card's recipe.
+        fit: the :class:`FitReport` of the fit, or the path of its JSON, for the card's recipe and what it says of the
+            adapter. None: that in the folder, as `quac fit-prior` writes it, if there is one.
         base_model: the host's weights on the Hub, such as ``"timm/resnet50.a1_in1k"``. Which they are cannot be told
             from a model, so that without it the card gives their fingerprint alone.
         license: of the weights, such as ``"apache-2.0"``.
@@ -111,12 +112,16 @@ def push(
     """
     from huggingface_hub.utils import validate_repo_id
 
+    from quac_plugins.fit.report import REPORT_NAME
+
     validate_repo_id(repo_id)
     if repo_id.count("/") != 1 and not (dry_run is not None and is_published_name(repo_id)):
         raise ValueError(f"repo_id must be 'org/name', got {repo_id!r}")
     with disk_errors(tempfile.gettempdir()), tempfile.TemporaryDirectory(prefix="quac-push-") as temporary:
         folder = Path(temporary)
         _stage(model, folder, whole)
+        if fit is None and isinstance(model, (str, Path)) and (Path(model) / REPORT_NAME).is_file():
+            fit = Path(model) / REPORT_NAME
         reports = read_metrics(metrics)
         if reports:
             _check_whose(reports, folder / WEIGHTS_NAME)

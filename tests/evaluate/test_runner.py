@@ -71,6 +71,20 @@ def by_hand(model, root, name=None, severity=3, seed=0):
     return 100 * sum(right) / len(right)
 
 
+def test_a_host_that_takes_blue_first_gets_blue_first(root):
+    reports = []
+    for order in ("rgb", "bgr"):
+        model = network()
+        if order == "bgr":
+            with torch.no_grad():
+                first = model.conv1[0].weight
+                first.copy_(first.flip(1))
+        quac.inject(model, quac.PriorConfig(channel_order=order))
+        reports.append(evaluate(model, root, corruptions="contrast"))
+    assert results(reports[0])["clean"] == results(reports[1])["clean"]
+    assert reports[0].corruptions == reports[1].corruptions
+
+
 def test_numbers_are_those_of_a_plain_loop(root):
     found = []
     for seed in range(2):

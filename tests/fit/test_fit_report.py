@@ -53,14 +53,14 @@ def test_text(report):
         "  gate, on pictures held out, of all severities:",
         "    clean: 90 % left alone, 10 % taken for fog",
         "    fog: 62 % to its expert (severity 1: 25, 5: 100), 38 % left alone",
-        "  pictures held out, of all severities, on which the host says what it says on the clean one:",
+        "  pictures held out, of all severities, that get the class of the clean picture:",
         "    clean: 100 → 99 % of 10",
         "    fog: 40 → 72 % of 8",
     ]
     report.multiply_adds, report.gate, report.sites, report.agreement = None, None, list("abcdef"), {}
     assert str(report).startswith("prior after a, b, c, d …: 1234 parameters; 10 images")
     assert "gate" not in str(report)
-    assert "says" not in str(report)
+    assert "class of" not in str(report)
 
 
 def test_files(report, tmp_path):

@@ -149,3 +149,29 @@ def test_several_degradations_in_a_plain_host_are_routed_by_default(large, few, 
         warnings.simplefilter("ignore")
         quac.fit_prior(model, list(large[:2]), corruptions="fog,contrast", **few)
     assert injection_of(model).prior.config.experts == ["fog", "contrast"]
+
+
+def test_what_cannot_be_fitted_is_said_before_the_work(large, few, build):
+    own = {"rain": lambda image: image}
+    for model, options, message in (
+        (build("test_resnet_ddp", experts=["fog", "rain"]), {}, "expert for 'rain' is for no corruption.*degrade="),
+        (build("test_resnet_ddp", experts=["fog"]), {"degrade": own}, "cannot be fitted on rain"),
+        (build("test_resnet"), {"corruptions": "fog,snow", "clean_share": 0.2}, "clean_share is for one FDM"),
+        (build("test_resnet"), {"degrade": {"../rain": own["rain"]}}, "a name has letters"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quac.fit_prior(model, list(large[:2]), **{**few, **options})
+
+
+def test_half_hosts_and_unfitted_experts_are_judged_as_they_are_saved(large, few, build):
+    model = build("test_resnet_ddp", experts=["fog", "contrast"]).bfloat16()
+    report = quac.fit_prior(model, list(large), corruptions="fog", severity=3, **few)
+    assert set(report.gate.counts) == {"clean", "fog"}
+    assert report.gate.share("clean", choice="contrast") == 0  # it is the identity, wherever the gate sends it
+    prior = model.get_submodule(f"{injection_of(model).prior.sites[0].name}.{PRIOR_NAME}")
+    assert prior.gate.fc2.bias.dtype == torch.bfloat16
+
+
+def test_networks_without_logits_have_no_agreement(large, few, build):
+    report = quac.fit_prior(build("test_resnet_ddp", num_classes=0), list(large[:3]), corruptions="fog", **few)
+    assert report.agreement == {}

@@ -46,12 +46,11 @@ class Gate(nn.Module):
 
     Attributes:
         mean, std: (Q,) of :meth:`features` over the images that the gate was fitted on; 0 and 1 before.
-        masses: (1 + E, K): how much of each of the K probabilities goes to each choice.
+        masses: (1 + E, K) numbers: how much of each of the K probabilities goes to each choice; empty without such.
     """
 
     mean: Tensor
     std: Tensor
-    masses: Tensor
 
     def __init__(self, quality_channels: int, choices: int, told: Sequence[int] = ()):
         super().__init__()
@@ -61,29 +60,24 @@ class Gate(nn.Module):
         self.fc2 = nn.Linear(_HIDDEN, choices)
         nn.init.zeros_(self.fc2.weight)
         nn.init.zeros_(self.fc2.bias)
-        masses = torch.zeros(choices, len(told))
-        for kind, choice in enumerate(told):
-            masses[choice, kind] = _ELSEWHERE if kind and not choice else 1.0
-        unknown = [choice for choice in range(1, choices) if choice not in told]
-        masses[unknown] = masses[0] * (masses[0] < 1)  # which of the others it looks like must be learned
-        self.register_buffer("masses", masses, persistent=False)
+        self.masses = _masses(choices, told)  # no buffer: it follows from the config, and is in no state dict
 
     def forward(self, q: Tensor) -> Tensor:
         """Logits (B, 1 + E) of q (B, Q), at least float32 in a host of any dtype."""
         with full_precision(q):
             learned = _linear(self.fc2, self.hidden(self.features(q)))
-            return learned + self.told(q) if self.masses.shape[1] else learned
+            return learned + self.told(q) if self.masses else learned
 
     def told(self, q: Tensor) -> Tensor:
         """Logits (B, 1 + E) by the probabilities in q (B, Q) alone."""
-        wide = torch.promote_types(q.dtype, torch.float32)
-        masses = self.masses.to(wide)
-        return (q[:, : masses.shape[1]].to(wide) @ masses.T).clamp(min=_LEAST).log()
+        q = q.to(torch.promote_types(q.dtype, torch.float32))
+        masses = torch.tensor(self.masses, dtype=q.dtype, device=q.device)
+        return (q[:, : masses.shape[1]] @ masses.T).clamp(min=_LEAST).log()
 
     def features(self, q: Tensor) -> Tensor:
         """(B, Q): q, with the logarithms of probabilities in their place."""
-        wide, kinds = torch.promote_types(self.mean.dtype, torch.float32), self.masses.shape[1]
-        q = q.to(wide)
+        kinds = len(self.masses[0]) if self.masses else 0
+        q = q.to(torch.promote_types(self.mean.dtype, torch.float32))
         return torch.cat([q[:, :kinds].clamp(min=_LEAST).log(), q[:, kinds:]], dim=1) if kinds else q
 
     def hidden(self, features: Tensor) -> Tensor:
@@ -96,12 +90,24 @@ class Gate(nn.Module):
     @property
     def needs_fit(self) -> bool:
         """Whether there is a choice that the quality function does not tell."""
-        return not self.masses.shape[1] or bool((self.masses[1:] < 1).all(dim=1).any())
+        return not self.masses or any(max(row) < 1 for row in self.masses[1:])
 
     @property
     def is_fresh(self) -> bool:
         """Whether it is as it was made: no choice is preferred."""
         return all_zero(self.mean, self.std - 1, *self.fc2.state_dict().values())
+
+
+def _masses(choices: int, told: Sequence[int]) -> list[list[float]]:
+    """See :class:`Gate`."""
+    if not told:
+        return []
+    rows = [[0.0] * len(told) for _ in range(choices)]
+    for kind, choice in enumerate(told):
+        rows[choice][kind] = _ELSEWHERE if kind and not choice else 1.0
+    for choice in set(range(1, choices)) - set(told):  # it looks like one of the others; like which must be learned
+        rows[choice] = [share if share < 1 else 0.0 for share in rows[0]]
+    return rows
 
 
 def _linear(layer: nn.Module, x: Tensor) -> Tensor:

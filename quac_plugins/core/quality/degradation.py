@@ -45,6 +45,7 @@ MOST_SEVERE = 5.0
 _FARTHEST = 5.0  # deviations: far from all that was trained on, no answer may grow without bounds
 _FILE = Path(__file__).with_suffix(".safetensors")
 _WEIGHTS = load_file(_FILE)
+_COPIES: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
 
 
 @quality_function(
@@ -73,13 +74,24 @@ def degradation(images: Tensor) -> Tensor:
         >>> q.shape, bool((q[:, 0] < 0.5).all())
         (torch.Size([2, 17]), True)
     """
-    return classify(brisque_tone(images), _WEIGHTS)
+    features = brisque_tone(images)
+    return classify(features, _weights(features))
+
+
+def _weights(like: Tensor) -> dict[str, Tensor]:
+    """The weights on the device and in the dtype of a tensor; copied there once."""
+    where = (like.device, like.dtype)
+    if torch.compiler.is_compiling() or type(like) is not Tensor:
+        return {name: tensor.to(like) for name, tensor in _WEIGHTS.items()}
+    if where not in _COPIES:
+        _COPIES[where] = {name: tensor.to(like) for name, tensor in _WEIGHTS.items()}
+    return _COPIES[where]
 
 
 def classify(features: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
     """(B, 17) as :func:`degradation` gives them, of the features (B, 47) of ``brisque_tone`` and weights."""
     with full_precision(features):
-        outputs = network(features, {name: w.to(features) for name, w in weights.items()})
+        outputs = network(features, weights)
     severity = outputs[:, -1:].clamp(0.0, MOST_SEVERE)
     return torch.cat([outputs[:, :-1].softmax(dim=1), severity], dim=1)
 
