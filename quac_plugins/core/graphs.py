@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -25,6 +26,11 @@ def exporting() -> bool:
     # torch 2.6 does not tell an export from a compilation
     captured = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
     return captured or torch.jit.is_tracing()
+
+
+def without_grad() -> AbstractContextManager[object]:
+    """``torch.no_grad()``; nothing in what is exported, since saved programs with regions of it cannot be loaded."""
+    return nullcontext() if exporting() else torch.no_grad()
 
 
 def log_gamma(z: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quac_plugins.core.graphs import count_up_to, exporting, in_graph, log_gamma
+from quac_plugins.core.graphs import count_up_to, exporting, in_graph, log_gamma, without_grad
 from quac_plugins.core.native import compiled_or, kernels_choice
 from quac_plugins.core.quality.brisque_cpu import scales_of, sums_of
 from quac_plugins.core.quality.table import quality_function
@@ -154,7 +154,7 @@ def _wide(device: torch.device) -> torch.dtype:
 
 def _grey(images: Tensor) -> Tensor:
     """(B, 1 or 3, H, W) → luminance (B, H, W), float32, multiples of 1/255."""
-    with torch.no_grad():
+    with without_grad():
         # floor(v + 1/2): integer arithmetic rounds halves up. Grey levels are integers already and stay what they are.
         grey = _luma(images.float().mul(255.0).round_().clamp_(0.0, 255.0)).add_(0.5).floor_()
     if torch.is_grad_enabled() and images.requires_grad:
@@ -349,7 +349,7 @@ def _fit(sums: Tensor, ratios: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     left, right = left_squares / lefts.clamp(min=1.0), right_squares / rights.clamp(min=1.0)
     tiny = 1e-30  # under the roots for their gradient; in divisors where all samples are 0
     left_deviation, right_deviation = (left + tiny).sqrt(), (right + tiny).sqrt()
-    with torch.no_grad():
+    with without_grad():
         squares = left_squares + right_squares
         ratio = (magnitudes / pixels).square() / (squares / pixels).clamp(min=tiny)
         # symmetric form of (γ³ + 1)(γ + 1) / (γ² + 1)², γ = left / right

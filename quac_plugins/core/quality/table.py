@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -16,6 +17,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
 
+from quac_plugins.core.graphs import without_grad
 from quac_plugins.core.names import unknown
 
 QualityCallable = Callable[[Tensor], Tensor]
@@ -49,7 +51,7 @@ class QualityFunction:
             first = next(self.function.parameters(), None)
             if first is not None and first.device != images.device:
                 self.function.to(images.device)
-        with torch.set_grad_enabled(self.needs_grad and torch.is_grad_enabled()):
+        with nullcontext() if self.needs_grad else without_grad():
             q = self.function(images)
         if not isinstance(q, Tensor):
             raise TypeError(f"quality function {self.name!r} returned {type(q).__name__}, not a tensor (B, Q)")
@@ -58,7 +60,7 @@ class QualityFunction:
                 f"quality function {self.name!r} returned shape {tuple(q.shape)} for images {tuple(images.shape)}; "
                 f"expected ({images.shape[0]}, {self.channels})"
             )
-        return q
+        return q if self.needs_grad else q.detach()
 
 
 _TABLE: dict[str, QualityFunction] = {}
