@@ -38,6 +38,7 @@ from quac_plugins.hub.load import load_adapter
 from quac_plugins.registry import registry_file
 
 if TYPE_CHECKING:
+    from quac_plugins.deploy import export
     from quac_plugins.fit import FitReport, Recipe, fit_prior, fit_qacon
     from quac_plugins.hub.fetch import pull
     from quac_plugins.hub.push import Pushed, push
@@ -69,6 +70,7 @@ __all__ = [
     "brisque",
     "brisque_tone",
     "degradation",
+    "export",
     "fit_prior",
     "fit_qacon",
     "functional",
@@ -90,6 +92,7 @@ __all__ = [
 
 # imported when they are asked for: name → module
 _LATER = dict.fromkeys(("FitReport", "Recipe", "fit_prior", "fit_qacon"), "quac_plugins.fit")
+_LATER |= {"export": "quac_plugins.deploy"}
 _LATER |= {"Pushed": "quac_plugins.hub.push", "push": "quac_plugins.hub.push", "pull": "quac_plugins.hub.fetch"}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import typer
 
 from quac_plugins.commands.evaluate import evaluate_command
+from quac_plugins.commands.export import export_command
 from quac_plugins.commands.fit import fit_prior_command, fit_qacon_command
 from quac_plugins.commands.hub import info_command, pull_command, push_command
 from quac_plugins.commands.names import list_command
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command("evaluate")(evaluate_command)
 app.command("fit-prior")(fit_prior_command)
 app.command("fit-qacon")(fit_qacon_command)
+app.command("export")(export_command)
 app.command("list")(list_command)
 app.command("info")(info_command)
 app.command("push")(push_command)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import Proxy
 
 # of Stirling's series: B(2k) / (2k (2k - 1))
 _STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188)
@@ -31,6 +33,13 @@ def exporting() -> bool:
 def without_grad() -> AbstractContextManager[object]:
     """``torch.no_grad()``; nothing in what is exported, since saved programs with regions of it cannot be loaded."""
     return nullcontext() if exporting() else torch.no_grad()
+
+
+def called_whole(module: nn.Module, x: Any) -> Any:
+    """Where torch.fx traces (x is its proxy), the node that calls the module as a leaf; else None."""
+    if not isinstance(x, Proxy):
+        return None
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
 
 
 def log_gamma(z: Tensor) -> Tensor:

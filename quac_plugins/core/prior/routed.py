@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from quac_plugins.core.graphs import in_graph
+from quac_plugins.core.graphs import called_whole, in_graph
 from quac_plugins.core.precision import full_precision
 from quac_plugins.core.prior.fdm import all_zero, resolve_fdm
 from quac_plugins.core.prior.sites import Grid, PriorSite
@@ -180,6 +180,8 @@ class RoutedFDM(nn.Module):
             x: features.
             grid: (h, w) of tokens; by default that of the site.
         """
+        if (node := called_whole(self, x)) is not None:
+            return node
         weights = self.weights(x)
         everything = self.soft or in_graph() or x.is_meta or isinstance(x, FakeTensor)
         y = self._by_all(x, weights, grid) if everything else self._by_chosen(x, weights, grid)

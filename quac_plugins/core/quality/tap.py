@@ -11,6 +11,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from quac_plugins.core.graphs import called_whole
 from quac_plugins.core.hooks import TAP_HOOKS, TAP_NAME, remove_hooks
 from quac_plugins.core.precision import full_precision
 from quac_plugins.core.quality.context import QualityContext, QualityError
@@ -83,7 +84,8 @@ class QualityTap(nn.Module):
 
     def forward(self, images: Tensor) -> None:
         """Called by the layer's hook, as a module so that torch.fx keeps the call; see :meth:`observe`."""
-        self.observe(images)
+        if called_whole(self, images) is None:
+            self.observe(images)
 
     def observe(self, images: Tensor) -> None:
         """Compute q of images (B, C, H, W) as the host gets them, and start a forward pass with it."""
