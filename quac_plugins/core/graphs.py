@@ -39,7 +39,8 @@ def called_whole(module: nn.Module, x: Any) -> Any:
     """Where torch.fx traces (x is its proxy), the node that calls the module as a leaf; else None."""
     if not isinstance(x, Proxy):
         return None
-    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
+    tracer: Any = x.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (x,), {})
 
 
 def log_gamma(z: Tensor) -> Tensor:
