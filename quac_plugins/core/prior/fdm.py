@@ -127,7 +127,8 @@ class FDM(nn.Module):
         if not exported and z.shape[0] == 0:  # which pixel_unshuffle leaves as it is
             return z
         height, width = z.shape[2:]
-        bottom, right = -height % self.fold, -width % self.fold
+        # nothing below 0 is divided: compiled C++ would round it the other way
+        bottom, right = ((n + self.fold - 1) // self.fold * self.fold - n for n in (height, width))
         if exported or bottom or right:
             z = F.pad(z, (0, right, 0, bottom), mode="replicate")
         z = F.pixel_shuffle(self.body(F.pixel_unshuffle(z, self.fold)), self.fold)
