@@ -228,7 +228,7 @@ def _describe(model: nn.Module, name: str) -> None:
             del options["quality"], quac["quality"]  # each its own default; one name given to both is written
         options |= quac
     for attribute in ("pretrained_cfg", "default_cfg"):
-        cfg: Any = getattr(model, attribute, None)
+        cfg: Any = record.attributes.get(attribute, getattr(model, attribute, None))
         if isinstance(cfg, dict):
             record.attributes.setdefault(attribute, cfg)
             setattr(model, attribute, {**cfg, **_images_of(record, cfg), "architecture": name})

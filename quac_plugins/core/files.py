@@ -48,7 +48,8 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     :func:`quac_plugins.core.inject.saved.read_adapter` finds the config of weights that have been replaced already.
 
     Raises:
-        OSError: something could not be written; what was there is as it was.
+        OSError: something could not be written; what was there is as it was, unless the disk refuses one of the files
+            after another has taken its place: then those that are left stay in the subfolder, as after a kill.
     """
     folder = Path(folder)
     with disk_errors(folder):
@@ -56,6 +57,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         new = not folder.exists()
         beside = (folder.parent if new else folder) / f"{BESIDE}{uuid.uuid4().hex}"
         beside.mkdir()
+        left: list[Path] = []  # once the first has been moved: those whose place has still the old file
         try:
             yield beside
             if new:
@@ -63,11 +65,14 @@ def replacing(folder: str | Path) -> Iterator[Path]:
                     beside.rename(folder)
                     return
                 folder.mkdir(exist_ok=True)
-            for path in sorted(beside.iterdir(), key=lambda path: path.suffix != ".safetensors"):
+            paths = sorted(beside.iterdir(), key=lambda path: path.suffix != ".safetensors")
+            for place, path in enumerate(paths):
                 os.replace(path, folder / path.name)
+                left = paths[place + 1 :]
             for other in folder.glob(f"{BESIDE}*"):
                 with contextlib.suppress(OSError):
                     if time.time() - other.stat().st_mtime > _STALE:
                         shutil.rmtree(other)
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            if not left:  # else a reader needs what is there, as after a kill
+                shutil.rmtree(beside, ignore_errors=True)

@@ -15,7 +15,8 @@ from torch.optim.swa_utils import AveragedModel
 _TRANSPARENT = (
     "_orig_mod",
     "_checkpoint_wrapped_module",
-)  # of torch.compile and torch's checkpoint_wrapper
+    "_fsdp_wrapped_module",
+)  # of torch.compile, torch's checkpoint_wrapper and FullyShardedDataParallel
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)  # whose "module" is the network
 
 

@@ -46,5 +46,6 @@ def bound_problems(saved: Saved, state: dict[str, Tensor], known: Iterable[str])
 
 def at_sites(config: QuACConfig, sites: list[Site]) -> QuACConfig:
     """A config that asks for these very sites: a saved rule is not asked twice, nor a saved regular expression run."""
-    places = [escape(site.name) for site in sites if not site.after]
+    # a set around the first letter: an activation may be called as a rule is
+    places = [f"[{site.name[0]}]{escape(site.name[1:])}" for site in sites if not site.after]
     return replace(config, where=[*places, *(["last"] if any(site.after for site in sites) else [])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from quac_plugins.core.options import QualityOptions, numbers
 
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 SETTINGS = ("input_size", "crop_pct", "crop_mode", "interpolation")
+_MOST = 1 << 26  # numbers of an image
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Images:
         sides = [*(shape or ()), *(settings.get("input_size") or ())]
         if not all(type(side) is int and 0 < side < 1 << 16 for side in sides):
             raise ValueError(f"sizes of images are {sides}")
+        if shape is not None and math.prod(shape) > _MOST:  # a host that fake tensors cannot run is run on such images
+            raise ValueError(f"shape {shape} has more than {_MOST} numbers")
         if (shape is not None and len(shape) != 3) or len(settings.get("input_size") or (1, 1)) != 2:
             raise ValueError(f"a size of images is {shape}, {settings.get('input_size')}")
         if surplus := set(settings) - set(SETTINGS):

@@ -168,6 +168,7 @@ def test_what_transformers_says_of_its_size_is_read():
         {"normalization": [[0.5]]},
         {"normalization": "none"},
         {"host": [["x"], [1.0]]},
+        {"shape": [3, 65535, 65535]},
         {"settings": {"input_size": [64]}},
         {"settings": {"crop_pct": 2}},
         {"settings": {"interpolation": 3}},
@@ -178,3 +179,31 @@ def test_what_transformers_says_of_its_size_is_read():
 def test_what_a_file_says_of_images_can_be_refused_and_no_more(damage):
     with pytest.raises((ValueError, TypeError)):
         Images.from_dict({**Images().to_dict(), **damage})
+
+
+def test_what_one_adapter_said_of_images_is_not_left_to_the_next(fitted, tmp_path):
+    options = {"experts": ["contrast", "fog"], "site": "auto"}
+    plain = save_adapter(quac.inject(other(), PriorConfig(**options)), tmp_path / "plain")
+    model = timm.create_model("test_resnet_ddp", num_classes=5, pretrained_cfg_overlay=OTHER, **options).eval()
+    whole = dict(model.pretrained_cfg)
+    load_adapter(model, fitted["said"], check_host=False)
+    assert data_config(model)["input_size"][-2:] == (48, 48)
+    load_adapter(model, plain, check_host=False)
+    assert model.pretrained_cfg == whole
+
+
+def test_an_activation_that_is_called_as_a_rule_is(tmp_path, photographs):
+    def host():
+        torch.manual_seed(0)
+        layers = {"first": nn.Conv2d(3, 8, 3), "all": nn.ReLU(), "conv": nn.Conv2d(8, 8, 3), "last": nn.ReLU()}
+        model = nn.Sequential()
+        for name, layer in layers.items():
+            model.add_module(name, layer)
+        return model.eval()
+
+    model = quac.inject(host(), quac.QuACConfig(where="re:^last$"), torch.rand(1, 3, 32, 32))
+    with torch.no_grad():
+        model.last.p1.add_(1)
+    loaded = load_adapter(host(), save_adapter(model, tmp_path))
+    assert [site.name for site in quac.injection_of(loaded).sites] == ["last"]
+    assert torch.equal(loaded(photographs(2, 32)), model(photographs(2, 32)))
