@@ -115,6 +115,34 @@ def test_scripts_and_programs_run_where_this_package_is_not(models, tmp_path):
     subprocess.run([sys.executable, "-c", RUN, str(tmp_path)], check=True)
 
 
+def tones(images):
+    return torch.cat([images.mean((2, 3)), images.square().mean((2, 3))], dim=1)
+
+
+def test_aotinductor_compiles_both_kinds_for_every_batch_and_size(tmp_path):
+    # a small quality function: BRISQUE takes minutes to compile
+    inductor = pytest.importorskip("torch._inductor")
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 8, 3, 2, 1), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3, 2, 1)]
+    model = torch.nn.Sequential(*layers).eval()
+    example = torch.rand(2, 3, 32, 48)
+    quality = quac.QualityFunction("tones", 6, tones, builtin=False)
+    quac.inject(model, quac.QuACConfig(quality=quality, norm="layer", mean=(0.0,), std=(1.0,)), example)
+    prior = quac.PriorConfig(site="1", quality=quality, experts=["fog"], fdm="light", mean=(0.0,), std=(1.0,))
+    quac.inject(model, prior, example)
+    with torch.no_grad():
+        for tensor in filter(torch.is_floating_point, quac.adapter_state(model).values()):
+            tensor.add_(torch.rand_like(tensor) * 0.2)
+    axes = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    program = torch.export.export(model, (example,), dynamic_shapes=(axes,))
+    path = inductor.aoti_compile_and_package(program, package_path=f"{tmp_path}/model.pt2")
+    run = inductor.aoti_load_package(path)
+    for shape in ((2, 32, 48), (1, 34, 50), (3, 37, 64)):
+        images = torch.rand(shape[0], 3, *shape[1:])
+        with torch.no_grad():
+            torch.testing.assert_close(run(images), model(images), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", ["qacon", "single", "routed"])
 def test_torch_fx_takes_what_is_put_in_whole(kind, models):
     model, images = models(kind), photographs(64, 64)
