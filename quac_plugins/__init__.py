@@ -31,8 +31,9 @@ from quac_plugins.core.prior.fdm import FDM, FDMS
 from quac_plugins.core.quality import QualityFunction, quality_function, quality_names, resolve_quality
 from quac_plugins.core.quality.brisque import brisque
 from quac_plugins.core.quality.brisque_tone import brisque_tone
-from quac_plugins.core.quality.context import QualityError, quality_of
+from quac_plugins.core.quality.context import QualityError
 from quac_plugins.core.quality.degradation import degradation
+from quac_plugins.core.quality.given import quality_of
 from quac_plugins.core.restore import RestoreThen, restore_then
 from quac_plugins.hub.load import load_adapter
 from quac_plugins.registry import registry_file

@@ -35,12 +35,12 @@ def without_grad() -> AbstractContextManager[object]:
     return nullcontext() if exporting() else torch.no_grad()
 
 
-def called_whole(module: nn.Module, x: Any) -> Any:
-    """Where torch.fx traces (x is its proxy), the node that calls the module as a leaf; else None."""
+def called_whole(module: nn.Module, x: Any, *others: Any) -> Any:
+    """Where torch.fx traces (x is its proxy), the node that calls the module with these as a leaf; else None."""
     if not isinstance(x, Proxy):
         return None
     tracer: Any = x.tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), (x,), {})
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (x, *others), {})
 
 
 def log_gamma(z: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ OUR_CHILDREN = (SIZE_NAME, TAP_NAME, PRIOR_TAP_NAME, PRIOR_NAME, AFTER_NAME)
 
 def tap_pre_hook(layer: Any, args: tuple, kwargs: dict) -> None:
     """Show the tap the images, the layer's first argument, before its layer runs."""
-    layer.quac_tap(args[0] if args else next(iter(kwargs.values()), None))
+    layer.quac_tap(args[0] if args else next(iter(kwargs.values()), None), True)
 
 
 def tap_hook(layer: Any, args: tuple, output: Any) -> None:
@@ -30,7 +30,7 @@ def tap_hook(layer: Any, args: tuple, output: Any) -> None:
 
 def prior_tap_pre_hook(layer: Any, args: tuple, kwargs: dict) -> None:
     """The same for a prior whose quality function is another one."""
-    layer.quac_prior_tap(args[0] if args else next(iter(kwargs.values()), None))
+    layer.quac_prior_tap(args[0] if args else next(iter(kwargs.values()), None), True)
 
 
 def prior_tap_hook(layer: Any, args: tuple, output: Any) -> None:
@@ -40,7 +40,7 @@ def prior_tap_hook(layer: Any, args: tuple, output: Any) -> None:
 
 def size_pre_hook(layer: Any, args: tuple, kwargs: dict) -> None:
     """Note the size of the images, the layer's first argument."""
-    layer.quac_size(args[0] if args else next(iter(kwargs.values()), None))
+    layer.quac_size(args[0] if args else next(iter(kwargs.values()), None), True)
 
 
 def prior_hook(layer: Any, args: tuple, kwargs: dict, output: Any) -> Any:
@@ -70,6 +70,34 @@ def after_hook(layer: Any, args: tuple, output: Any) -> Any:
     return layer.quac_last(output)
 
 
+CONTEXTS = "_quac_contexts"  # attribute of the model and of its parts
+
+
+def enter_hook(part: Any, args: tuple) -> None:
+    """Tell contexts that a part of the model is called."""
+    for context in part.__dict__.get(CONTEXTS, ()):
+        context.enter(part, args, False)
+
+
+def leave_hook(part: Any, args: tuple, output: Any) -> None:
+    """And what it returned."""
+    for context in part.__dict__.get(CONTEXTS, ()):
+        context.leave(part, output, False)
+
+
+def enter_model_hook(model: Any, args: tuple) -> None:
+    """The same of the model itself."""
+    for context in model.__dict__.get(CONTEXTS, ()):
+        context.enter(model, args, True)
+
+
+def leave_model_hook(model: Any, args: tuple, output: Any) -> None:
+    """The same of the model itself."""
+    for context in model.__dict__.get(CONTEXTS, ()):
+        context.leave(model, output, True)
+
+
+PART_HOOKS, MODEL_HOOKS = (enter_hook, leave_hook), (enter_model_hook, leave_model_hook)
 BEHIND: dict[str, Any] = {PRIOR_NAME: prior_hook, AFTER_NAME: after_hook}
 TAP_HOOKS = {TAP_NAME: (tap_pre_hook, tap_hook), PRIOR_TAP_NAME: (prior_tap_pre_hook, prior_tap_hook)}
 
@@ -92,7 +120,10 @@ def remove_hooks(layer: nn.Module, *functions: Any) -> None:
     for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
         for key in [key for key, hook in hooks.items() if hook in functions]:
             del hooks[key]
-            for table in (layer._forward_pre_hooks_with_kwargs, layer._forward_hooks_with_kwargs):
+            for table in (
+                layer._forward_pre_hooks_with_kwargs, layer._forward_hooks_with_kwargs,
+                layer._forward_hooks_always_called,
+            ):  # fmt: skip
                 table.pop(key, None)
 
 

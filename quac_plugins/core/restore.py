@@ -23,7 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from quac_plugins.core.inject.surgery import unwrap
 from quac_plugins.core.precision import full_precision
-from quac_plugins.core.quality.context import QualityContext, quality_given
+from quac_plugins.core.quality.context import QualityContext
+from quac_plugins.core.quality.given import quality_given
 from quac_plugins.core.quality.tap import FAR, QualityTap
 from quac_plugins.core.restorer_output import as_tensor
 

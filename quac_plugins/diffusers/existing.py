@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from quac_plugins.core.inject import injection_of
 from quac_plugins.core.inject.surgery import unwrap
-from quac_plugins.core.quality.context import contexts_of, quality_of
+from quac_plugins.core.quality.given import contexts_of, quality_of
 from quac_plugins.core.quality.tap import QualityTap
 from quac_plugins.diffusers.images import pictures_of
 from quac_plugins.diffusers.models import add_to_model, is_network, quac_class, with_argument

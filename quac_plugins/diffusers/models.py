@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from quac_plugins.core.inject import QuACConfig, inject, injection_of
 from quac_plugins.core.inject.example import Example
 from quac_plugins.core.options import check_foreign, named, one_of
-from quac_plugins.core.quality.context import quality_of
+from quac_plugins.core.quality.given import quality_of
 from quac_plugins.diffusers.blocks import with_activations, without_activations
 from quac_plugins.diffusers.examples import example_of
 from quac_plugins.hub.load import load_adapter

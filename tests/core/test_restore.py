@@ -21,7 +21,7 @@ from torch import nn
 import quac_plugins as quac
 from quac_plugins import QuACConfig
 from quac_plugins.core.quality.brisque import brisque
-from quac_plugins.core.quality.context import contexts_of, quality_given
+from quac_plugins.core.quality.given import contexts_of, quality_given
 from quac_plugins.core.quality.tap import QualityTap
 from quac_plugins.core.restore import RestoreThen, restore_then
 from quac_plugins.evaluate import evaluate

@@ -11,9 +11,9 @@ from types import FunctionType
 
 from torch import nn
 
-from quac_plugins.core.hooks import PRIOR_NAME, add_hook, prior_hook, remove_hooks
+from quac_plugins.core.hooks import PRIOR_NAME, TAP_NAME, add_hook, prior_hook, remove_hooks
 from quac_plugins.core.inject.example import Example
-from quac_plugins.core.inject.trace import Trace, trace
+from quac_plugins.core.inject.trace import OURS, Trace, trace
 from quac_plugins.core.parts import module_at
 
 _CHILDREN = {"children", "named_children", "_modules"}  # how a module's code names them
@@ -70,6 +70,32 @@ def let_chains_run(model: nn.Module, names: list[str], example: Example | None) 
         raise
     for name in doubtful:
         (_chains if name in twice else _others).add(type(module_at(model, name)))
+
+
+def check_tapped(model: nn.Module, seen: Trace, example: Example | None, tokens: bool = False) -> None:
+    """Refuse a host whose first layer would return something else with a tap, which returns what it is given, in it.
+
+    Raises:
+        ValueError: it runs its children by itself, and not one after the other.
+    """
+    layer = module_at(model, seen.tap or "")
+    runs = isinstance(layer, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or _may_run_children(layer)
+    if seen.tap is None or not runs or runs_children(layer) or not layer._modules or TAP_NAME in layer._modules:
+        return
+    layer.add_module(TAP_NAME, nn.Identity())
+    try:
+        again = trace(model, example, tokens=tokens)
+        same = [feature for feature in again.features if OURS not in feature.name] == seen.features
+    except RuntimeError:
+        same = False
+    finally:
+        delattr(layer, TAP_NAME)
+    if not same:
+        raise ValueError(
+            f"layer {seen.tap or 'the model itself'!r} ({type(layer).__name__}) sees the images first, runs its "
+            "children by itself, and one more, which computes their quality, would change what it returns. Put a layer "
+            "before it that can be that first layer: nn.Sequential(nn.Identity(), layer) in its place"
+        )
 
 
 def _check(seen: Trace, names: list[str]) -> None:

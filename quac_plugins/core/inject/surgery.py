@@ -21,7 +21,7 @@ from quac_plugins.core.hooks import (
     remove_hooks,
 )
 from quac_plugins.core.inject.config import QuACConfig
-from quac_plugins.core.inject.containers import leave_out, let_chains_run, note_chain, runs_children
+from quac_plugins.core.inject.containers import check_tapped, leave_out, let_chains_run, note_chain, runs_children
 from quac_plugins.core.inject.example import Example
 from quac_plugins.core.inject.images import Images, normalization_of, said_by_host
 from quac_plugins.core.inject.record import (
@@ -34,7 +34,7 @@ from quac_plugins.core.inject.record import (
     unwrap,
 )
 from quac_plugins.core.inject.sites import Site, find_sites
-from quac_plugins.core.inject.tapping import tap_for, untap
+from quac_plugins.core.inject.tapping import listen, tap_for, unlisten, untap
 from quac_plugins.core.inject.trace import Trace, trace
 from quac_plugins.core.options import QualityOptions
 from quac_plugins.core.parts import module_at
@@ -128,12 +128,15 @@ def inject(
     if config.activation_class.needs_quality if isinstance(config, QuACConfig) else config.needs_quality:
         quality = resolve_quality(config.quality, config.quality_channels, config.quality_grad)
     # the quality of tokens cannot be computed, and they are no picture that a prior could repair
-    seen = trace(model, example, tokens=isinstance(config, QuACConfig) and (quality is None or config.tap == "given"))
+    tokens = isinstance(config, QuACConfig) and (quality is None or config.tap == "given")
+    seen = trace(model, example, tokens=tokens)
     if quality is not None and seen.tap is None:
         raise RuntimeError(
             f"no layer of {type(model).__name__} is called with the image itself as its first argument, so there is no "
             "place to compute its quality"
         )
+    if quality is not None:
+        check_tapped(model, seen, example, tokens)
     if isinstance(config, QuACConfig):
         place(model, config, find_sites(model, seen, config.patterns)[0], seen, quality)
         return whole
@@ -377,6 +380,8 @@ def take_prior(model: nn.Module) -> Callable[[], None]:
     )
     if layer is not None and tap is not None and shared:
         tap.attach(layer, TAP_NAME)  # the activations go on reading it
+    elif tap is not None:
+        unlisten(model, tap.context)
     noting = next((module for module in model.modules() if SIZE_NAME in module._modules), None)
     note = SizeNote.detach(noting) if noting is not None else None
     _set_requires_grad(model, set(prior.frozen), True)
@@ -388,6 +393,8 @@ def take_prior(model: nn.Module) -> Callable[[], None]:
         if layer is not None and tap is not None:
             if shared:
                 QualityTap.detach(layer, TAP_NAME)
+            else:
+                listen(model, tap.context)
             tap.attach(layer, PRIOR_TAP_NAME)
         for under, module in reversed(taken):
             _put_behind(under, PRIOR_NAME, module)

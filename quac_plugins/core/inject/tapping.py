@@ -7,13 +7,23 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from quac_plugins.core.hooks import PRIOR_TAP_NAME, TAP_HOOKS, TAP_NAME
+from quac_plugins.core.hooks import (
+    CONTEXTS,
+    MODEL_HOOKS,
+    OUR_CHILDREN,
+    PART_HOOKS,
+    PRIOR_TAP_NAME,
+    TAP_HOOKS,
+    TAP_NAME,
+    remove_hooks,
+)
 from quac_plugins.core.inject.images import normalization_of
 from quac_plugins.core.inject.trace import Trace
 from quac_plugins.core.options import QualityOptions
 from quac_plugins.core.parts import module_at
 from quac_plugins.core.prior.config import PriorConfig
 from quac_plugins.core.quality.context import QualityContext
+from quac_plugins.core.quality.passes import parts_of
 from quac_plugins.core.quality.table import QualityFunction
 from quac_plugins.core.quality.tap import QualityTap
 
@@ -55,6 +65,7 @@ def tap_for(
 
     def attach() -> None:
         tap.attach(module_at(model, at), own_name)  # the layer of today: an activation may have taken its place
+        listen(model, context)
 
     return context, attach
 
@@ -63,8 +74,33 @@ def _nothing() -> None:
     """There is no tap to attach."""
 
 
+def listen(model: nn.Module, context: QualityContext) -> None:
+    """Let a context know when the model and its parts are called; see :mod:`quac_plugins.core.quality.passes`."""
+    parts = {id(part): part for part in parts_of(model)}
+    ours = {id(child) for part in model.modules() for name, child in part._modules.items() if name in OUR_CHILDREN}
+    for part in (model, *(part for key, part in parts.items() if key not in ours)):
+        enter, leave = MODEL_HOOKS if part is model else PART_HOOKS
+        there = getattr(part, CONTEXTS, ())
+        if not there:
+            part.register_forward_pre_hook(enter, prepend=True)
+            part.register_forward_hook(leave, always_call=True)
+        setattr(part, CONTEXTS, (*there, context))
+
+
+def unlisten(model: nn.Module, context: QualityContext | None = None) -> None:
+    """Undo :func:`listen`, for one context or all."""
+    for part in model.modules():
+        left = tuple(one for one in getattr(part, CONTEXTS, ()) if context is not None and one is not context)
+        if hasattr(part, CONTEXTS):
+            setattr(part, CONTEXTS, left)
+            if not left:
+                remove_hooks(part, *PART_HOOKS, *MODEL_HOOKS)
+                delattr(part, CONTEXTS)
+
+
 def untap(model: nn.Module) -> None:
     """Detach all taps of a host."""
+    unlisten(model)
     for layer in list(model.modules()):
         for name in TAP_HOOKS:
             if name in layer._modules:

@@ -32,7 +32,7 @@ from quac_plugins.core.inject.detectors import TakenApart, find_part, in_words
 from quac_plugins.core.inject.example import Arguments, Example, arguments_of
 from quac_plugins.core.inject.labels import BATCH, Label, Labels, label_of
 from quac_plugins.core.parts import parts
-from quac_plugins.core.quality.context import contexts_of, quality_given
+from quac_plugins.core.quality.given import contexts_of, quality_given
 
 OURS = "quac_"  # in the names of modules that were put in, which are no part of the host
 

@@ -86,9 +86,11 @@ class SizeNote(nn.Module):
         super().__init__()
         self.size = size
 
-    def forward(self, images: Any) -> None:
-        """Called by the layer's hook."""
-        self.size.note(images)
+    def forward(self, images: Any, observe: bool = False) -> Any:
+        """What it is given, as the tap; the layer's hook lets it ``observe``."""
+        if observe:
+            self.size.note(images)
+        return images
 
     def attach(self, layer: nn.Module) -> None:
         """Become a child of the layer, and listen to its calls."""

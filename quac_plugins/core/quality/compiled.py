@@ -32,7 +32,10 @@ is_exporting = getattr(torch.compiler, "is_exporting", _in_export)
 
 @torch.compiler.assume_constant_result
 def is_in_graph(handle: int) -> bool:
-    """While a graph is traced: whether the tap of a context is in it, before. Runs then, not when the graph runs."""
+    """While a graph is traced: whether the tap of a context is in it, before; of ~handle: whether it calls the model.
+
+    Runs then, not when the graph runs.
+    """
     return handle in _noted.__dict__.setdefault("handles", set())
 
 
@@ -49,9 +52,9 @@ def define_operators() -> None:
     """``torch.ops.quac_plugins``; made with the first context, since making them costs a third of an import."""
     from quac_plugins.core.quality.context import context_of  # which cannot be imported before
 
-    def keep_q(q: Tensor, given: Tensor | None, handle: int, fixed: bool) -> Tensor:
+    def keep_q(q: Tensor, given: Tensor | None, handle: int, fixed: bool, whole: bool) -> Tensor:
         """Start a forward pass of this thread with q, or with what the thread was given in its place."""
-        return context_of(handle).keep(q, given, fixed)
+        return context_of(handle).keep(q, given, fixed, whole)
 
     def current_q(like: Tensor, x: Tensor, handle: int, layer: str, differentiated: bool) -> Tensor:
         """The q that belongs to x in this thread; ``like`` has its shape, and is it where gradients reach q."""
@@ -60,8 +63,8 @@ def define_operators() -> None:
     # a recorded CUDA graph would replay what it did, and not ask again
     tags: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
     keep = torch.library.custom_op("quac_plugins::keep_q", keep_q, mutates_args=(), **tags)
-    keep.register_fake(lambda q, given, handle, fixed: torch.empty_like(q))
-    keep.register_autograd(lambda ctx, grad: (grad, None, None, None))
+    keep.register_fake(lambda q, given, handle, fixed, whole: torch.empty_like(q))
+    keep.register_autograd(lambda ctx, grad: (grad, None, None, None, None))
     current = torch.library.custom_op("quac_plugins::current_q", current_q, mutates_args=(), **tags)
     current.register_fake(lambda like, x, handle, layer, differentiated: torch.empty_like(like))
     current.register_autograd(lambda ctx, grad: (grad, None, None, None, None))

@@ -21,14 +21,13 @@ import itertools
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quac_plugins.core.quality.compiled import define_operators, is_exporting, is_in_graph, note_in_graph
+from quac_plugins.core.quality.passes import Passes
 
 
 class QualityError(RuntimeError):
@@ -40,7 +39,7 @@ class _Forward:
 
     __slots__ = (
         "__weakref__", "anchored", "exported", "fixed", "given", "grad_enabled", "images", "lent", "order", "q",
-        "recomputations",
+        "ran", "recomputations",
     )  # fmt: skip
     _count = itertools.count()
 
@@ -49,6 +48,7 @@ class _Forward:
         self.images = weakref.ref(images) if images is not None else None
         self.given = given
         self.order = next(self._count)
+        self.ran: dict[Any, int] = {}
         self.grad_enabled = torch.is_grad_enabled()
         self.anchored = False  # the tap's layer has a gradient, so every graph of this pass leads to its mark
         self.recomputations = 0  # sites run under no_grad inside a forward with grad: reentrant checkpoints
@@ -83,6 +83,16 @@ def context_of(handle: int) -> QualityContext:
     return _contexts[handle]
 
 
+class _Gift:
+    """A q that a thread gave by hand."""
+
+    __slots__ = ("gifts", "q")
+
+    def __init__(self, q: Tensor, gifts: list[_Gift]):
+        self.q = q
+        self.gifts = gifts  # of the thread
+
+
 class QualityContext:
     """Shared by one tap and the activations of one model.
 
@@ -107,6 +117,7 @@ class QualityContext:
         self._alive: weakref.WeakSet[_Forward] = weakref.WeakSet()
         self._reentrant: deque[_Forward] = deque(maxlen=64)
         self._tap: weakref.ref[nn.Module] | None = None
+        self._passes = Passes()
         define_operators()
         self._handle = next(_handles)  # how compiled code names this context
         _contexts[self._handle] = self
@@ -141,20 +152,22 @@ class QualityContext:
         if torch.compiler.is_dynamo_compiling():
             if not is_exporting():
                 given = None if self._given_here else self.given
-                q = torch.ops.quac_plugins.keep_q(q, given, self._handle, self._given_here)
+                whole = is_in_graph(~self._handle)
+                q = torch.ops.quac_plugins.keep_q(q, given, self._handle, self._given_here, whole)
             self.q = q
             note_in_graph(self._handle, True)
             return
         self.q = q
         self._start(_Forward(q, images, self.given_q() is not None))
 
-    def keep(self, q: Tensor, given: Tensor | None, fixed: bool) -> Tensor:
+    def keep(self, q: Tensor, given: Tensor | None, fixed: bool, whole: bool) -> Tensor:
         """Start a forward pass of the thread that runs a graph, and return its q: that of the graph, or the thread's.
 
         Args:
             q: as the graph has it.
             given: what it was given by hand when it started, by whatever thread.
             fixed: it was given by code inside the graph.
+            whole: the graph calls the whole model.
         """
         own = None if fixed else self.given_q()
         is_own = given is own or (given is not None and own is not None and _same(given, own))
@@ -171,7 +184,7 @@ class QualityContext:
         if _in_backward():  # the tap is recomputed
             found = [f for f in self._waiting() if f.q.shape == q.shape and torch.equal(f.q, q)]
             forward = found[0] if found else forward
-        self._start(forward)
+        self._start(forward, whole)
         lent = q.clone()
         forward.lent = lent if lent.requires_grad or q.requires_grad else None
         return lent
@@ -193,10 +206,11 @@ class QualityContext:
             )
         return False
 
-    def _start(self, forward: _Forward) -> None:
+    def _start(self, forward: _Forward, finished: bool = False) -> None:
         self._local.forward = forward
         if not _in_backward():
             self._gave[threading.get_ident()] = forward.given
+            self._passes.begun(forward, finished or forward.given)
         note_in_graph(self._handle, False)
         with self._lock:
             self._alive.add(forward)
@@ -227,6 +241,27 @@ class QualityContext:
         if was_last and gift.gifts is self._local.__dict__.get("gifts"):
             # an outer quality_of goes on; a finished forward pass does not become current again
             self._local.forward = before if gift.gifts else None
+
+    # -- told by the model and its parts
+
+    def enter(self, part: nn.Module, args: Any, whole: bool) -> None:
+        """The model, if it is ``whole``, or a part of it is called with these arguments."""
+        if torch.compiler.is_compiling():
+            if whole and torch.compiler.is_dynamo_compiling():
+                note_in_graph(~self._handle, True)
+        elif not _in_backward():
+            current = getattr(self._local, "forward", None)
+            goes_on = self._passes.enter(part, args, whole, next(_Forward._count), current)
+            if goes_on is not current and self.given_q() is None:
+                self._local.forward = goes_on
+
+    def leave(self, part: nn.Module, output: Any, whole: bool) -> None:
+        """And returns this."""
+        if torch.compiler.is_compiling():
+            if whole and torch.compiler.is_dynamo_compiling():
+                note_in_graph(~self._handle, False)
+        elif not _in_backward():
+            self._passes.leave(part, output, getattr(self._local, "forward", None))
 
     # -- read by the activations
 
@@ -273,8 +308,21 @@ class QualityContext:
         forward: _Forward | None = getattr(self._local, "forward", None)
         if forward is None or (self._tap is not None and self._tap() is None):
             raise QualityError(self._no_image(layer))
-        if forward.exported != torch.compiler.is_compiling() or (forward.fixed and self.given_q() is None):
+        is_given = self.given_q() is not None
+        if forward.exported != torch.compiler.is_compiling() or (forward.fixed and not is_given):
             raise QualityError(self._no_image(layer))
+        if not is_given and not forward.exported:
+            if self._passes.missed():  # the tapped layer was replaced, or comes later
+                raise QualityError(self._no_image(layer))
+            forward = self._passes.of(forward, x, layer, self._one_lineage)
+            if forward is None:
+                raise QualityError(
+                    f"layer {layer!r} is called in a part of a model that has begun with several batches of images, "
+                    "and it cannot be told which of them its input came from. Call the model as a whole, go on with "
+                    "one batch before the next begins, give the parts what other parts have returned, unchanged, or "
+                    "give the quality features: `with quac_plugins.quality_of(model, q): …`"
+                )
+            self._local.forward = forward
         if forward.grad_enabled and not forward.anchored and not torch.is_grad_enabled():
             forward.recomputations += 1
             with self._lock:
@@ -306,22 +354,30 @@ class QualityContext:
 
     def _lineage(self, x: Tensor) -> _Forward | None:
         """The forward pass of x: the latest mark up its autograd graph, since images may come from an earlier pass."""
+        return max(self._marks(x), key=lambda forward: forward.order, default=None)
+
+    def _one_lineage(self, x: Tensor) -> _Forward | None:
+        """The same, if all of x is of one."""
+        found = self._marks(x)
+        return found.pop() if len(found) == 1 else None
+
+    def _marks(self, x: Tensor) -> set[_Forward]:
+        """The nearest marks up the autograd graph of x."""
+        found: set[_Forward] = set()
         if x.grad_fn is None:
-            return None
-        latest = None
+            return found
         queue, seen = deque([x.grad_fn]), {x.grad_fn}
         while queue:
             node = queue.popleft()
-            found = _metadata(node).get(self._key)
-            if found is not None:
-                if latest is None or found.order > latest.order:
-                    latest = found
+            mark = _metadata(node).get(self._key)
+            if mark is not None:
+                found.add(mark)
                 continue
             for parent, _ in node.next_functions:
                 if parent is not None and parent not in seen:
                     seen.add(parent)
                     queue.append(parent)
-        return latest
+        return found
 
     def _recomputed(self, x: Tensor, layer: str) -> _Forward:
         forward = self._lineage(x)
@@ -355,91 +411,3 @@ class QualityContext:
             f"features: `with quac_plugins.quality_of(model, q): …`, model being whatever is called, also such a part, "
             f"and q of shape (B, {self.channels})."
         )
-
-
-def contexts_of(model: nn.Module) -> list[QualityContext]:
-    """Every context in a model (one for each tap), in module order."""
-    found: dict[int, QualityContext] = {}
-    for module in model.modules():
-        context = getattr(module, "context", None)
-        if isinstance(context, QualityContext):
-            found[id(context)] = context
-    return list(found.values())
-
-
-@contextmanager
-def quality_of(model: nn.Module, q: Tensor) -> Iterator[None]:
-    """Give the quality features by hand: inside, the tap does not compute them.
-
-    Activations and a prior with different quality functions have a tap each. Then q goes to those of its width, and
-    the others compute their own; nest two calls to give both.
-
-    Args:
-        model: a model with QuAC inside (also wrapped, as by DistributedDataParallel).
-        q: (B, Q) or (B, Q, 1, 1), floating point.
-
-    Raises:
-        TypeError: q is not a tensor.
-        ValueError: the model holds nothing that reads q, or q has another width than all that does.
-
-    Example:
-        >>> import torch, timm, quac_plugins
-        >>> model = timm.create_model("test_resnet_qacon").eval()
-        >>> with quac_plugins.quality_of(model, torch.zeros(2, 36)):
-        ...     model(torch.rand(2, 3, 64, 64)).shape
-        torch.Size([2, 1000])
-    """
-    if not isinstance(q, Tensor):
-        raise TypeError(f"q must be a tensor (B, Q), got {type(q).__name__}")
-    contexts = contexts_of(model)
-    if not contexts:
-        raise ValueError(f"{type(model).__name__} has no QuAC inside that reads q; call quac_plugins.inject first")
-    if q.ndim == 4 and q.shape[2:] == (1, 1):
-        q = q.flatten(1)
-    wanted = [c for c in contexts if q.ndim == 2 and q.shape[1] == c.channels and q.is_floating_point()]
-    if not wanted:
-        widths = " or ".join(f"(B, {width})" for width in dict.fromkeys(c.channels for c in contexts))
-        raise ValueError(
-            f"q has shape {tuple(q.shape)} and dtype {q.dtype}; this model expects floating point {widths}"
-        )
-    with quality_given([(context, q) for context in wanted]):
-        yield
-
-
-class _Gift:
-    """A q that a thread gave by hand."""
-
-    __slots__ = ("gifts", "q")
-
-    def __init__(self, q: Tensor, gifts: list[_Gift]):
-        self.q = q
-        self.gifts = gifts  # of the thread
-
-
-class quality_given:
-    """Give contexts a q (B, Q) each, unchecked: inside, their taps do not compute one. See :func:`quality_of`.
-
-    A class and not a generator, which torch 2.6 cannot compile.
-    """
-
-    def __init__(self, given: Iterable[tuple[QualityContext, Tensor]]):
-        self.pairs = list(given)
-        self.before: list[Any] = []
-
-    def __enter__(self) -> None:
-        if torch.compiler.is_dynamo_compiling():
-            self.before = [(c.q, c.given, c._given_here, is_in_graph(c._handle)) for c, _ in self.pairs]
-            for context, q in self.pairs:
-                context.given, context._given_here = q, True
-                context.begin(q)
-            return
-        self.before = [context._give(q) for context, q in self.pairs]
-
-    def __exit__(self, *error: object) -> None:
-        if torch.compiler.is_dynamo_compiling():
-            for (context, _), (q, given, here, in_graph) in zip(self.pairs, self.before, strict=True):
-                context.q, context.given, context._given_here = q, given, here
-                note_in_graph(context._handle, in_graph)
-            return
-        for (context, _), (gift, forward) in zip(self.pairs, self.before, strict=True):
-            context._take_back(gift, forward)

@@ -1,7 +1,9 @@
 """The tap: computes q where the image enters the network, and hands it to the context.
 
 It is a child module of the *first layer that sees the image*, called by that layer's hooks. So every path through the
-network meets it (``forward_features``, ``features_only``, a detector's backbone), and a stale q is impossible.
+network meets it (``forward_features``, ``features_only``, a detector's backbone), and what runs until the next image
+has the q of this one. Where several images are under way at once, :mod:`passes` says whose turn it is, or that it
+cannot be told. A part that is called by hand after a pass has ended is taken to go on with that pass.
 """
 
 from __future__ import annotations
@@ -82,10 +84,14 @@ class QualityTap(nn.Module):
         delattr(host, name)
         return tap
 
-    def forward(self, images: Tensor) -> None:
-        """Called by the layer's hook, as a module so that torch.fx keeps the call; see :meth:`observe`."""
-        if called_whole(self, images) is None:
+    def forward(self, images: Tensor, observe: bool = False) -> Tensor:
+        """What it is given, since a layer that runs its children one after the other runs this one too.
+
+        The layer's hook lets it ``observe``, by a call of the module so that torch.fx keeps it.
+        """
+        if observe and called_whole(self, images, True) is None:
             self.observe(images)
+        return images
 
     def observe(self, images: Tensor) -> None:
         """Compute q of images (B, C, H, W) as the host gets them, and start a forward pass with it."""

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import nn
 
-from quac_plugins import PriorConfig, inject, injection_of, remove
+from quac_plugins import PriorConfig, QuACConfig, inject, injection_of, remove
 from quac_plugins.core.inject.surgery import take_prior
 
 
@@ -154,3 +154,68 @@ def test_networks_of_timm(name, normalized):
         assert set(counts.values()) == {1}
         assert torch.equal(model(images), expected)
         assert torch.equal(remove(model)(images), expected)
+
+
+class Scaled(Chain):
+    """A chain that sees the image first, as it is given to none of its children."""
+
+    def forward(self, x):
+        return super().forward(x * 2)
+
+
+class ScaledList(nn.ModuleList):
+    def forward(self, x):
+        x = x * 2
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+class ScaledSum(Summed):
+    def forward(self, x):
+        return super().forward(x * 2)
+
+
+class ScaledDense(Dense):
+    def forward(self, x):
+        return super().forward(x * 2)
+
+
+@pytest.mark.parametrize("first", [Scaled, lambda *layers: ScaledList(layers)])
+def test_a_tapped_chain_computes_what_it_did(first, cheap):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU()
+    model, images = nn.Sequential(first(*layers), nn.Conv2d(8, 4, 1), nn.ReLU()).eval(), torch.rand(2, 3, 16, 16)
+    expected, seen = model(images), []
+
+    def quality(images):
+        seen.append(images)
+        return cheap(images)
+
+    inject(model, QuACConfig(quality=quality, quality_channels=6, where="all"), images)
+    assert injection_of(model).tap == "0"
+    assert torch.equal(model(images), expected)
+    assert len(seen) == 1
+    assert torch.equal(seen[0], images)
+    assert torch.equal(remove(copy.deepcopy(model))(images), expected)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        ScaledSum(nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1)),
+        ScaledDense({"a": nn.Conv2d(3, 4, 1), "b": nn.Conv2d(7, 4, 1)}),
+    ],
+)
+@pytest.mark.parametrize("config", [QuACConfig(where="all"), PriorConfig(experts=["fog"], site="1")])
+def test_a_tap_where_one_more_child_would_change_the_numbers_is_refused(first, config):
+    images = torch.rand(2, 3, 16, 16)
+    model = nn.Sequential(first, nn.LazyConv2d(4, 1), nn.ReLU()).eval()
+    expected, keys = model(images), list(model.state_dict())
+    with pytest.raises(ValueError, match=r"'0' \(Scaled.*runs its children by itself.*nn\.Identity"):
+        inject(model, config, images)
+    assert injection_of(model) is None
+    assert list(model.state_dict()) == keys
+    assert torch.equal(model(images), expected)
+    model[0] = nn.Sequential(nn.Identity(), model[0])  # as the error says
+    torch.testing.assert_close(inject(model, QuACConfig(where="all", quality="brisque_tone"), images)(images), expected)

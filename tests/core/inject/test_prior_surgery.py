@@ -16,7 +16,7 @@ from quac_plugins import PriorConfig, QuACConfig, QualityError, inject, injectio
 from quac_plugins.core.inject.surgery import take_prior
 from quac_plugins.core.prior.fdm import FDM
 from quac_plugins.core.prior.routed import RoutedFDM
-from quac_plugins.core.quality.context import contexts_of
+from quac_plugins.core.quality.given import contexts_of
 from quac_plugins.core.quality.tap import QualityTap
 
 HOSTS = ["test_resnet", "test_vit", "test_efficientnet", "test_mambaout", "test_nfnet", "test_byobnet", "swin"]

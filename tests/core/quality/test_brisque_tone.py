@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from quac_plugins import QuACConfig, inject
 from quac_plugins.core.quality.brisque import brisque
 from quac_plugins.core.quality.brisque_tone import brisque_tone
-from quac_plugins.core.quality.context import contexts_of
+from quac_plugins.core.quality.given import contexts_of
 from quac_plugins.core.quality.table import quality_names, resolve_quality
 from quac_plugins.degradations import corrupt
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import quac_plugins as quac
 from quac_plugins import QuACConfig, QualityError, quality_of
-from quac_plugins.core.quality.context import contexts_of
+from quac_plugins.core.quality.given import contexts_of
 from quac_plugins.core.quality.padding import note_sizes
 
 

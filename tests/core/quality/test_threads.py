@@ -11,7 +11,7 @@ from torch import nn
 
 import quac_plugins as quac
 from quac_plugins import QuACConfig, QualityError, quality_of
-from quac_plugins.core.quality.context import contexts_of
+from quac_plugins.core.quality.given import contexts_of, quality_given
 
 OPTIONS = {"backend": "eager", "fullgraph": True}
 
@@ -178,7 +178,7 @@ def test_quality_given_inside_compiled_code_stays_there(model, reference, images
         return y, network(x)
 
     def quality_of_context(network, q):
-        return quac.core.quality.context.quality_given([(network.act1.context, q)])
+        return quality_given([(network.act1.context, q)])
 
     with torch.no_grad():
         expected = inside(reference, images[0])

@@ -1,0 +1,91 @@
+"""Quality features that are given by hand: ``with quality_of(model, q): model(images)``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quac_plugins.core.quality.compiled import is_in_graph, note_in_graph
+from quac_plugins.core.quality.context import QualityContext
+
+
+def contexts_of(model: nn.Module) -> list[QualityContext]:
+    """Every context in a model (one for each tap), in module order."""
+    found: dict[int, QualityContext] = {}
+    for module in model.modules():
+        context = getattr(module, "context", None)
+        if isinstance(context, QualityContext):
+            found[id(context)] = context
+    return list(found.values())
+
+
+@contextmanager
+def quality_of(model: nn.Module, q: Tensor) -> Iterator[None]:
+    """Give the quality features by hand: inside, the tap does not compute them.
+
+    Activations and a prior with different quality functions have a tap each. Then q goes to those of its width, and
+    the others compute their own; nest two calls to give both.
+
+    Args:
+        model: a model with QuAC inside (also wrapped, as by DistributedDataParallel).
+        q: (B, Q) or (B, Q, 1, 1), floating point.
+
+    Raises:
+        TypeError: q is not a tensor.
+        ValueError: the model holds nothing that reads q, or q has another width than all that does.
+
+    Example:
+        >>> import torch, timm, quac_plugins
+        >>> model = timm.create_model("test_resnet_qacon").eval()
+        >>> with quac_plugins.quality_of(model, torch.zeros(2, 36)):
+        ...     model(torch.rand(2, 3, 64, 64)).shape
+        torch.Size([2, 1000])
+    """
+    if not isinstance(q, Tensor):
+        raise TypeError(f"q must be a tensor (B, Q), got {type(q).__name__}")
+    contexts = contexts_of(model)
+    if not contexts:
+        raise ValueError(f"{type(model).__name__} has no QuAC inside that reads q; call quac_plugins.inject first")
+    if q.ndim == 4 and q.shape[2:] == (1, 1):
+        q = q.flatten(1)
+    wanted = [c for c in contexts if q.ndim == 2 and q.shape[1] == c.channels and q.is_floating_point()]
+    if not wanted:
+        widths = " or ".join(f"(B, {width})" for width in dict.fromkeys(c.channels for c in contexts))
+        raise ValueError(
+            f"q has shape {tuple(q.shape)} and dtype {q.dtype}; this model expects floating point {widths}"
+        )
+    with quality_given([(context, q) for context in wanted]):
+        yield
+
+
+class quality_given:
+    """Give contexts a q (B, Q) each, unchecked: inside, their taps do not compute one. See :func:`quality_of`.
+
+    A class and not a generator, which torch 2.6 cannot compile.
+    """
+
+    def __init__(self, given: Iterable[tuple[QualityContext, Tensor]]):
+        self.pairs = list(given)
+        self.before: list[Any] = []
+
+    def __enter__(self) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            self.before = [(c.q, c.given, c._given_here, is_in_graph(c._handle)) for c, _ in self.pairs]
+            for context, q in self.pairs:
+                context.given, context._given_here = q, True
+                context.begin(q)
+            return
+        self.before = [context._give(q) for context, q in self.pairs]
+
+    def __exit__(self, *error: object) -> None:
+        if torch.compiler.is_dynamo_compiling():
+            for (context, _), (q, given, here, in_graph) in zip(self.pairs, self.before, strict=True):
+                context.q, context.given, context._given_here = q, given, here
+                note_in_graph(context._handle, in_graph)
+            return
+        for (context, _), (gift, forward) in zip(self.pairs, self.before, strict=True):
+            context._take_back(gift, forward)

@@ -1,0 +1,174 @@
+"""Models that are called in pieces, with several passes under way: each piece has its own input's q, or refuses."""
+
+import copy
+import itertools
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import quac_plugins as quac
+from quac_plugins import PriorConfig, QuACConfig, QualityError, quality_of
+from quac_plugins.core.hooks import CONTEXTS
+
+HOSTS = ("test_resnet", "test_vit", "mobilenetv3_small_050", "test_convnext")
+
+
+@pytest.fixture(scope="module", params=HOSTS)
+def model(request, cheap):
+    torch.manual_seed(0)
+    sizes = {"img_size": 48} if request.param == "test_vit" else {}
+    model = timm.create_model(request.param, num_classes=5, **sizes)
+    return quac.inject(model, QuACConfig(quality=cheap, norm="layer", init="paper", where="all")).eval()
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "with gradients"])
+def grad(request):
+    with torch.set_grad_enabled(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def images(photographs):
+    return photographs(2, 48), photographs(4, 48)[2:] * 0.3
+
+
+def test_features_of_several_images_go_through_the_head_in_any_order(model, images, grad):
+    expected = [model(x) for x in images]
+    for order in ((0, 1), (1, 0), (0, 1, 0, 0, 1)):
+        features = [model.forward_features(x) for x in images]
+        for i in order:
+            assert torch.equal(model.forward_head(features[i]), expected[i])
+    features = model.forward_features(images[0])
+    assert torch.equal(model(images[1]), expected[1])
+    assert torch.equal(model.forward_head(features), expected[0])
+
+
+def test_passes_that_stop_early_leave_nothing_behind(model, images, grad):
+    expected, features = model(images[1]), model.forward_features(images[1])
+    for _ in range(3):
+        model.forward_features(images[0])
+        model.forward_intermediates(images[0], indices=[0], stop_early=True, intermediates_only=True)
+        assert torch.equal(model(images[1]), expected)
+        assert torch.equal(model.forward_features(images[1]), features)
+        last, _ = model.forward_intermediates(images[1])
+        assert torch.equal(last, features)
+        assert torch.equal(model.forward_head(model.forward_features(images[1])), expected)
+
+
+class Net(nn.Module):
+    """Two stages that can be called in pieces, or for two images at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.act1 = nn.Conv2d(3, 4, 3, stride=4), nn.ReLU()
+        self.stage = nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())
+        self.out, self.act2 = nn.Conv2d(4, 4, 3), nn.ReLU()
+        self.pieces = False
+
+    def forward(self, x, other=None):
+        x = self.begin(x)
+        if other is None:
+            return self.end(x)
+        other = self.begin(other)
+        return self.end(x), self.end(other)
+
+    def begin(self, x):
+        return self.act1(self.stem(x)) * 2
+
+    def end(self, x):
+        if self.pieces:
+            x = x * 1
+        return self.act2(self.out(self.stage(x))).mean((2, 3))
+
+
+@pytest.fixture
+def net(cheap):
+    torch.manual_seed(0)
+    config = QuACConfig(quality=cheap, norm="layer", init="paper", where="all")
+    return quac.inject(Net(), config, torch.empty(1, 3, 48, 48)).eval()
+
+
+def test_where_other_code_touched_the_features_the_graph_tells_or_it_is_an_error(net, images, grad):
+    expected = [net(x) for x in images]
+    assert not torch.allclose(*expected)
+    for x, wanted in zip(images, expected, strict=True):
+        assert torch.equal(net.end(net.begin(x)), wanted)  # one after the other is no doubt
+
+    def siamese():
+        features = [net.begin(x) for x in images]
+        return [net.end(x) for x in features]
+
+    def with_another_between():
+        feature = net.begin(images[0])
+        net(images[1])
+        return [net.end(feature), expected[1]]
+
+    for run in (siamese, with_another_between, lambda: net(*images)):
+        if grad:
+            assert all(map(torch.equal, run(), expected))
+        else:
+            with pytest.raises(QualityError, match=r"several batches of images.*Call the model as a whole"):
+                run()
+        assert torch.equal(net(images[0]), expected[0])
+    a, b = (net.begin(x) for x in images)
+    with pytest.raises(QualityError, match="several batches"):
+        net.end(a + b)  # of both
+
+
+def test_given_quality_goes_before_where_the_input_came_from(net, images):
+    with torch.no_grad():
+        feature = net.stem(images[0])
+        with quality_of(net, torch.zeros(2, 6)):
+            given = net.stage(feature)
+        own = net.stage(feature)
+        assert not torch.allclose(given, own)
+        net(images[1])
+        assert torch.equal(net.stage(feature), own)
+
+
+def test_a_call_that_breaks_off_confuses_no_later_one(net, images):
+    with torch.no_grad():
+        expected = [net(x) for x in images]
+        for error, part in itertools.product((KeyboardInterrupt, ValueError), (net.stem, net.stage[0], net.out)):
+
+            def break_off(*_, error=error):
+                raise error
+
+            handle = part.register_forward_hook(break_off)
+            with pytest.raises(error):
+                net(images[0])
+            handle.remove()
+            assert torch.equal(net(images[1]), expected[1])
+        net.begin(images[0])
+        features = [net.begin(x) for x in images]
+        with pytest.raises(QualityError, match="several batches"):
+            net.end(features[0])
+
+
+def test_a_replaced_first_layer_is_an_error_also_while_the_old_one_is_kept(net, images):
+    net(images[0])
+    old, net.stem = net.stem, nn.Conv2d(3, 4, 3, stride=4)
+    with pytest.raises(QualityError, match=r"'act1'.*'stem' is called \(if it was replaced"):
+        net(images[1])
+    net.stem = old
+    assert net(images[1]).shape == (2, 4)
+
+
+def test_what_is_put_in_to_know_it_is_taken_out(cheap, images):
+    plain = Net()
+    host = copy.deepcopy(plain)
+    example = torch.empty(1, 3, 48, 48)
+    quac.inject(host, QuACConfig(quality=cheap), example)
+    quac.inject(host, PriorConfig(experts=["fog"], quality="brisque_tone", site="stage"), example)
+    copied = copy.deepcopy(host)
+    assert len(copied.stage.__dict__[CONTEXTS]) == 2
+    assert copied.stage.__dict__[CONTEXTS][0] is copied.act1.context is not host.act1.context
+    for one in (host, copied):
+        quac.remove(one)
+        for (name, before), (_, after) in zip(plain.named_modules(), one.named_modules(), strict=True):
+            assert vars(before).keys() == vars(after).keys(), name
+            assert not after._forward_hooks, name
+            assert not after._forward_pre_hooks, name
+            assert not after._forward_hooks_always_called, name
