@@ -38,8 +38,8 @@ class _Forward:
     """The q of one forward pass; autograd nodes of that pass hold it, so it lives as long as its graph."""
 
     __slots__ = (
-        "__weakref__", "anchored", "exported", "fixed", "given", "grad_enabled", "images", "lent", "order", "q",
-        "ran", "recomputations",
+        "__weakref__", "anchored", "compiled", "exported", "fixed", "given", "grad_enabled", "images", "lent", "order",
+        "q", "ran", "recomputations",
     )  # fmt: skip
     _count = itertools.count()
 
@@ -53,6 +53,7 @@ class _Forward:
         self.anchored = False  # the tap's layer has a gradient, so every graph of this pass leads to its mark
         self.recomputations = 0  # sites run under no_grad inside a forward with grad: reentrant checkpoints
         self.exported = torch.compiler.is_compiling()  # by torch.export, which runs the code on tensors without data
+        self.compiled = False  # begun by compiled code, which does not tell what runs in it
         self.fixed = False  # given inside of compiled code, and only there
         self.lent: Tensor | None = None  # q as a graph returned it, where it has a gradient
 
@@ -180,7 +181,7 @@ class QualityContext:
                 )
             q = own.to(q)
         forward = _Forward(q.detach().clone(), given=fixed or own is not None)
-        forward.fixed = fixed
+        forward.fixed, forward.compiled = fixed, True
         if _in_backward():  # the tap is recomputed
             found = [f for f in self._waiting() if f.q.shape == q.shape and torch.equal(f.q, q)]
             forward = found[0] if found else forward
@@ -210,7 +211,7 @@ class QualityContext:
         self._local.forward = forward
         if not _in_backward():
             self._gave[threading.get_ident()] = forward.given
-            self._passes.begun(forward, finished or forward.given)
+            self._passes.begun(forward, finished or forward.given or forward.exported)
         note_in_graph(self._handle, False)
         with self._lock:
             self._alive.add(forward)

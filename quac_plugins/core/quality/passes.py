@@ -24,6 +24,7 @@ class Pass(Protocol):
     """What is asked of a forward pass."""
 
     order: int
+    compiled: bool
     ran: dict[Any, int]
     """How often each site, by its name, and each part, by its id, has run in it."""
 
@@ -45,7 +46,7 @@ class _Level:
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.levels: list[_Level] = []
-        self.open: list[tuple[int, dict[Any, int]]] = []
+        self.open: list[tuple[int, bool, dict[Any, int]]] = []
 
 
 class Passes:
@@ -107,7 +108,7 @@ class Passes:
             level.began += 1
             level.known = level.began == 1  # of two passes in one call, who knows whose what comes next is
         if not finished:
-            thread.open = [*thread.open[1 - _MOST :], (new.order, new.ran)]
+            thread.open = [*thread.open[1 - _MOST :], (new.order, new.compiled, new.ran)]
 
     # -- asked by a site
 
@@ -131,7 +132,9 @@ class Passes:
     def _is_doubtful(self, current: Pass, key: Any) -> bool:
         """Whether another open pass has not come further than the current one, and may be the one that goes on."""
         times = current.ran.get(key, 0)
-        return any(ran is not current.ran and ran.get(key, 0) <= times for _, ran in self._thread.open)
+        # in those that begin in compiled code other things run uncompiled, so they are compared among themselves
+        alike = (ran for _, compiled, ran in self._thread.open if compiled == current.compiled)
+        return any(ran is not current.ran and ran.get(key, 0) <= times for ran in alike)
 
     # -- tensors; notes on themselves would be copied and saved with them
 
