@@ -86,26 +86,27 @@ def copy_files(files: Iterable[Path], folder: str | os.PathLike[str], overwrite:
     return folder
 
 
-def read_json(path: str | os.PathLike[str], most: int = 4 << 20) -> Any:
+def read_json(path: str | os.PathLike[str], most: int = 256 << 20, what: str = "") -> Any:
     """What a JSON file holds; a file of someone else's can be wrong, and no more.
 
     Args:
         path: of the file.
         most: bytes that it may have.
+        what: how errors begin.
 
     Raises:
         FileNotFoundError: it is not there.
         ValueError: it is too large, not UTF-8, no JSON, or nested too deeply.
     """
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no file {os.fspath(path)}")
+        raise FileNotFoundError(f"{what}{os.fspath(path)} is no file that is there")
     if (size := os.path.getsize(path)) > most:
-        raise ValueError(f"{os.fspath(path)} has {size} bytes, where {most} are the most that can be expected")
+        raise ValueError(f"{what}{os.fspath(path)} has {size} bytes, where {most} are the most that can be expected")
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         told = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ValueError(f"{os.fspath(path)} is no JSON that can be read: {told}") from error
+        raise ValueError(f"{what}{os.fspath(path)} is not JSON that can be read: {told}") from error
 
 
 def same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:

@@ -94,12 +94,17 @@ def test_a_disk_without_room_is_told_with_the_file_and_leaves_the_old_one(tmp_pa
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"[" * 200_000, "nested too deeply"), (b"\xff", "utf-8"), (b"{", "no JSON"), (b" " * 5_000_000, "5000000 bytes")],
+    [
+        (b"[" * 200_000, "nested too deeply"),
+        (b"\xff", "utf-8"),
+        (b"{", "not JSON"),
+        (b" " * 5_000_000, "5000000 bytes"),
+    ],
 )
 def test_json_of_somebody_else_can_be_refused_and_no_more(tmp_path, content, message):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        read_json(tmp_path / "config.json")
+        read_json(tmp_path / "config.json", most=4 << 20)
 
 
 # -- pictures
@@ -161,6 +166,13 @@ def test_a_report_replaces_reports_alone(tmp_path, photo):
         done = run(*base, "--json", tmp_path / "out.json")
         assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "out.json").read_text())["clean"]["n"] == 2
+    done = run(*base, "--json", "/dev/full")  # what was measured is not lost
+    assert (done.exit_code, "clean" in done.output, "the disk is full" in done.output) == (2, True, True), done.output
+    (tmp_path / "w.pth").write_bytes(b"\x80\x04.")
+    classes.write_text("[" * 200_000)
+    for arguments, said in (([], "nested too deeply"), (["--checkpoint", tmp_path / "w.pth"], "no file of weights")):
+        done = run(*base[:-2], *arguments, *(base[-2:] if not arguments else []))
+        assert (done.exit_code, said in done.output) == (2, True), done.output
 
 
 def test_a_dry_run_replaces_no_file_of_the_users(tmp_path):

@@ -117,11 +117,11 @@ def _described(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(report: EvaluationReport, json: Path | None, plot: Path | None) -> None:
+    rich.console.Console(soft_wrap=not sys.stdout.isatty()).print(report.table())  # first: a disk may be full
+    common.tell_unreadable(report.unreadable)
+    for condition, count in report.nan_outputs.items():
+        typer.echo(f"NaN in the output for {count} images ({condition}), counted as wrong", err=True)
     if json is not None:
         report.to_json(json)
     if plot is not None:
         report.plot(plot)
-    rich.console.Console(soft_wrap=not sys.stdout.isatty()).print(report.table())
-    common.tell_unreadable(report.unreadable)
-    for condition, count in report.nan_outputs.items():
-        typer.echo(f"NaN in the output for {count} images ({condition}), counted as wrong", err=True)

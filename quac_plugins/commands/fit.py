@@ -258,13 +258,13 @@ def _fit(
         _save(network, out, states)
         from quac_plugins.fit.report import REPORT_NAME
 
+        typer.echo(str(report))
+        common.tell_unreadable(report.unreadable)
         report.to_json(out / REPORT_NAME)
         if json is not None:
             report.to_json(json)
         if plot is not None:
             report.plot(plot)
-        typer.echo(str(report))
-        common.tell_unreadable(report.unreadable)
     if report.diverged:
         if main:
             typer.echo("the loss was not finite: the adapter holds the best state before; try a lower --lr", err=True)

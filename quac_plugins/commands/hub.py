@@ -87,7 +87,7 @@ def info_command(
 
 def _info(name: str, revision: str | None) -> dict[str, Any]:
     from quac_plugins.core.inject.saved import CONFIG_NAME
-    from quac_plugins.hub.fetch import pull
+    from quac_plugins.hub.fetch import model_config, pull
     from quac_plugins.hub.published import find_published
 
     found: dict[str, Any] = {"name": name}
@@ -114,7 +114,7 @@ def _info(name: str, revision: str | None) -> dict[str, Any]:
 
         found |= {"kind": "adapter", **describe_adapter(folder)}
     elif (folder / "config.json").is_file():
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        values = model_config(folder)
         found |= {"kind": "model", "architecture": values.get("architecture"), "classes": values.get("num_classes")}
     else:
         raise FileNotFoundError(f"{folder} holds neither an adapter nor a model")

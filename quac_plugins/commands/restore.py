@@ -62,7 +62,8 @@ def _open(path: Path) -> Any:
     from PIL import Image, ImageOps
 
     if not path.is_file():
-        raise FileNotFoundError(f"there is no picture {path}")
+        what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "is not there"
+        raise FileNotFoundError(f"there is no picture {path}: it {what}")
     try:
         with Image.open(path) as image:
             image.load()

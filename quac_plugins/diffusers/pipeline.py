@@ -294,9 +294,9 @@ def _located(source: Any) -> Any:
         source = os.fspath(source)
     if not isinstance(source, str):
         raise TypeError(f"a pipeline is named by a string or a path, got {type(source).__name__}")
-    if not is_published_name(source) or Path(source).is_dir():
+    if Path(source).is_dir() or (source.count("/") == 1 and source[0] not in "./~"):
         return source
-    found = find_published(source, door="diffusers")
+    found = find_published(source, door="diffusers") if is_published_name(source) else None
     if found is None:
         known = ", ".join(published("diffusers")) or "none"
         raise FileNotFoundError(

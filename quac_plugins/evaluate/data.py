@@ -8,7 +8,6 @@ Two layouts are told apart by their structure:
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import warnings
@@ -22,6 +21,7 @@ from PIL import Image, ImageOps
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
 from quac_plugins.degradations import image_seed
+from quac_plugins.files import read_json
 
 __all__ = ["CLEAN", "ImageDirectory", "Item", "image_files", "read_class_map", "read_image"]
 
@@ -156,13 +156,10 @@ def read_class_map(path: str | os.PathLike[str]) -> dict[str, int]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no class map {path}")
-    text = path.read_text(encoding="utf-8-sig")
     if path.suffix.lower() == ".json":
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"the class map {path} is not JSON: {error}") from error
+        content = read_json(path, what="the class map ")
     else:
+        text = path.read_text(encoding="utf-8-sig")
         content = _parse_lines([line.strip() for line in text.splitlines() if line.strip()])
     if isinstance(content, list):
         content = {name: index for index, name in enumerate(content)}

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.models import load_state_dict
 from torch import nn
 
@@ -124,7 +122,9 @@ def _source(path: str | os.PathLike[str], num_classes: int | None) -> dict[str, 
 def _tensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     try:
         state = load_state_dict(os.fspath(path))
-    except (SafetensorError, pickle.UnpicklingError, EOFError, AttributeError, RuntimeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # broken files make the readers raise anything
         raise ValueError(f"{path} is no file of weights that can be loaded safely: {_first_line(error)}") from error
     wrong = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
     if wrong or not state:

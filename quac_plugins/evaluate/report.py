@@ -152,7 +152,7 @@ class EvaluationReport:
         """Read what `to_json` wrote; the errors of `from_dict`, with the file's name."""
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is no report of an evaluation: {error}") from error
 
     def table(self) -> Table:

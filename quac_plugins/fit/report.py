@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quac_plugins.files import write_file
+from quac_plugins.files import read_json, write_file
 from quac_plugins.fit.confusion import Confusion
 
 REPORT_NAME = "fit_report.json"  # in the folder of the adapter that was fitted
@@ -95,7 +95,9 @@ class FitReport:
         Raises:
             TypeError, ValueError: the file is no such report.
         """
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        values = read_json(path)
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds a {type(values).__name__}, not the report of a fit")
         gate = values.pop("gate", None)
         # a number: by an earlier version, of another gate than the one that was saved
         return cls(**values, gate=Confusion(**gate) if isinstance(gate, dict) else None)

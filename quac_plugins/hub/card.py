@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from quac_plugins.core.inject.saved import CONFIG_NAME
 from quac_plugins.evaluate.labels import details_of, differences_of
 from quac_plugins.evaluate.report import EvaluationReport
+from quac_plugins.files import read_json
 from quac_plugins.registry import data_folder
 
 _TEMPLATE = "card_template.md"
@@ -31,7 +31,7 @@ def read_metrics(metrics: Any) -> list[EvaluationReport]:
             continue
         path = Path(one)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             for values in content if isinstance(content, list) else [content]:
                 reports.append(EvaluationReport.from_dict(values))
         except (TypeError, ValueError, AttributeError) as error:
@@ -73,7 +73,7 @@ def make_card(
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    config = json.loads((folder / (name := _config_name(folder))).read_text(encoding="utf-8"))
+    config = read_json(folder / (name := _config_name(folder)))
     is_adapter = name == CONFIG_NAME
     of_timm = not is_adapter or str(config["host"].get("class", "timm.")).startswith("timm.")
     inside = _inside(config) if is_adapter else _inside_model(config)

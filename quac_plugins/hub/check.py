@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -11,7 +10,7 @@ from pathlib import Path
 from quac_plugins.core.inject.adapter import check_adapter_files
 from quac_plugins.evaluate.packed import unpack
 from quac_plugins.hub.card import read_metrics, spread
-from quac_plugins.hub.fetch import FILES, MODEL_FILES
+from quac_plugins.hub.fetch import FILES, model_config
 from quac_plugins.hub.published import Published
 from quac_plugins.registry import KINDS, Entry, data_folder, published
 
@@ -74,7 +73,7 @@ def _folder_problems(entry: Entry, folder: Path) -> Iterator[str]:
         except ValueError as error:
             yield str(error)
     elif entry.kind == "model":
-        told = json.loads((folder / MODEL_FILES[0]).read_text(encoding="utf-8")).get("architecture")
+        told = model_config(folder).get("architecture")
         if told != entry.architecture:
             yield f"its config.json is of {told}"
     metrics = folder / "metrics.json"

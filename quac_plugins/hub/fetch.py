@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from quac_plugins.core.inject.saved import CONFIG_NAME, WEIGHTS_NAME
-from quac_plugins.files import copy_files, disk_errors
+from quac_plugins.files import copy_files, disk_errors, read_json
 from quac_plugins.hub.verify import check_cached, check_file, refuse_pickles
 
 ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME)
@@ -119,6 +119,14 @@ def pull(
         return found
     wanted = (*ADAPTER_FILES, *MODEL_FILES, *EXTRAS)
     return copy_files([path for path in found.iterdir() if path.name in wanted], folder, overwrite)
+
+
+def model_config(folder: Path) -> dict[str, Any]:
+    """What the config of a whole model says; ValueError if it is none."""
+    values = read_json(folder / MODEL_FILES[0])
+    if not isinstance(values, dict):
+        raise ValueError(f"{folder / MODEL_FILES[0]} holds a {type(values).__name__}, not the config of a model")
+    return values
 
 
 class _NotAnAdapter(FileNotFoundError):
