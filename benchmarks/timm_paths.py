@@ -271,7 +271,10 @@ def markdown(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
         "",
         "`python benchmarks/timm_paths.py`; " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".",
         "",
-        f"**{sum(not row['problems'] for row in rows)} of {len(rows)}** hosts, the smallest of each of timm's modules.",
+        f"**{sum(not row['problems'] for row in rows)} of {len(rows)}** hosts, the smallest of each of timm's modules. "
+        "The others: a network that is wrapped without its classifier has a prior after another module and so other "
+        "features; and XceptionAligned's forward_intermediates calls another method of the blocks that it takes features "
+        "from, past the prior behind them.",
         "",
         "| host | priors after | ways alike | problems |",
         "|---|---|---|---|",
@@ -280,6 +283,8 @@ def markdown(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
         problems = "; ".join(row["problems"]).replace("|", "/")
         cells = (row["name"], ", ".join(row.get("priors", ())), ", ".join(row.get("ways", ())), problems)
         lines.append(f"| {' | '.join(cells)} |")
+    if left := sorted(set(smallest()) - {row["name"] for row in rows}):
+        lines += ["", f"Not tried: {', '.join(left)}."]
     return "\n".join(lines) + "\n"
 
 
