@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 _LANGUAGE_MODELS = "mmpretrain.models.multimodal"
@@ -38,9 +38,17 @@ class _Loader(SourceFileLoader):
         except Exception as error:  # a name that is None where a class is expected is a TypeError
             module.__all__ = []  # for mmpretrain.models, which takes all names from here
             warnings.warn(
-                f"mmpretrain {version('mmpretrain')} is here without its language models ({_LANGUAGE_MODELS}), which "
-                f"fail beside transformers {version('transformers')} ({type(error).__name__}: {error}); its other "
+                f"mmpretrain {_version('mmpretrain')} is here without its language models ({_LANGUAGE_MODELS}), which "
+                f"fail beside transformers {_version('transformers')} ({type(error).__name__}: {error}); its other "
                 'models are whole. Whoever needs them: pip install "transformers<4.50", in an environment without '
                 "pyiqa, which wants transformers 5",
                 stacklevel=2,
             )
+
+
+def _version(package: str) -> str:
+    """The version of a package; "?" where it is not here, or here under another name, as forks are."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "?"

@@ -37,8 +37,11 @@ def find_part(model: nn.Module, images: Tensor) -> tuple[str, tuple[int, ...]] |
         if isinstance(x, Tensor) and x.ndim == 4 and x.shape[1] == images.shape[1] and x is not given:
             raise _Found(names[id(module)], tuple(x.shape))
 
-    handles = [m.register_forward_pre_hook(stop, with_kwargs=True) for m in model.modules() if m is not model]
+    handles: list[Any] = []
     try:
+        for module in model.modules():
+            if module is not model and not isinstance(module, torch.jit.ScriptModule):  # which takes no such hooks
+                handles.append(module.register_forward_pre_hook(stop, with_kwargs=True))
         for given in (list(images), [{"image": image} for image in images], images):
             try:
                 with torch.no_grad():

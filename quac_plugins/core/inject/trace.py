@@ -359,11 +359,12 @@ def _backbone_output(features: Any, outputs: list[tuple[str, Tensor]], batch: in
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """In eval mode, and everything that the pass leaves on the modules (caches, buffers) is taken back."""
-    before = {m: (dict(m.__dict__), dict(m._buffers)) for m in model.modules()}
+    ours = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]  # which keep their own
+    before = {m: (dict(m.__dict__), dict(m._buffers)) for m in ours}
     own = vars(nn.Module())
     caches = [  # that are filled in place
         (value, copy.copy(value))
-        for module in model.modules()
+        for module in ours
         for name, value in module.__dict__.items()
         if type(value) in (dict, list) and name not in own
     ]

@@ -7,6 +7,7 @@ first layer that sees the image notes how large it is, in the same forward.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import deque
 from typing import Any
 
@@ -26,7 +27,7 @@ class ImageSize:
         self.size: Any = None  # the plain attribute, read while compiling
         self._compiled = False  # the latest note is of compiled code
         self._local = threading.local()
-        self._recent: deque[Grid] = deque(maxlen=_KEPT)
+        self._recent: deque[tuple[weakref.ref[Tensor], Grid]] = deque(maxlen=_KEPT)
 
     def __reduce__(self) -> Any:  # a copy has seen nothing yet
         return type(self), ()
@@ -39,8 +40,8 @@ class ImageSize:
             return
         size = (int(size[0]), int(size[1])) if size is not None else None  # tensors while torch.jit.trace runs
         self.size, self._compiled, self._local.size = size, False, size
-        if size is not None and size not in self._recent:
-            self._recent.append(size)
+        if size is not None:
+            self._recent.append((weakref.ref(images), size))
 
     def grid(self, site: PriorSite, tokens: Any) -> Grid | None:
         """(h, w) of N tokens at a site; None if no image is known whose grid has that many.
@@ -51,7 +52,8 @@ class ImageSize:
         if torch.compiler.is_compiling():
             return _grid(site, tokens, self.size)
         if torch._C._current_graph_task_id() != -1:  # recomputed in backward, whose forward may not be the last
-            sizes: list[Any] = list(self._recent)
+            # of images that are still needed; where none is, since nothing before the prior is trained, of the last
+            sizes: list[Any] = [size for images, size in self._recent if images() is not None] or [self.size]
         else:
             sizes = [getattr(self._local, "size", None)]
             if self._compiled or sizes == [None]:  # another thread's at worst

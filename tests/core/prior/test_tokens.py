@@ -122,6 +122,13 @@ def test_what_is_recomputed_is_of_its_own_image_or_an_error():
         first.backward()
 
 
+def test_trained_on_images_of_one_shape_after_the_other():
+    model = hosted(VIT, WIDE).train()
+    model.set_grad_checkpointing()
+    for size in (WIDE, TALL, WIDE):
+        model(torch.rand(1, 3, *size)).sum().backward()
+
+
 def test_tokens_that_are_no_grid_of_the_image_are_refused():
     vit = hosted(VIT, (64, 64))
     vit.blocks[0].register_forward_pre_hook(lambda block, args: (args[0][:, :-1], *args[1:]))
