@@ -103,7 +103,7 @@ def test_a_cache_without_links_asks_the_hub(hub, adapter, monkeypatch):
     [
         ({"config__where": CATASTROPHE}, None),
         ({"config__where": ["all"] * 10_000}, None),
-        ({"images__shape": [3, 65535, 65535]}, None),
+        ({"images__shape": [3, 65535, 65535]}, "has more than 67108864 numbers"),
         ({"images__shape": [3, 10**9, 10**9]}, "sizes of images are"),
         ({"config__quality": "contrique:passwd"}, "has shape .*, expected"),
         ({"config__reduction": 4096}, "reduction=4096 asks for 4096 hidden numbers or more, and a tensor has 16"),
