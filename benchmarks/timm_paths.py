@@ -273,7 +273,7 @@ def markdown(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
         "",
         f"**{sum(not row['problems'] for row in rows)} of {len(rows)}** hosts, the smallest of each of timm's modules. "
         "The others: a network that is wrapped without its classifier has a prior after another module and so other "
-        "features; and XceptionAligned's forward_intermediates calls another method of the blocks that it takes features "
+        "features; and XceptionAligned's forward_intermediates calls another method of the blocks it takes features "
         "from, past the prior behind them.",
         "",
         "| host | priors after | ways alike | problems |",
