@@ -99,6 +99,12 @@ def check_outputs(
         check_output(option, plot, [*inputs, json])
         if plot.suffix.lower() not in _PICTURES:
             raise ValueError(f"{option}: {plot.name} must end in one of {', '.join(_PICTURES)}")
+        if (
+            plot.is_file() and plot.stat().st_size and b"atplotlib" not in plot.read_bytes()
+        ):  # which signs what it draws
+            raise FileExistsError(
+                f"{option}: {plot} is there already, and is no figure of ours; give another file, or delete it"
+            )
         from quac_plugins.evaluate.plot import require_matplotlib
 
         require_matplotlib()

@@ -28,6 +28,7 @@ def restore_command(
     tile_size: Annotated[int, typer.Option(min=8, help="Largest side that goes through the network at once.")] = 512,
     seed: Annotated[int, typer.Option(min=-(2**63), max=2**64 - 1, help="For pipelines that begin with noise.")] = 0,
     device: common.Device = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a result that is there already.")] = False,
     debug: common.Debug = False,
 ) -> None:
     """Restore a blurred, noisy, hazy, dark or compressed picture."""
@@ -36,6 +37,8 @@ def restore_command(
         if out.suffix.lower() not in _WRITTEN:
             raise ValueError(f"{out.name} must end in one of {', '.join(_WRITTEN)}")
         common.check_output("the result", out, [image])
+        if out.is_file() and not overwrite:
+            raise FileExistsError(f"{out} is there already; give another file, or --overwrite")
         common.check_outputs(None, compare, "--compare", inputs=[image, out])
         where = common.checked_device(device)
         import torch

@@ -153,7 +153,16 @@ def test_of_several_pictures_the_first_is_restored_and_that_is_said(saved, photo
 def test_what_cannot_be_done_is_said_in_a_line(saved, photograph, tmp_path):
     photograph().save(tmp_path / "photo.png")
     (tmp_path / "broken.png").write_bytes(b"no picture")
+    photograph().save(tmp_path / "mine.png")
     for arguments, message in [
+        (
+            (tmp_path / "photo.png", tmp_path / "mine.png"),
+            "mine.png is there already; give another file, or --overwrite",
+        ),
+        (
+            (tmp_path / "photo.png", tmp_path / "out.png", "--compare", tmp_path / "mine.png"),
+            "mine.png is there already, and is no figure of ours",
+        ),
         ((tmp_path / "nothing.png", tmp_path / "out.png", "--model", saved), "there is no picture"),
         ((tmp_path / "broken.png", tmp_path / "out.png", "--model", saved), "cannot read"),
         ((tmp_path / "photo.png", tmp_path / "out.gif", "--model", saved), "out.gif must end in one of"),
