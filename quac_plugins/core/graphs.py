@@ -15,9 +15,19 @@ _STIRLING = (1 / 12, -1 / 360, 1 / 1260, -1 / 1680, 1 / 1188)
 _SHIFT = 16
 
 
+def compiling() -> bool:
+    """Whether this thread runs code to compile or export it; torch's own flag is that of all threads.
+
+    An export that runs the code itself lets every new tensor of its thread be one without data.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return torch.compiler.is_compiling() and type(torch.empty(0)) is not Tensor
+
+
 def in_graph() -> bool:
     """Whether a graph is being made (compiled, exported, traced): sizes may be symbols, values are unknown."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return compiling() or torch.jit.is_tracing()
 
 
 def exporting() -> bool:
@@ -27,7 +37,7 @@ def exporting() -> bool:
     """
     # torch 2.6 does not tell an export from a compilation
     captured = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
-    return captured or torch.jit.is_tracing()
+    return (captured and compiling()) or torch.jit.is_tracing()
 
 
 def without_grad() -> AbstractContextManager[object]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quac_plugins.core.graphs import compiling
 from quac_plugins.core.hooks import SIZE_NAME, remove_hooks, size_pre_hook
 from quac_plugins.core.prior.sites import Grid, PriorSite
 
@@ -35,7 +36,7 @@ class ImageSize:
     def note(self, images: Any) -> None:
         """Note the size of images (B, C, H, W); anything else has none."""
         size = tuple(images.shape[-2:]) if isinstance(images, Tensor) and images.ndim == 4 else None
-        if torch.compiler.is_compiling():
+        if compiling():
             self.size, self._compiled = size, True
             return
         size = (int(size[0]), int(size[1])) if size is not None else None  # tensors while torch.jit.trace runs
@@ -49,7 +50,7 @@ class ImageSize:
         Raises:
             ValueError: images of several shapes are possible.
         """
-        if torch.compiler.is_compiling():
+        if compiling():
             return _grid(site, tokens, self.size)
         if torch._C._current_graph_task_id() != -1:  # recomputed in backward, whose forward may not be the last
             # of images that are still needed; where none is, since nothing before the prior is trained, of the last

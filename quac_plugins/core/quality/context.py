@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quac_plugins.core.graphs import compiling
 from quac_plugins.core.quality.compiled import define_operators, is_exporting, is_in_graph, note_in_graph
 from quac_plugins.core.quality.passes import Passes
 
@@ -52,7 +53,7 @@ class _Forward:
         self.grad_enabled = torch.is_grad_enabled()
         self.anchored = False  # the tap's layer has a gradient, so every graph of this pass leads to its mark
         self.recomputations = 0  # sites run under no_grad inside a forward with grad: reentrant checkpoints
-        self.exported = torch.compiler.is_compiling()  # by torch.export, which runs the code on tensors without data
+        self.exported = compiling()  # by torch.export, which runs the code on tensors without data
         self.compiled = False  # begun by compiled code, which does not tell what runs in it
         self.fixed = False  # given inside of compiled code, and only there
         self.lent: Tensor | None = None  # q as a graph returned it, where it has a gradient
@@ -145,7 +146,7 @@ class QualityContext:
 
     def watch(self, tap: nn.Module) -> None:
         """Remember the tap that writes: once its layer is replaced and it is gone, its last q is nobody's."""
-        if not torch.compiler.is_compiling():
+        if not compiling():
             self._tap = weakref.ref(tap)
 
     def begin(self, q: Tensor, images: Tensor | None = None) -> None:
@@ -192,7 +193,7 @@ class QualityContext:
 
     def resume(self, images: Tensor, layer: str) -> bool:
         """If the tap's layer is recomputed during backward, go on with the forward pass that these images began."""
-        if torch.compiler.is_compiling() or not _in_backward():
+        if compiling() or not _in_backward():
             return False
         found = [f for f in self._waiting() if f.images is not None and _same(f.images(), images)]
         if found and all(f.q.shape == found[0].q.shape and torch.equal(f.q, found[0].q) for f in found[1:]):
@@ -247,7 +248,7 @@ class QualityContext:
 
     def enter(self, part: nn.Module, args: Any, whole: bool) -> None:
         """The model, if it is ``whole``, or a part of it is called with these arguments."""
-        if torch.compiler.is_compiling():
+        if compiling():
             if whole and torch.compiler.is_dynamo_compiling():
                 note_in_graph(~self._handle, True)
         elif not _in_backward():
@@ -258,7 +259,7 @@ class QualityContext:
 
     def leave(self, part: nn.Module, output: Any, whole: bool) -> None:
         """And returns this."""
-        if torch.compiler.is_compiling():
+        if compiling():
             if whole and torch.compiler.is_dynamo_compiling():
                 note_in_graph(~self._handle, False)
         elif not _in_backward():
@@ -310,7 +311,7 @@ class QualityContext:
         if forward is None or (self._tap is not None and self._tap() is None):
             raise QualityError(self._no_image(layer))
         is_given = self.given_q() is not None
-        if forward.exported != torch.compiler.is_compiling() or (forward.fixed and not is_given):
+        if forward.exported != compiling() or (forward.fixed and not is_given):
             raise QualityError(self._no_image(layer))
         if not is_given and not forward.exported:
             if self._passes.missed():  # the tapped layer was replaced, or comes later
@@ -338,7 +339,7 @@ class QualityContext:
             output: what a layer returned.
             tap: the layer is the tap's, so the forward pass is the one that it has just begun.
         """
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if compiling() or torch.jit.is_tracing():
             return
         if not isinstance(output, Tensor) or output.grad_fn is None:
             return

@@ -13,7 +13,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from quac_plugins.core.graphs import called_whole
+from quac_plugins.core.graphs import called_whole, compiling
 from quac_plugins.core.hooks import TAP_HOOKS, TAP_NAME, remove_hooks
 from quac_plugins.core.precision import full_precision
 from quac_plugins.core.quality.context import QualityContext, QualityError
@@ -161,7 +161,7 @@ class QualityTap(nn.Module):
 
     def _check_range(self, images: Tensor) -> None:
         """Once: undone images are in [0, 1], and far from it where they came with another normalization."""
-        graph = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(images) is not Tensor
+        graph = compiling() or torch.jit.is_tracing() or type(images) is not Tensor
         if self._range_checked or graph or images.is_meta or images.numel() == 0:
             return
         self._range_checked = True

@@ -3,11 +3,13 @@
 import contextlib
 import copy
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 
 import quac_plugins as quac
 from quac_plugins import QuACConfig, QualityError, quality_of
@@ -231,3 +233,23 @@ def test_many_threads_at_once(model, reference, images):
             list(pool.map(work, range(6)))
     finally:
         sys.setswitchinterval(interval)
+
+
+def test_a_compiler_at_work_in_another_thread_is_none_of_ours(model, images):
+    """Torch tells all threads of a compilation that is under way in one, here for the first half of a forward pass."""
+    half_way, finished = threading.Event(), threading.Event()
+    with torch.no_grad():
+        expected = model(images[0])
+    model.layer2.register_forward_pre_hook(lambda *_: half_way.set() or (finished.wait(60) and None))
+    found = []
+
+    def backend(graph, example):
+        assert torch.compiler.is_compiling()
+        found.append(pool.submit(torch.no_grad()(model), images[0]))
+        assert half_way.wait(60)
+        return graph.forward
+
+    with ThreadPoolExecutor(1) as pool:
+        torch.compile(lambda x: x.sin() + 1, backend=aot_autograd(fw_compiler=backend))(torch.rand(3))
+        finished.set()
+        assert torch.equal(found[0].result(), expected)
