@@ -113,7 +113,8 @@ class QualityContext:
         self.given: Tensor | None = None  # likewise, while a thread is inside quality_of
         self._given_here = False  # while tracing: it was given in the code that is traced
         self._gifts: list[_Gift] = []  # of all threads
-        self._gave: dict[int, bool] = {}  # by thread: its latest q was given, so a recomputed tap must not compute one
+        # by thread, while it lives: its latest q was given, so a recomputed tap must not compute one
+        self._gave: weakref.WeakKeyDictionary[threading.Thread, bool] = weakref.WeakKeyDictionary()
         self._local = threading.local()
         self._lock = threading.Lock()
         self._alive: weakref.WeakSet[_Forward] = weakref.WeakSet()
@@ -199,7 +200,9 @@ class QualityContext:
         if found and all(f.q.shape == found[0].q.shape and torch.equal(f.q, found[0].q) for f in found[1:]):
             self._start(found[0])
             return True
-        own = self._gave.get(threading.get_ident(), any(self._gave.copy().values()))  # autograd has threads of its own
+        own = self._gave.get(
+            threading.current_thread(), any(self._gave.copy().values())
+        )  # autograd has threads of its own
         if found or (own and self.given_q() is None):
             raise QualityError(
                 f"layer {layer!r} is recomputed by activation checkpointing, after quality features were given by "
@@ -211,7 +214,7 @@ class QualityContext:
     def _start(self, forward: _Forward, finished: bool = False) -> None:
         self._local.forward = forward
         if not _in_backward():
-            self._gave[threading.get_ident()] = forward.given
+            self._gave[threading.current_thread()] = forward.given
             self._passes.begun(forward, finished or forward.given or forward.exported)
         note_in_graph(self._handle, False)
         with self._lock:
