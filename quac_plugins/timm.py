@@ -82,8 +82,8 @@ def create_quac(
         pretrained_cfg, pretrained_cfg_overlay, cache_dir, pretrained_model_args: as in ``timm.create_model``.
         **kwargs: for QuAC ``activation``, ``where``, ``quality``, ``init``, ``norm``, ``reduction`` (see
             :class:`quac_plugins.QuACConfig`); for a prior ``site``, ``fdm``, ``fdm_width``, ``fdm_act``, ``experts``,
-            ``top_k``, ``freeze`` and ``quality`` (see :class:`quac_plugins.PriorConfig`); everything else goes to the
-            base.
+            ``top_k``, ``freeze`` and ``quality`` (see :class:`quac_plugins.PriorConfig`), or ``prior_quality`` where
+            its quality function is another one than that of QuAC; everything else goes to the base.
 
     Raises:
         ValueError: an option is not known, or a pattern of ``where`` matches nothing.
@@ -102,6 +102,8 @@ def create_quac(
     if found is not None:
         pretrained_cfg = found.host_cfg(pretrained_cfg)
         kwargs = {**found.model_args, **kwargs}
+    if whole and suffix == "_qacon_ddp" and not {"quality", "prior_quality"} & set(kwargs):
+        kwargs["prior_quality"] = "brisque_tone"  # models of earlier versions did not say what each default was
     configs, given = _configs_of(suffix, kwargs)
     own = whole or (found is not None and found.kind == "model")  # weights that were trained with what is put in
     if pretrained and not own and any(isinstance(c, QuACConfig) and c.init == "paper" for c in configs):
@@ -111,7 +113,7 @@ def create_quac(
         )
     if pretrained_model_args is not None:
         kwargs["pretrained_model_args"] = {
-            k: v for k, v in pretrained_model_args.items() if k not in (*OPTIONS, *PRIOR_OPTIONS)
+            k: v for k, v in pretrained_model_args.items() if k not in (*OPTIONS, *PRIOR_OPTIONS, "prior_quality")
         }
     try:
         with no_larger_than([Path(file)]) if file is not None else nullcontext():
@@ -198,7 +200,10 @@ def _configs_of(suffix: str, kwargs: dict[str, Any]) -> tuple[list[QuACConfig | 
     if quac:
         configs.append(QuACConfig(**{key: value for key, value in given.items() if key in quac}))
     if prior:
-        configs.append(PriorConfig(**{key: value for key, value in given.items() if key in prior}))
+        of_prior = {key: value for key, value in given.items() if key in prior}
+        if "prior_quality" in kwargs:
+            of_prior["quality"] = kwargs.pop("prior_quality")
+        configs.append(PriorConfig(**of_prior))
     return configs, bool(given)
 
 
@@ -225,7 +230,7 @@ def _describe(model: nn.Module, name: str) -> None:
     if record.config is not None:
         quac = {key: value for key, value in record.options_to_save().items() if key in OPTIONS}
         if "quality" in options and options["quality"] != quac["quality"]:
-            del options["quality"], quac["quality"]  # each its own default; one name given to both is written
+            options["prior_quality"] = options.pop("quality")
         options |= quac
     for attribute in ("pretrained_cfg", "default_cfg"):
         cfg: Any = record.attributes.get(attribute, getattr(model, attribute, None))

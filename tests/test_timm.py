@@ -327,6 +327,7 @@ def test_saved_as_for_the_hub_and_created_again(base, kwargs, safe, tmp_path):
         ("test_vit_ddp", {"fdm_act": "qacon", "img_size": 96}),
         ("test_convnext_qacon_ddp", {}),
         ("test_resnet_qacon_ddp", {"norm": "layer", "experts": ["fog"], "quality": "brisque_tone"}),
+        ("test_resnet_qacon_ddp", {"experts": ["fog"], "quality": "brisque_tone", "prior_quality": "brisque"}),
     ],
 )
 def test_a_prior_is_saved_with_its_options_and_created_again(name, kwargs, tmp_path):
@@ -342,6 +343,18 @@ def test_a_prior_is_saved_with_its_options_and_created_again(name, kwargs, tmp_p
     side = kwargs.get("img_size", 64)
     images = torch.randn(2, kwargs.get("in_chans", 3), side, side)
     assert torch.equal(again(images), model(images))
+
+
+def test_whole_models_of_earlier_versions_have_the_defaults_of_their_time(tmp_path):
+    options = {"experts": ["fog"], "prior_quality": "brisque_tone", "num_classes": 6}
+    model = moved(timm.create_model("test_resnet_qacon_ddp", **options))
+    save_for_hf(model, tmp_path, model_args=model._model_args)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("quality", "prior_quality"):
+        del config["model_args"][key]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(images), model(images))
 
 
 def test_an_adapter_that_replaces_the_prior_is_saved_as_it_is(tmp_path):
