@@ -13,6 +13,7 @@ from torch import nn
 
 from quac_plugins.core.inject import PriorConfig, QuACConfig, inject
 from quac_plugins.core.inject.rehearsal import rehearse
+from quac_plugins.core.inject.trace import DoesNotRun
 from quac_plugins.mmengine.checking import SiteError, check_input_size, name_of, options_in, options_of, walk
 from quac_plugins.mmengine.finishing import example_of, note_order
 
@@ -44,9 +45,7 @@ def build_quac_backbone(
     model = backbone if isinstance(backbone, nn.Module) else MODELS.build(backbone)
     try:
         return _put_into(model, quac, prior, input_size)
-    except RuntimeError as error:  # of a trace, which tells what to do in other words than a config's
-        if error.__cause__ is None:
-            raise
+    except DoesNotRun as error:  # it tells what to do in other words than a config's
         reason = str(error).partition(" Give images")[0]
         hint = "say the size of the pictures that the backbone takes, input_size=(C, H, W)"
         raise SiteError("input_size", quac if quac is not None else prior, f"{hint}: {reason}") from error

@@ -115,6 +115,10 @@ def _describe(x: Tensor, batch: int) -> Call | None:
     return Call(tuple(x.shape), channel_dim, x.shape[channel], label.kernel or 0, label.batch, fold)
 
 
+class DoesNotRun(RuntimeError):
+    """A host does not run on images of the shape that it was given."""
+
+
 def trace(model: nn.Module, example: Example | None = None, tokens: bool = False) -> Trace:
     """Run a host once on fake tensors and tell what its activations see.
 
@@ -146,13 +150,13 @@ def trace(model: nn.Module, example: Example | None = None, tokens: bool = False
         ) from None
     except Exception as fake_error:
         if images.is_meta:
-            raise RuntimeError(_cannot_run(model, one, fake_error)) from None
+            raise DoesNotRun(_cannot_run(model, one, fake_error)) from None
         try:
             # a host that decides by the values of its tensors cannot run on fake ones
             with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
                 return _run(copy.deepcopy(model), one.of_batch(2, model, _random), 2)
         except Exception as error:
-            raise RuntimeError(_cannot_run(model, one, error)) from None  # the message holds what it adds
+            raise DoesNotRun(_cannot_run(model, one, error)) from None  # the message holds what it adds
 
 
 def _part(model: nn.Module, one: Arguments) -> tuple[str, tuple[int, ...]] | None:

@@ -220,6 +220,12 @@ class QualityContext:
         with self._lock:
             self._alive.add(forward)
 
+    def _candidates(self) -> list[_Forward]:
+        """The same; the latest alone, where all have the same q."""
+        found = sorted(self._waiting(), key=lambda forward: forward.order)
+        alike = all(f.q.shape == found[0].q.shape and torch.equal(f.q, found[0].q) for f in found[1:])
+        return found[-1:] if alike else found
+
     def _waiting(self) -> list[_Forward]:
         """The forward passes that a recomputation may belong to."""
         with self._lock:
@@ -387,11 +393,11 @@ class QualityContext:
     def _recomputed(self, x: Tensor, layer: str) -> _Forward:
         forward = self._lineage(x)
         if forward is None:
-            candidates = self._waiting()
+            candidates = self._candidates()
             if len(candidates) > 1:  # graphs that nobody can use any more may still wait for the garbage collector
                 del candidates
                 gc.collect()
-                candidates = self._waiting()
+                candidates = self._candidates()
             if not candidates:
                 raise QualityError(self._no_image(layer))
             if len(candidates) > 1:
