@@ -21,7 +21,8 @@ def degraded(images, kind, severity):
 def told(photographs):
     """Kind → what is said of four photographs of 160×160."""
     images = photographs(4, 160)
-    found = {kind: degradation(degraded(images, kind, 4)) for kind in CORRUPTIONS if kind != "zoom_blur"}
+    left = {"zoom_blur", "frost"}  # slow; with files that OpenCV 4.9 cannot open
+    found = {kind: degradation(degraded(images, kind, 4)) for kind in CORRUPTIONS if kind not in left}
     return {CLEAN: degradation(images), **found}
 
 

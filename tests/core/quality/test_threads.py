@@ -244,7 +244,6 @@ def test_a_compiler_at_work_in_another_thread_is_none_of_ours(model, images):
     found = []
 
     def backend(graph, example):
-        assert torch.compiler.is_compiling()
         found.append(pool.submit(torch.no_grad()(model), images[0]))
         assert half_way.wait(60)
         return graph.forward
