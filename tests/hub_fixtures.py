@@ -9,6 +9,7 @@ not keep hf_hub_download from sending the token of the environment: tests of it 
 
 import contextlib
 import importlib.util
+import json
 import os
 import sys
 import time
@@ -129,3 +130,18 @@ def hub_waits(monkeypatch):
     for module in (_http, file_download):
         monkeypatch.setattr(module, "time", clock)
     return waits
+
+
+CATASTROPHE = "re:(([a-z0-9._])+)+!"
+
+
+def changed(files, name, **values):
+    """The files with another config: dotted names lead into it."""
+    config = json.loads(files[name])
+    for path, value in values.items():
+        *parents, last = path.split("__")
+        place = config
+        for parent in parents:
+            place = place[parent]
+        place[last] = value
+    return {**files, name: json.dumps(config).encode()}

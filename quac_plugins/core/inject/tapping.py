@@ -80,22 +80,22 @@ def listen(model: nn.Module, context: QualityContext) -> None:
     ours = {id(child) for part in model.modules() for name, child in part._modules.items() if name in OUR_CHILDREN}
     for part in (model, *(part for key, part in parts.items() if key not in ours)):
         enter, leave = MODEL_HOOKS if part is model else PART_HOOKS
-        there = getattr(part, CONTEXTS, ())
+        there = part.__dict__.get(CONTEXTS, ())  # not by getattr: a compiled part answers for what is inside of it
         if not there:
             part.register_forward_pre_hook(enter, prepend=True)
             part.register_forward_hook(leave, always_call=True)
-        setattr(part, CONTEXTS, (*there, context))
+        part.__dict__[CONTEXTS] = (*there, context)
 
 
 def unlisten(model: nn.Module, context: QualityContext | None = None) -> None:
     """Undo :func:`listen`, for one context or all."""
     for part in model.modules():
-        left = tuple(one for one in getattr(part, CONTEXTS, ()) if context is not None and one is not context)
-        if hasattr(part, CONTEXTS):
-            setattr(part, CONTEXTS, left)
+        if CONTEXTS in part.__dict__:
+            left = tuple(one for one in part.__dict__[CONTEXTS] if context is not None and one is not context)
+            part.__dict__[CONTEXTS] = left
             if not left:
                 remove_hooks(part, *PART_HOOKS, *MODEL_HOOKS)
-                delattr(part, CONTEXTS)
+                del part.__dict__[CONTEXTS]
 
 
 def untap(model: nn.Module) -> None:

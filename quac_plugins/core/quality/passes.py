@@ -133,8 +133,8 @@ class Passes:
         """Whether another open pass has not come further than the current one, and may be the one that goes on."""
         times = current.ran.get(key, 0)
         # in those that begin in compiled code other things run uncompiled, so they are compared among themselves
-        alike = (ran for _, compiled, ran in self._thread.open if compiled == current.compiled)
-        return any(ran is not current.ran and ran.get(key, 0) <= times for ran in alike)
+        alike = [ran for _, compiled, ran in self._thread.open if compiled == current.compiled]
+        return [ran for ran in alike if ran is not current.ran and ran.get(key, 0) <= times] != []
 
     # -- tensors; notes on themselves would be copied and saved with them
 

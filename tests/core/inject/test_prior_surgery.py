@@ -408,7 +408,7 @@ def test_compiled_and_exported_whole(name, config, cheap, photographs):
     images = photographs(3, size_of(model))
     torch._dynamo.reset()
     dynamic = {0: torch.export.Dim("images", min=2, max=16)}
-    exported = torch.export.export(model, (images,), dynamic_shapes=(dynamic,)).module()
+    exported = torch.export.export(model, (images,), dynamic_shapes=(dynamic,), strict=False).module()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         for run, x in ((compiled, images), (compiled, images * 0.3), (exported, images), (exported, images[:2] * 0.3)):

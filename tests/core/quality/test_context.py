@@ -369,8 +369,12 @@ def test_gradient_through_the_quality_reaches_the_image_behind_a_compiled_part(c
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
 
 
+# torch 2.6 takes no model with a hook of its own for a strict export; the readme says so
+STRICT = [False, True] if torch.__version__ >= (2, 7) else [False]
+
+
 @pytest.mark.usefixtures("fresh_dynamo")
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", STRICT)
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
 def test_exported_with_a_dynamic_batch(strict, name, cheap, photographs):
     model = build(cheap, name, where="auto").eval()
