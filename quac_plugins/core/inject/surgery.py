@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -143,6 +144,7 @@ def inject(
     leave_out(model, seen)
     sites = find_prior_sites(model, seen, config.patterns)
     place_prior(model, config, sites, seen, quality)
+    _tell_ways_around(model, sites)
     try:
         let_chains_run(model, [site.name for site in sites], example)
     except Exception:
@@ -195,6 +197,19 @@ def place(
     setattr(model, RECORD, record)
     attach()
     return model
+
+
+def _tell_ways_around(model: nn.Module, sites: list[PriorSite]) -> None:
+    """Warn of layers that their network may also call by another method than ``forward``, which runs no hook."""
+    for site in sites:
+        layer = model.get_submodule(site.name)
+        if callable(getattr(layer, "forward_with_tap", None)):
+            warnings.warn(
+                f"{type(model).__name__} calls {site.name!r} by {type(layer).__name__}.forward_with_tap in "
+                "forward_intermediates, which goes round the prior there: these features and all after them are not "
+                "repaired. Use forward_features, or a wrapper of timm (features_only=True)",
+                stacklevel=3,
+            )
 
 
 def place_prior(

@@ -38,3 +38,8 @@ def test_an_adapter_of_the_container_still_loads(tmp_path, normalized):
         fresh.load_state_dict(state, strict=False)
         load_adapter(fresh, tmp_path)
         assert torch.equal(fresh(images), expected)
+
+
+def test_a_layer_that_is_also_called_past_its_hooks_is_warned_of():
+    with pytest.warns(UserWarning, match="'blocks.0' by PreXceptionModule.forward_with_tap.*goes round the prior"):
+        timm.create_model("xception41p_ddp", num_classes=2)
