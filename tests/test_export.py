@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -59,14 +60,12 @@ def assert_same(model, run, sizes=SIZES):
 
 
 def session(path):
-    onnxruntime = pytest.importorskip("onnxruntime")
     loaded = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(loaded.run(None, {"images": images.numpy()})[0])
 
 
 @pytest.mark.parametrize("kind", ["qacon", "single", "routed"])
 def test_the_old_exporter_writes_onnx_for_every_batch_and_size(kind, models, tmp_path):
-    pytest.importorskip("onnx")
     axes = {"images": {0: "batch", 2: "height", 3: "width"}}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -78,7 +77,6 @@ def test_the_old_exporter_writes_onnx_for_every_batch_and_size(kind, models, tmp
 
 
 def test_the_new_exporter_writes_onnx_for_every_batch_and_size(models, tmp_path):
-    pytest.importorskip("onnxscript")
     path = tmp_path / "model.onnx"
     done = quac.export(models("both"), path, example=photographs(64, 96)[:2], dynamic_size=True, opset=20)
     assert done.difference < 1e-5

@@ -19,6 +19,8 @@ from quac_plugins.parsing import numbers
 WRONG, UNREADABLE, INTERRUPTED = 2, 3, 130
 _PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 
+Model = Annotated[str, typer.Argument(help="A timm name, such as resnet50_qacon.a1_in1k, hf-hub:… or local-dir:…")]
+Adapter = Annotated[str | None, typer.Option(help="Adapter to put in: a directory, or org/name.")]
 BaseCheckpoint = Annotated[Path | None, typer.Option(help="File with the host's weights, in place of downloaded ones.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="File with the weights of the whole network.")]
 Pretrained = Annotated[

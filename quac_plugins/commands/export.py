@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def export_command(
-    model: Annotated[str, typer.Argument(help="A timm name, such as resnet50_qacon.a1_in1k, hf-hub:… or local-dir:…")],
+    model: common.Model,
     out: Annotated[Path, typer.Option(help="File to write.")],
     format: Annotated[str, typer.Option(help="onnx, torch-export or torchscript.")] = "onnx",
     base_checkpoint: common.BaseCheckpoint = None,
     checkpoint: common.Checkpoint = None,
-    adapter: Annotated[str | None, typer.Option(help="Adapter to put in: a directory, or org/name.")] = None,
+    adapter: common.Adapter = None,
     pretrained: common.Pretrained = None,
     model_kwargs: common.ModelKwargs = None,
     num_classes: common.NumClasses = None,
