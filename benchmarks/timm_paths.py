@@ -1,14 +1,14 @@
-"""Whether every way through a network of timm sees a degradation prior alike; over one host of each of timm's modules.
+"""Whether every way through a network of timm sees alike what is put in; over one host of each of timm's modules.
 
     python benchmarks/timm_paths.py                  # to benchmarks/results/timm_paths.{json,md}
-    python benchmarks/timm_paths.py test_byobnet tresnet_m
+    python benchmarks/timm_paths.py test_byobnet tresnet_m --suffix _qacon
 
-A prior whose modules are not the identity is put behind every stage. ``forward``, ``forward_features`` with
-``forward_head``, ``forward_intermediates``, each kind of ``features_only`` (list, hook, getter, fx) and a training step
-with gradient checkpointing must each run every one of its modules once, and give the same features and logits. The
-wrappers of timm are tried around the network with the prior, and the prior in the wrapped network (but for fx, whose
-graph has no blocks, and so other places). Ways that the base itself does not have, or in which it gives other features
-than in another, say nothing and are left out.
+A prior whose modules are not the identity is put behind every stage, or activations that are not those of the host in
+their place. ``forward``, ``forward_features`` with ``forward_head``, ``forward_intermediates``, each kind of
+``features_only`` (list, hook, getter, fx) and a training step with gradient checkpointing must each run every one of
+the prior's modules once, and give the same features and logits. The wrappers of timm are tried around the network with
+the prior, and ``NAME_ddp`` is built with ``features_only=True``. Ways that the base itself does not have, or in which
+it gives other features than in another, say nothing and are left out.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import argparse
 import copy
 import json
 import platform
-import sys
+import re
 import time
 import traceback
 import warnings
+import zlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ from typing import Any
 import timm
 import torch
 from tables import write_tables
-from torch import Tensor, nn
+from torch import Tensor
 
 import quac_plugins as quac
+from quac_plugins.core.activations import ChannelActivation
 from quac_plugins.core.prior.fdm import FDM
 
 RESULTS = Path(__file__).parent / "results"
@@ -39,21 +41,26 @@ SIDE = 64
 
 
 class Model:
-    """A network with a prior that is not the identity, which counts how often its modules run."""
+    """A network with what a suffix puts in, none of which is the identity, and which counts how often a prior runs."""
 
     def __init__(self, base: str, images: Tensor, suffix: str = "", **kwargs: Any):
         torch.manual_seed(0)
-        self.net = timm.create_model(base, **kwargs).eval()
+        self.net = timm.create_model(base + suffix, **kwargs).eval()
         self.images, self.ran = images, Counter[str]()
-        if not suffix:
-            return
-        quac.inject(self.net, quac.PriorConfig(site="stages", freeze=False), images)
-        torch.manual_seed(1)
         for name, module in self.net.named_modules():
-            if isinstance(module, FDM):
+            if isinstance(module, FDM):  # the first place is the first, by whatever name
                 last: Any = module.body[-1]
-                nn.init.normal_(last.bias, std=0.3)
+                change(str(self.sites.index(name.rpartition(".")[0])), last.bias, 0.3)
                 module.register_forward_hook(lambda *_, name=name: self.ran.update([name]))
+            elif isinstance(module, ChannelActivation):
+                for parameter in (module.p1, module.p2, module.fc3.bias):
+                    change(re.sub(r"^(body|model|graph_module)\.", "", name).replace(".", "_"), parameter, 0.1)
+
+    @property
+    def sites(self) -> list[str]:
+        """After which modules there is a prior, or in the place of which there are activations."""
+        record = quac.injection_of(self.net)
+        return [site.name for site in (record.prior or record).sites]
 
     @property
     def priors(self) -> list[str]:
@@ -68,6 +75,12 @@ class Model:
         if wrong:
             raise AssertionError(f"{way}: the prior runs {wrong} times")
         return found
+
+
+def change(key: str, parameter: Any, amount: float) -> None:
+    """Add numbers that are the same for a key."""
+    noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(zlib.crc32(key.encode())))
+    parameter.requires_grad_(True).data.add_(noise, alpha=amount)
 
 
 def same(way: str, found: Any, expected: Any) -> None:
@@ -100,7 +113,7 @@ def attempt(call: Any) -> Any:
         return None
 
 
-def check(base: str, side: int | None = SIDE) -> dict[str, Any]:
+def check(base: str, suffix: str = "_ddp", side: int | None = SIDE) -> dict[str, Any]:
     """Try every way; returns a row of the table, with ``problems``."""
     cfg = timm.get_pretrained_cfg(base)
     channels, height, width = cfg.input_size
@@ -113,8 +126,8 @@ def check(base: str, side: int | None = SIDE) -> dict[str, Any]:
     host = attempt(lambda: intermediates(plain.net, images))
     with torch.no_grad():
         plain.net(images)
-    ours = Model(base, images, "_ddp")
-    row["priors"] = [name.removesuffix(".quac_prior") for name in ours.priors]
+    ours = Model(base, images, suffix)
+    row["sites"] = ours.sites
 
     def way(name: str, call: Any) -> Any:
         try:
@@ -134,7 +147,7 @@ def check(base: str, side: int | None = SIDE) -> dict[str, Any]:
     if host is not None:
         listed = way("forward_intermediates", lambda: intermediates(ours.net, images, ours))
     for kind in CLASSES:
-        features(base, kind, images, ours, way, host, listed)
+        features(base, suffix, kind, images, ours, way, host, listed)
     checkpointing(base, images, plain.net, ours, way, logits)
     return row
 
@@ -154,7 +167,7 @@ def intermediates(net: Any, images: Tensor, ours: Model | None = None) -> list[T
 
 
 def features(
-    base: str, kind: str, images: Tensor, ours: Model, way: Any, host: list[Tensor] | None, listed: list[Tensor] | None
+    base: str, suffix: str, kind: str, images: Tensor, ours: Model, way: Any, host: Any, listed: list[Tensor] | None
 ) -> None:
     """One kind of ``features_only``, put around the network with the prior, and with the prior put into it."""
     options: dict[str, Any] = {"features_only": True, "feature_cls": kind}
@@ -186,14 +199,11 @@ def features(
             compare(net.eval()(images))
 
         def inside() -> None:
-            created = Model(base, images, "_ddp", **options)
-            found = created.once(kind, lambda: created.net(images))
-            if kind == "fx":  # blocks that end with a sum are no modules of a graph, so the prior has other places
-                return
+            created = Model(base, images, suffix, **options)
             try:
-                compare(found)
+                compare(created.once(kind, lambda: created.net(images)))
             except AssertionError as error:
-                raise AssertionError(f"{error}; priors after {created.priors}") from None
+                raise AssertionError(f"{error}; sites {created.sites}") from None
 
         way(f"features_only {kind}", inside)
         way(f"{wrapper.__name__}", around)
@@ -240,51 +250,55 @@ def smallest() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="by default the smallest of each of timm's modules")
-    parser.add_argument("--out", type=Path, default=RESULTS / "timm_paths")
+    parser.add_argument("--suffix", choices=["_ddp", "_qacon"], default="_ddp", help="what is put in")
+    parser.add_argument("--out", type=Path, default=RESULTS / "timm_paths", help="rows of other hosts there stay")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    rows = []
-    for name in args.names or smallest():
+    names, file = smallest(), args.out.with_suffix(".json")
+    rows = {(r["suffix"], r["name"]): r for r in (json.loads(file.read_text())["rows"] if file.exists() else ())}
+    for name in args.names or names:
         start = time.perf_counter()
         try:
-            row = check(name)
+            row = check(name, args.suffix)
         except Exception:
             try:
-                row = check(name, None)
+                row = check(name, args.suffix, None)
             except Exception as error:
                 row = {"name": name, "problems": [f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"]}
                 row["where"] = {"all": traceback.format_exc().splitlines()[-4:]}
-        row["seconds"] = round(time.perf_counter() - start, 1)
-        rows.append(row)
+        row |= {"suffix": args.suffix, "seconds": round(time.perf_counter() - start, 1)}
+        rows[args.suffix, name] = row
         print(json.dumps(row), flush=True)
-    good = sum(not row["problems"] for row in rows)
-    print(f"{good} of {len(rows)} pass", file=sys.stderr)
-    if not args.names:
         versions = {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__}
-        write_tables(args.out, {"versions": versions, "rows": rows}, markdown(rows, versions))
+        order = sorted(rows.values(), key=lambda r: (r["suffix"], names.index(r["name"]) if r["name"] in names else -1))
+        write_tables(args.out, {"versions": versions, "rows": order}, markdown(order, versions, names))
 
 
-def markdown(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
+def markdown(rows: list[dict[str, Any]], versions: dict[str, str], names: list[str]) -> str:
     lines = [
-        "# Whether every way through a network of timm sees a degradation prior alike",
+        "# Whether every way through a network of timm sees alike what is put in",
         "",
         "`python benchmarks/timm_paths.py`; " + ", ".join(f"{k} {v}" for k, v in versions.items()) + ".",
-        "",
-        f"**{sum(not row['problems'] for row in rows)} of {len(rows)}** hosts, the smallest of each of timm's modules. "
-        "The others: a network that is wrapped without its classifier has a prior after another module and so other "
-        "features; and XceptionAligned's forward_intermediates calls another method of the blocks it takes features "
-        "from, past the prior behind them.",
-        "",
-        "| host | priors after | ways alike | problems |",
-        "|---|---|---|---|",
     ]
-    for row in rows:
-        problems = "; ".join(row["problems"]).replace("|", "/")
-        cells = (row["name"], ", ".join(row.get("priors", ())), ", ".join(row.get("ways", ())), problems)
-        lines.append(f"| {' | '.join(cells)} |")
-    if left := sorted(set(smallest()) - {row["name"] for row in rows}):
-        lines += ["", f"Not tried: {', '.join(left)}."]
+    for suffix, what in (("_ddp", "a degradation prior"), ("_qacon", "quality-adaptive activations")):
+        ours = [row for row in rows if row["suffix"] == suffix]
+        if not ours:
+            continue
+        good = sum(not row["problems"] for row in ours)
+        lines += [
+            "",
+            f"**`{suffix}`, {what}: {good} of {len(ours)}** hosts, the smallest of each of timm's modules.",
+            "",
+        ]
+        lines += ["| host | sites | ways alike | problems |", "|---|---|---|---|"]
+        for row in ours:
+            sites = row.get("sites", [])
+            shown = ", ".join(sites if len(sites) < 8 else [*sites[:3], "…", f"{sites[-1]} ({len(sites)} in all)"])
+            problems = "; ".join(row["problems"]).replace("|", "/")
+            lines.append(f"| {row['name']} | {shown} | {', '.join(row.get('ways', ()))} | {problems} |")
+        if left := sorted(set(names) - {row["name"] for row in ours}):
+            lines += ["", f"Not tried: {', '.join(left)}."]
     return "\n".join(lines) + "\n"
 
 

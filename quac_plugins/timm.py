@@ -36,6 +36,7 @@ from quac_plugins.hub.load import load_adapter
 from quac_plugins.hub.published import Published, find_published, pretrained_cfg_of
 from quac_plugins.hub.verify import no_larger_than
 from quac_plugins.registry import Entry, published
+from quac_plugins.timm_features import whole_network
 
 SUFFIXES = ("_qacon", "_ddp", "_qacon_ddp")
 _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
@@ -115,26 +116,26 @@ def create_quac(
         kwargs["pretrained_model_args"] = {
             k: v for k, v in pretrained_model_args.items() if k not in (*OPTIONS, *PRIOR_OPTIONS, "prior_quality")
         }
+    adapter = pretrained and found is not None and found.kind == "adapter"
+    if adapter and not given:  # alone, it also says what to put in; with options given, they must be its own
+        configs = []
+    kwargs |= {"pretrained_cfg": pretrained_cfg, "pretrained_cfg_overlay": pretrained_cfg_overlay}
+    create: Any = timm.create_model
+    put_in = _put_in
     try:
+        if configs and kwargs.get("features_only"):
+            network = whole_network(base, configs, **kwargs)
+            create, put_in = network.create_model, network.put_into
         with no_larger_than([Path(file)]) if file is not None else nullcontext():
-            model = timm.create_model(
-                base,
-                pretrained=pretrained and not own,
-                pretrained_cfg=pretrained_cfg,
-                pretrained_cfg_overlay=pretrained_cfg_overlay,
-                cache_dir=cache_dir,
-                **kwargs,
-            )
+            model = create(base, pretrained=pretrained and not own, cache_dir=cache_dir, **kwargs)
     except Exception as error:
         if pretrained and not whole and _is_network(error):
             raise RuntimeError(_not_found(base, suffix, pretrained_cfg)) from error
         if isinstance(error, TypeError) and (option := _UNEXPECTED.search(str(error))) and option[1] in kwargs:
             raise TypeError(_no_option(base, suffix, option[1])) from error
         raise
-    adapter = pretrained and found is not None and found.kind == "adapter"
-    for config in configs if not adapter or given else ():
-        inject(model, config)
-    if adapter:  # alone, it also says what to put in; with options given, they must be its own
+    put_in(model, configs)
+    if adapter:
         assert found is not None
         load_adapter(model, found.folder())
     _describe(model, base + suffix)
@@ -143,6 +144,11 @@ def create_quac(
     elif pretrained and found is not None and not adapter:
         _load_whole(model, str(found.folder() / MODEL_FILES[-1]), kwargs, cache_dir)
     return model
+
+
+def _put_in(model: nn.Module, configs: list[QuACConfig | PriorConfig]) -> None:
+    for config in configs:
+        inject(model, config)
 
 
 def _no_option(base: str, suffix: str, option: str) -> str:

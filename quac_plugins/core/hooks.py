@@ -5,6 +5,7 @@ So deepcopy and pickle take them along, and each copy's hooks call the copy's ow
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,6 +100,7 @@ def leave_model_hook(model: Any, args: tuple, output: Any) -> None:
 
 PART_HOOKS, MODEL_HOOKS = (enter_hook, leave_hook), (enter_model_hook, leave_model_hook)
 BEHIND: dict[str, Any] = {PRIOR_NAME: prior_hook, AFTER_NAME: after_hook}
+WITH_TAP = "forward_with_tap"  # how timm's Xception calls blocks in forward_intermediates, which runs no hook
 TAP_HOOKS = {TAP_NAME: (tap_pre_hook, tap_hook), PRIOR_TAP_NAME: (prior_tap_pre_hook, prior_tap_hook)}
 
 
@@ -113,6 +115,18 @@ def add_hook(layer: nn.Module, name: str) -> None:
     ours = {key: first.index(other) for key, other in layer._forward_hooks.items() if other in first}
     for key in sorted(ours, key=lambda key: ours[key], reverse=True):
         layer._forward_hooks.move_to_end(key, last=False)  # type: ignore[attr-defined]
+    if callable(getattr(type(layer), WITH_TAP, None)):
+        layer.__dict__[WITH_TAP] = partial(_with_tap, layer)  # and no method: a copy of it calls the copy of the layer
+
+
+def _with_tap(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a block returns with a feature from inside of it, and behind it what ``forward`` has behind it."""
+    output, *inner = getattr(type(layer), WITH_TAP)(layer, *args, **kwargs)
+    if PRIOR_NAME in layer._modules:
+        output = prior_hook(layer, args, kwargs, output)
+    if AFTER_NAME in layer._modules:
+        output = after_hook(layer, args, output)
+    return (output, *inner)
 
 
 def remove_hooks(layer: nn.Module, *functions: Any) -> None:
@@ -125,6 +139,8 @@ def remove_hooks(layer: nn.Module, *functions: Any) -> None:
                 layer._forward_hooks_always_called,
             ):  # fmt: skip
                 table.pop(key, None)
+    if not any(hook in BEHIND.values() for hook in layer._forward_hooks.values()):
+        layer.__dict__.pop(WITH_TAP, None)
 
 
 _IS = {"training", "_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"}  # what a module is

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -53,6 +53,13 @@ def find_sites(model: nn.Module, seen: Trace, patterns: list[str]) -> tuple[list
         chosen.update({(site.name, site.after): site for site in sites})
     order = list(parts(model))
     return sorted(chosen.values(), key=lambda site: (order.index(site.name), site.after)), unusable
+
+
+def usable_sites(model: nn.Module, seen: Trace) -> list[Site]:
+    """Every activation that can be a site, in module order, and every module that one can come after."""
+    found = [_site(feature.name, [feature.call]) for feature in seen.features if OURS not in feature.name]
+    behind = [replace(site, after=True) for site in found if isinstance(site, Site)]
+    return [*_usable(model, seen)[0].values(), *behind]
 
 
 def _usable(model: nn.Module, seen: Trace) -> tuple[dict[str, Site], dict[str, str]]:

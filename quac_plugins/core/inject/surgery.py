@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -118,6 +117,16 @@ def inject(
             f"config must be a QuACConfig or a PriorConfig, got {type(config).__name__}: inject(model, "
             "QuACConfig(where=…))"
         )
+    return inject_at(model, config, find_places, example)
+
+
+def inject_at(
+    model: nn.Module,
+    config: QuACConfig | PriorConfig,
+    find: Callable[[nn.Module, Any, Trace], list[Any]],
+    example: Example | None = None,
+) -> nn.Module:
+    """:func:`inject`, at the sites that ``find(model, config, seen)`` gives."""
     whole, model = model, unwrap(model)
     there = injection_of(model)
     holds = there is not None and (there.config if isinstance(config, QuACConfig) else there.prior)
@@ -138,13 +147,11 @@ def inject(
         )
     if quality is not None:
         check_tapped(model, seen, example, tokens)
+    sites = find(model, config, seen)
     if isinstance(config, QuACConfig):
-        place(model, config, find_sites(model, seen, config.patterns)[0], seen, quality)
+        place(model, config, sites, seen, quality)
         return whole
-    leave_out(model, seen)
-    sites = find_prior_sites(model, seen, config.patterns)
     place_prior(model, config, sites, seen, quality)
-    _tell_ways_around(model, sites)
     try:
         let_chains_run(model, [site.name for site in sites], example)
     except Exception:
@@ -153,6 +160,14 @@ def inject(
             delattr(model, RECORD)
         raise
     return whole
+
+
+def find_places(model: nn.Module, config: QuACConfig | PriorConfig, seen: Trace) -> list[Any]:
+    """The sites that a config means in a host, of which a pass has been seen."""
+    if isinstance(config, QuACConfig):
+        return find_sites(model, seen, config.patterns)[0]
+    leave_out(model, seen)
+    return find_prior_sites(model, seen, config.patterns)
 
 
 def _check_parts(model: nn.Module, config: QuACConfig | PriorConfig) -> None:
@@ -197,19 +212,6 @@ def place(
     setattr(model, RECORD, record)
     attach()
     return model
-
-
-def _tell_ways_around(model: nn.Module, sites: list[PriorSite]) -> None:
-    """Warn of layers that their network may also call by another method than ``forward``, which runs no hook."""
-    for site in sites:
-        layer = model.get_submodule(site.name)
-        if callable(getattr(layer, "forward_with_tap", None)):
-            warnings.warn(
-                f"{type(model).__name__} calls {site.name!r} by {type(layer).__name__}.forward_with_tap in "
-                "forward_intermediates, which goes round the prior there: these features and all after them are not "
-                "repaired. Use forward_features, or a wrapper of timm (features_only=True)",
-                stacklevel=3,
-            )
 
 
 def place_prior(

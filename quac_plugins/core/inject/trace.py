@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from quac_plugins.core.activations.base import ChannelActivation
 from quac_plugins.core.activations.hosts import is_activation
-from quac_plugins.core.hooks import TAP_HOOKS
+from quac_plugins.core.hooks import TAP_HOOKS, WITH_TAP
 from quac_plugins.core.inject.detectors import TakenApart, find_part, in_words
 from quac_plugins.core.inject.example import Arguments, Example, arguments_of
 from quac_plugins.core.inject.labels import BATCH, Label, Labels, label_of
@@ -256,6 +257,12 @@ def _run(model: nn.Module, given: Arguments, batch: int) -> Trace:
                 _note(result, call, output, labels, batch)
                 break
 
+    def with_tap(module: nn.Module, method: Any, *args: Any, **kwargs: Any) -> Any:
+        sees_image(module, args, kwargs)
+        output, *inner = method(*args, **kwargs)
+        returned(module, args, output)
+        return (output, *inner)
+
     handles = []
     for module in known.values():
         if not isinstance(module, torch.jit.ScriptModule):
@@ -268,6 +275,9 @@ def _run(model: nn.Module, given: Arguments, batch: int) -> Trace:
         nothing = [(context, images.new_zeros(batch, context.channels)) for context in contexts_of(model)]
         with _evaluating(model), torch.no_grad(), labels, quality_given(nothing), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            for module in known.values():
+                if callable(method := getattr(module, WITH_TAP, None)):
+                    module.__dict__[WITH_TAP] = partial(with_tap, module, method)
             try:
                 if not given.alone:
                     raise TypeError("it takes more than images")
@@ -297,8 +307,9 @@ class _Running:
     def __init__(self, module: nn.Module, name: str, labels: Labels):
         self.module, self.name = module, name
         self.layers, self.nodes = labels.layers, len(labels.parents)
-        # the driver of an activation that was put in is no depth of the host, and q no way around its layers
-        self.uncounted = OURS in name or isinstance(module, ChannelActivation)
+        # the driver of an activation that was put in is no depth of the host, and q no way around its layers; and what
+        # a recurrent layer consists of is not the same on every device
+        self.uncounted = OURS in name or isinstance(module, (ChannelActivation, nn.RNNBase))
         self.unnumbered = name.rpartition(".")[2] in TAP_HOOKS
         labels.uncounted += self.uncounted
         labels.unnumbered += self.unnumbered

@@ -114,6 +114,11 @@ def find_prior_sites(model: nn.Module, seen: Trace, patterns: list[str]) -> list
     return [place.site for place in sorted(chosen.values(), key=lambda place: order.index(place.site.name))]
 
 
+def usable_prior_sites(model: nn.Module, seen: Trace) -> list[PriorSite]:
+    """Every module that a prior can come after, in the order in which the host comes to them."""
+    return [place.site for place in _places(model, seen)[0]]
+
+
 def _places(model: nn.Module, seen: Trace) -> tuple[list[_Place], dict[str, str]]:
     """The usable modules in the order they returned, and the others with the reason."""
     calls: dict[str, list[Feature]] = {}

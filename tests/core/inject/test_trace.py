@@ -214,3 +214,13 @@ def test_modes_dtypes_and_devices_of_hosts():
     with torch.device("meta"):
         model = timm.create_model("test_resnet")
     assert trace(model).calls
+
+
+def test_recurrent_layers_are_as_deep_on_every_device():
+    class Rows(nn.Sequential):
+        def forward(self, x):
+            return self[1](self[0](x).flatten(2).transpose(1, 2))[0]
+
+    model = Rows(nn.Conv2d(3, 4, 3), nn.LSTM(4, 4, batch_first=True))
+    images = torch.rand(1, 3, 8, 8)
+    assert trace(model, images).layers == trace(copy.deepcopy(model).to("meta"), images.to("meta")).layers
