@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from quac_plugins.core.inject import PriorConfig, QuACConfig, inject, injection_of
 from quac_plugins.core.inject.rehearsal import rehearse, rehearsing
 from quac_plugins.core.options import named, one_of
+from quac_plugins.core.quality.table import in_use
 from quac_plugins.detectron2.blocks import with_activations
 from quac_plugins.detectron2.config import KEY, PRIOR_KEY, TIMM_KEY, checked, configs_of, in_unit_range
 
@@ -237,6 +238,7 @@ def _inject_quac(backbone: nn.Module, config: QuACConfig, example: Tensor | None
             backbone.get_submodule(site.name).requires_grad_(False)
 
 
+@in_use()
 def _build(cfg: CfgNode, input_shape: ShapeSpec, make: Callable[[bool], Backbone]) -> Backbone:
     """What ``make`` builds, with weights or without, with what the config says inside."""
     configs = configs_of(cfg)  # before anything is built

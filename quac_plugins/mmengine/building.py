@@ -21,6 +21,7 @@ from mmengine.runner import Runner
 from mmengine.runner._flexible_runner import BaseStrategy
 from torch import nn
 
+from quac_plugins.core.quality.table import in_use
 from quac_plugins.mmengine.checking import SiteError, check_config, path_of
 from quac_plugins.mmengine.finishing import finish
 from quac_plugins.mmengine.preprocessing import note_config
@@ -48,6 +49,7 @@ def look_over_models(check_sites: Callable[[Any, str], None]) -> None:
         return
 
     @functools.wraps(_own_build)
+    @in_use()  # quality functions that are named at several places, and to be checked
     def build(self: Registry, cfg: Any, *args: Any, **kwargs: Any) -> Any:
         if self.name != "model":
             return _own_build(self, cfg, *args, **kwargs)

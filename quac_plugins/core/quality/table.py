@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -66,6 +67,7 @@ class QualityFunction:
 _TABLE: dict[str, QualityFunction] = {}
 _FAMILIES: dict[str, Callable[[str], QualityFunction]] = {}
 _ALIVE: WeakValueDictionary[tuple[Any, ...], Any] = WeakValueDictionary()
+_HELD: ContextVar[list[Any] | None] = ContextVar("held", default=None)
 
 
 def quality_function(
@@ -115,7 +117,32 @@ def shared(make: Callable[[str], Any], argument: str, *conditions: str) -> Any:
         (True, False)
     """
     made = _ALIVE.get((make, argument, *conditions))
-    return made if made is not None else _ALIVE.setdefault((make, argument, *conditions), make(argument))
+    if made is None:
+        made = _ALIVE.setdefault((make, argument, *conditions), make(argument))
+    if (held := _HELD.get()) is not None:
+        held.append(made)
+    return made
+
+
+@contextmanager
+def in_use() -> Iterator[None]:
+    """Meanwhile what names of families have made stays in use: what is named often has its weights read once.
+
+    Example:
+        >>> class Metric:
+        ...     def __init__(self, name):
+        ...         print("made")
+        >>> with in_use():
+        ...     for _ in range(2):
+        ...         _ = shared(Metric, "sharpness")
+        made
+    """
+    held = _HELD.get()
+    token = _HELD.set(held if held is not None else [])
+    try:
+        yield
+    finally:
+        _HELD.reset(token)
 
 
 def _discover() -> None:
