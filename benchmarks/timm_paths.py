@@ -136,7 +136,8 @@ def check(base: str, suffix: str = "_ddp", side: int | None = SIDE) -> dict[str,
             row["problems"].append(f"{type(error).__name__}: {name}: {str(error).splitlines()[0][:200]}")
             row.setdefault("where", {})[name] = traceback.format_exc().splitlines()[-4:]
             return None
-        row["ways"].append(name)
+        if found is not NotImplemented:
+            row["ways"].append(name)
         return found
 
     with torch.no_grad():
@@ -187,16 +188,16 @@ def features(
                 if known and alike(one, host[indices[i]]) and not alike(two, listed[indices[i]]):
                     raise AssertionError(f"feature {indices[i]} is not that of forward_intermediates")
 
-        def around() -> None:
-            inside = copy.deepcopy(ours)
-            if kind in ("hook", "list"):
-                flat = any("_" in name for name in plain.net._modules if name.rpartition("_")[2].isdigit())
-                net = attempt(lambda: wrapper(inside.net, indices, flatten_sequential=flat))
+        def around() -> Any:
+            choices = [{"flatten_sequential": flat} for flat in (False, True)] if kind in ("hook", "list") else [{}]
+            for chosen in choices:  # with which timm wraps the base
+                whole = attempt(lambda chosen=chosen: wrapper(timm.create_model(base), indices, **chosen))
+                if whole is not None and list(whole._modules) == list(plain.net._modules):
+                    break
             else:
-                net = attempt(lambda: wrapper(inside.net, indices))
-            if attempt(lambda: wrapper(timm.create_model(base), indices)) is None and net is None:
-                return
-            compare(net.eval()(images))
+                return NotImplemented
+            net = wrapper(copy.deepcopy(ours).net, indices, **chosen)
+            return compare(net.eval()(images))
 
         def inside() -> None:
             created = Model(base, images, suffix, **options)
