@@ -84,10 +84,13 @@ def create_quac(
         **kwargs: for QuAC ``activation``, ``where``, ``quality``, ``init``, ``norm``, ``reduction`` (see
             :class:`quac_plugins.QuACConfig`); for a prior ``site``, ``fdm``, ``fdm_width``, ``fdm_act``, ``experts``,
             ``top_k``, ``freeze`` and ``quality`` (see :class:`quac_plugins.PriorConfig`), or ``prior_quality`` where
-            its quality function is another one than that of QuAC; everything else goes to the base.
+            its quality function is another one than that of QuAC; everything else goes to the base. With
+            ``features_only=True`` the rules of ``where`` and ``site`` mean the places that they mean in the whole
+            network, as far as the features lead past them; names are those of the network of features.
 
     Raises:
-        ValueError: an option is not known, or a pattern of ``where`` matches nothing.
+        ValueError: an option is not known, or a pattern of ``where`` matches nothing; a network of features has none of
+            the places.
         RuntimeError: pretrained weights are neither in the cache nor to be had.
 
     Example:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quac_plugins.core.hooks import PRIOR_NAME
-from quac_plugins.core.inject.bounds import at_sites, bound_problems
+from quac_plugins.core.inject.bounds import bound_problems
 from quac_plugins.core.inject.compare import (
     differences,
     prior_differences,
@@ -48,12 +48,9 @@ from quac_plugins.core.inject.saved import (
     read_config,
     write_adapter,
 )
-from quac_plugins.core.inject.surgery import (
-    build_prior,
-    inject,
-    remove,
-    take_prior,
-)
+from quac_plugins.core.inject.sites import Site, usable_sites
+from quac_plugins.core.inject.surgery import build_prior, inject, inject_at, remove, take_prior
+from quac_plugins.core.inject.trace import Trace
 from quac_plugins.core.parts import parts, tensor_names
 from quac_plugins.core.prior.config import PriorConfig
 from quac_plugins.core.prior.fdm import FDM
@@ -330,7 +327,7 @@ def _with_example(put_in: Callable[[Example | None], object], saved: Saved, exam
 def _put_all_in(model: nn.Module, saved: Saved, state: dict[str, Tensor], example: Example | None) -> None:
     try:
         if saved.config is not None:
-            inject(model, at_sites(_with_normalization(model, saved, saved.config), saved.sites), example)
+            inject_at(model, _with_normalization(model, saved, saved.config), partial(_its_own, saved), example)
             _record(model).config = saved.config
         if saved.prior is not None:
             _inject_prior(model, saved, state, example)
@@ -338,6 +335,12 @@ def _put_all_in(model: nn.Module, saved: Saved, state: dict[str, Tensor], exampl
         if injection_of(model) is not None:
             remove(model)
         raise
+
+
+def _its_own(saved: Saved, model: nn.Module, config: QuACConfig, seen: Trace) -> list[Site]:
+    """The adapter's own sites: a saved rule is not asked twice, nor a saved regular expression run."""
+    wanted = {(site.name, site.after) for site in saved.sites}
+    return [site for site in usable_sites(model, seen) if (site.name, site.after) in wanted]
 
 
 def _with_normalization(model: nn.Module, saved: Saved, config: C) -> C:

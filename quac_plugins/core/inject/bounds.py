@@ -6,15 +6,11 @@ Asked before anything is built, so that a config can neither fill the memory nor
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
-from glob import escape
 
 from torch import Tensor
 
 from quac_plugins.core.hooks import PRIOR_NAME
-from quac_plugins.core.inject.config import QuACConfig
 from quac_plugins.core.inject.saved import Saved
-from quac_plugins.core.inject.sites import Site
 
 
 def bound_problems(saved: Saved, state: dict[str, Tensor], known: Iterable[str]) -> list[str]:
@@ -42,10 +38,3 @@ def bound_problems(saved: Saved, state: dict[str, Tensor], known: Iterable[str])
             f"{len(state)} that there are"
         )
     return problems
-
-
-def at_sites(config: QuACConfig, sites: list[Site]) -> QuACConfig:
-    """A config that asks for these very sites: a saved rule is not asked twice, nor a saved regular expression run."""
-    # a set around the first letter: an activation may be called as a rule is
-    places = [f"[{site.name[0]}]{escape(site.name[1:])}" for site in sites if not site.after]
-    return replace(config, where=[*places, *(["last"] if any(site.after for site in sites) else [])])

@@ -282,7 +282,7 @@ def _run(model: nn.Module, given: Arguments, batch: int) -> Trace:
                 if not given.alone:
                     raise TypeError("it takes more than images")
                 features = model.forward_features(images)  # type: ignore[operator]
-                result.last = _backbone_output(features, outputs, batch)
+                result.last = _backbone_output(features, outputs, batch, known)
                 end = model.forward_head(features)  # type: ignore[operator]
             except Exception:  # it has none, or none for use: encoders without a head, wrappers that return features
                 result.features, result.others, labels.layers = [], {}, 0
@@ -294,7 +294,7 @@ def _run(model: nn.Module, given: Arguments, batch: int) -> Trace:
             handle.remove()
     result.tap = names[id(chain[-1])] if chain else None
     if result.last is None and outputs:
-        result.last = _backbone_output(outputs[-1][1], outputs, batch)
+        result.last = _backbone_output(outputs[-1][1], outputs, batch, known)
     result.layers = labels.layers
     cuts = _cuts(labels.parents, [label.node for leaf in tree_leaves(end) if (label := label_of(leaf)) is not None])
     result.features = [replace(feature, cut=feature.node in cuts) for feature in result.features]
@@ -359,13 +359,24 @@ def _cuts(parents: list[tuple[int, ...]], ends: list[int]) -> set[int]:
     return {node for node in best if not across[node]}
 
 
-def _backbone_output(features: Any, outputs: list[tuple[str, Tensor]], batch: int) -> tuple[str, Call] | None:
-    """The outermost module that returned the backbone's features (the last one, if none returned just these)."""
+def _backbone_output(
+    features: Any, outputs: list[tuple[str, Tensor]], batch: int, known: dict[str, nn.Module]
+) -> tuple[str, Call] | None:
+    """The outermost module that returned the backbone's features (the last one, if none returned just these).
+
+    Of a list of stages it is the last stage: not every path through the host calls the list.
+    """
     if isinstance(features, (tuple, list)):
         features = next((f for f in reversed(features) if isinstance(f, Tensor)), None)
     matching = [pair for pair in outputs if pair[1] is features and pair[0]]
     for name, output in reversed(matching or [pair for pair in outputs if pair[0]]):
         call = _describe(output, batch)
+        while call is not None and isinstance(known[name], nn.Sequential):
+            parts = [(part, found) for part, found in outputs if part.rpartition(".")[0] == name]
+            same = [part for part, found in parts if found is output]
+            if not same or len({found.shape for _, found in parts}) == 1:
+                break
+            name = same[-1]
         if call is not None:
             return name, call
     return None

@@ -24,6 +24,8 @@ from quac_plugins import (
     remove,
     save_adapter,
 )
+from quac_plugins.core.inject.sites import usable_sites
+from quac_plugins.core.inject.surgery import inject_at
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 from timm_paths import check
@@ -60,6 +62,21 @@ def test_an_adapter_of_the_container_still_loads(tmp_path, normalized):
         fresh.load_state_dict(state, strict=False)
         load_adapter(fresh, tmp_path)
         assert torch.equal(fresh(images), expected)
+
+
+def test_the_last_place_is_none_that_a_path_goes_past(tmp_path, normalized):
+    torch.manual_seed(0)
+    host, images = timm.create_model("test_mambaout").eval(), normalized(1, 64)
+    config = QuACConfig(where="last", quality="brisque", init="paper", norm="none")
+    model = inject(copy.deepcopy(host), config)
+    assert [site.name for site in injection_of(model).sites] == ["stages.3"]
+    assert torch.equal(model.forward_intermediates(images)[0], model.forward_features(images))
+    # an adapter as they were saved when it was the list of all stages
+    model = inject_at(copy.deepcopy(host), config, lambda host, _, seen: usable_sites(host, seen)[-1:])
+    save_adapter(model, tmp_path)
+    loaded = load_adapter(host, tmp_path)
+    assert [site.name for site in injection_of(loaded).sites] == ["stages"]
+    assert torch.equal(loaded(images), model(images))
 
 
 def not_the_identity(model):
