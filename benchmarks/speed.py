@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 import quac_plugins as quac
 from quac_plugins.core.activations import QACON
-from quac_plugins.core.activations.reference import acon
+from quac_plugins.core.kernels.plain import acon
 from quac_plugins.core.quality.brisque import brisque
 
 RESULTS = Path(__file__).parent / "results"
@@ -171,14 +171,14 @@ def activation(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def bandwidth(args: argparse.Namespace, x: Tensor, layout: str) -> list[dict[str, Any]]:
     """Without the driver: the kernels' bytes a second over those of a copy, and their errors against float64."""
-    from quac_plugins.core.activations.kernels import fused
+    from quac_plugins.core.kernels import activate
 
     x, grad = x.requires_grad_(), torch.randn_like(x)
     p = [torch.randn(len(x), x.shape[1], 1, 1, device=x.device).requires_grad_() for _ in range(3)]
-    y = fused(acon, x, tuple(p))
+    y = activate(x, p, acon)
 
     def forward() -> Tensor:
-        return fused(acon, x.detach(), tuple(v.detach() for v in p))
+        return activate(x.detach(), [v.detach() for v in p], acon)
 
     def backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(y, [x, *p], grad, retain_graph=True)

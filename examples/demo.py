@@ -28,7 +28,7 @@ from skimage.transform import resize
 from torch import nn
 
 import quac_plugins as quac
-from quac_plugins.core.activations.curves import activation_curves
+from quac_plugins.core.curves import activation_curves
 from quac_plugins.degradations import corrupt
 from quac_plugins.impairments import impair
 

@@ -7,6 +7,6 @@
 torch.Size([2, 8, 4, 4])
 """
 
-from quac_plugins.core.activations.reference import acon, gelu, prelu, swish
+from quac_plugins.core.kernels.plain import acon, gelu, prelu, swish
 
 __all__ = ["acon", "gelu", "prelu", "swish"]

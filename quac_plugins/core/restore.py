@@ -19,10 +19,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from quac_plugins.core.inject.surgery import unwrap
 from quac_plugins.core.precision import full_precision
+from quac_plugins.core.private import has_numbers
 from quac_plugins.core.quality.context import QualityContext
 from quac_plugins.core.quality.given import quality_given
 from quac_plugins.core.quality.tap import FAR, QualityTap
@@ -421,7 +421,7 @@ def _numbers(what: str, value: float | Sequence[float]) -> tuple[float, ...]:
 def _can_look(images: Tensor) -> bool:
     """Whether values can be read: not in graphs, not without any."""
     in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return not (in_graph or images.is_meta or isinstance(images, FakeTensor) or images.numel() == 0)
+    return not (in_graph or not has_numbers(images) or images.numel() == 0)
 
 
 def _range(images: Tensor) -> tuple[float, float]:

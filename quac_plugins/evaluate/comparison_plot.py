@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quac_plugins.core.activations.base import ChannelActivation
-from quac_plugins.core.activations.curves import activation_curves
+from quac_plugins.core.curves import activation_curves
 from quac_plugins.core.inject import injection_of
 from quac_plugins.evaluate.plot import require_matplotlib
 from quac_plugins.files import write_file

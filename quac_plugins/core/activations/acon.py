@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from quac_plugins.core.activations import reference
 from quac_plugins.core.activations.base import ChannelActivation
 from quac_plugins.core.activations.driver import DrivenActivation
+from quac_plugins.core.kernels import plain
 
 
 def _slopes(module: ChannelActivation) -> tuple[nn.Parameter, nn.Parameter]:
@@ -35,7 +35,7 @@ class AconC(ChannelActivation):
 
     name = "acon"
     neutral = (1.0, 0.0, 1.0)
-    equation = staticmethod(reference.acon)
+    equation = staticmethod(plain.acon)
 
     def __init__(self, channels: int, channel_dim: int = 1, init: str = "paper", host: nn.Module | None = None):
         super().__init__(channels, channel_dim, init, host)
@@ -74,7 +74,7 @@ class QACON(DrivenActivation):
     numbers = 1
     neutral = (1.0, 0.0, 1.0)
     needs_quality = True
-    equation = staticmethod(reference.acon)
+    equation = staticmethod(plain.acon)
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class MetaACON(DrivenActivation):
     learned = ("p1", "p2")
     numbers = 1
     neutral = (1.0, 0.0, 0.5)
-    equation = staticmethod(reference.acon)
+    equation = staticmethod(plain.acon)
 
     def __init__(
         self,

@@ -10,17 +10,20 @@ import copy
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from quac_plugins.core.activations.kernels import HOSTS, fused, use_fused
-from quac_plugins.core.activations.reference import per_channel
 from quac_plugins.core.graphs import called_whole
 from quac_plugins.core.hooks import without_hooks
+from quac_plugins.core.kernels import activate
+from quac_plugins.core.kernels.plain import per_channel
 from quac_plugins.core.names import unknown
 from quac_plugins.core.quality.context import QualityContext
 
 INITS = ("paper", "preserve")
+HOSTS: dict[type[nn.Module], str] = {
+    nn.Identity: "identity", nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardswish: "hardswish"
+}  # fmt: skip
+"""Host activations that kernels compute themselves; others are given to them to read."""
 
 ACTIVATIONS: dict[str, type[ChannelActivation]] = {}
 
@@ -108,33 +111,11 @@ class ChannelActivation(nn.Module):
         if (node := called_whole(self, x)) is not None:
             return node
         self._check(x)
-        y, q = self._at_once(x, q)
-        if y is None:
-            y = self._fused(x, q) if use_fused(type(self).equation, x) else self._by_operation(x, q)
+        start, below = ((), "") if self.host is None else (self.neutral, HOSTS.get(type(self.host)) or self.host(x))
+        y = activate(x, self.values(x, q), self.equation, self.channel_dim, start, below)
         if self.context is not None:
             self.context.mark(y)
         return y
-
-    def _at_once(self, x: Tensor, q: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """The activation in a way of its own, faster than :meth:`values` and the equation, or None; and q by then."""
-        return None, q
-
-    def _fused(self, x: Tensor, q: Tensor | None) -> Tensor:
-        start, inside = self._start()
-        y = fused(type(self).equation, x, self.values(x, q), self.channel_dim, start, inside)
-        return y if self.host is None or inside else self.host(x) + y
-
-    def _by_operation(self, x: Tensor, q: Tensor | None) -> Tensor:
-        values = self.values(x, q)
-        y = self.equation(x, *values)
-        if self.host is None:
-            return y
-        start = [torch.full((1,), value, dtype=torch.float32, device=x.device) for value in self.neutral]
-        return self.host(x) + (y - self.equation(x, *start))
-
-    def _start(self) -> tuple[tuple[float, ...], str]:
-        """θ⁰, and the host that a kernel computes inside."""
-        return ((), "") if self.host is None else (self.neutral, HOSTS.get(type(self.host), ""))
 
     def shaped(self, parameter: Tensor, x: Tensor) -> Tensor:
         """A (1, C, 1, 1) parameter, shaped to broadcast along the channels of x."""

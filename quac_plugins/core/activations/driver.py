@@ -8,21 +8,16 @@ dicts of the published modules load.
 
 from __future__ import annotations
 
-from functools import partial
-from operator import attrgetter
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quac_plugins.core.activations import driver_cpu
 from quac_plugins.core.activations.base import ChannelActivation
-from quac_plugins.core.activations.driver_parts import unwatched
-from quac_plugins.core.activations.forms import EQUATIONS
-from quac_plugins.core.activations.kernels import at_once
-from quac_plugins.core.activations.loops import COMPUTED
-from quac_plugins.core.activations.reference import global_average, per_channel
+from quac_plugins.core.kernels import means
+from quac_plugins.core.kernels.native import DTYPES
+from quac_plugins.core.kernels.plain import per_channel
 from quac_plugins.core.precision import full_precision
 from quac_plugins.core.quality.context import QualityError
 from quac_plugins.core.quality.rows import EXPANSIONS, can_expand, expand_rows
@@ -53,16 +48,15 @@ def _saturate(z: Tensor, dtype: torch.dtype) -> Tensor:
     return z.clamp(-65504, 65504).to(dtype) if dtype == torch.float16 else z.to(dtype)
 
 
-def _pointwise(layer: nn.Module, z: Tensor) -> Tensor:
-    """A 1×1 convolution of (B, C); as a matrix product, since a convolution of one pixel takes five times as long."""
-    if type(layer) is nn.Conv2d and unwatched(layer):
-        return F.linear(z, layer.weight.flatten(1), layer.bias)
-    return layer(z[:, :, None, None]).flatten(1)  # parametrized, adapted, quantized or watched
+class Pointwise(nn.Conv2d):
+    """A 1×1 convolution of (B, C, 1, 1), as a matrix product: a convolution of one pixel takes five times as long."""
 
+    def __init__(self, width: int, outputs: int):
+        super().__init__(width, outputs, 1)
 
-def _normed(norm: nn.Module, z: Tensor) -> Tensor:
-    """A norm of (B, C)."""
-    return z if type(norm) is nn.Identity else norm(z[:, :, None, None]).flatten(1)
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, C', 1, 1)."""
+        return F.linear(z.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None]
 
 
 class DrivenActivation(ChannelActivation):
@@ -104,9 +98,9 @@ class DrivenActivation(ChannelActivation):
         self.expand_q = expand_q
         width = channels + quality_channels
         hidden = max(reduction, width // reduction)
-        self.fc1 = nn.Conv2d(width, hidden, 1)
+        self.fc1 = Pointwise(width, hidden)
         self.bn1 = make_norm(norm, hidden)
-        self.fc2 = nn.Conv2d(hidden, width, 1)
+        self.fc2 = Pointwise(hidden, width)
         self.bn2 = make_norm(norm, width)
         self.fc3: nn.Module | None = self._build_head(width)
         if init == "preserve":
@@ -114,7 +108,7 @@ class DrivenActivation(ChannelActivation):
 
     def _build_head(self, width: int) -> nn.Module | None:
         """fc3, or None where the numbers are h itself."""
-        return nn.Conv2d(width, self.numbers * self.channels, 1)
+        return Pointwise(width, self.numbers * self.channels)
 
     def _preserve_head(self) -> None:
         """Weight 0 and bias θ⁰: the numbers are exactly θ⁰ whatever z is, and the weight has a gradient at once."""
@@ -132,17 +126,6 @@ class DrivenActivation(ChannelActivation):
         driven = self.drive(x, q)
         return (*(self.shaped(getattr(self, name), x) for name in self.learned), *driven)
 
-    def _at_once(self, x: Tensor, q: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        if not at_once(x) or not self.__dict__.keys().isdisjoint(_OVERRIDDEN):
-            return None, q
-        kind = type(self)
-        if _written(kind) != _WRITTEN or kind.equation not in EQUATIONS:
-            return None, q
-        q = self.quality_for(x, q) if self.quality_channels else None
-        start, inside = self._start()
-        beside = None if self.host is None or inside else partial(self.host, x)
-        return driver_cpu.activate(self, x, q, start, inside, beside), q  # the context counts how often q is asked for
-
     def hidden(self, z: Tensor) -> Tensor:
         """h = σ(norm2(fc2 norm1(fc1 z))) of z (B, C + Q), (B, C + Q); in z's dtype."""
         if z.shape[0] == 1 and (_is_learning(self.bn1) or _is_learning(self.bn2)):
@@ -151,25 +134,25 @@ class DrivenActivation(ChannelActivation):
                 "norm='layer', 'group' or 'none' (timm.create_model(…, norm='layer')), or model.eval()"
             )
         dtype = z.dtype
-        z = _saturate(_pointwise(self.fc1, z), dtype)
-        z = _saturate(_pointwise(self.fc2, _saturate(_normed(self.bn1, z), dtype)), dtype)
-        return torch.sigmoid(_normed(self.bn2, z))
+        z = _saturate(self.fc1(z[:, :, None, None]), dtype)
+        z = _saturate(self.fc2(_saturate(self.bn1(z), dtype)), dtype)
+        return torch.sigmoid(self.bn2(z)).flatten(1)
 
     def drive(self, x: Tensor, q: Tensor | None) -> tuple[Tensor, ...]:
         """The numbers for this x and q: ``numbers`` tensors that broadcast against x."""
         # the driver is tiny: float32 under autocast costs nothing and keeps preserve exact
         with full_precision(x):
-            z = global_average(x, self.channel_dim)
+            z = means(x, self.channel_dim)
             if self.quality_channels:
                 z = torch.cat((z, self.quality_for(x, q).to(z)), dim=1)
             stored = self.fc1.weight.dtype
-            dtype = stored if stored in COMPUTED else x.dtype  # what is only stored so, hooks make what x is
+            dtype = stored if stored in DTYPES else x.dtype  # what is only stored so, hooks make what x is
             numbers = self.head(self.hidden(_saturate(z, dtype)))
         return tuple(per_channel(part, x, self.channel_dim) for part in numbers.chunk(self.numbers, dim=1))
 
     def head(self, h: Tensor) -> Tensor:
         """The numbers of h, (B, numbers·C)."""
-        return h if self.fc3 is None else _pointwise(self.fc3, h)
+        return h if self.fc3 is None else self.fc3(h[:, :, None, None]).flatten(1)
 
     def quality_for(self, x: Tensor, q: Tensor | None) -> Tensor:
         """The given q or the tap's, checked and with one row for every row of x: (B, Q)."""
@@ -200,13 +183,6 @@ class DrivenActivation(ChannelActivation):
     def extra_repr(self) -> str:
         """Adds Q, the hidden width and the norm."""
         return f"{super().extra_repr()}, Q={self.quality_channels}, r={self.reduction}, norm={self.norm!r}"
-
-
-# one call does what these do, and nothing that is put in their places, be it later
-_INSIDE = ("values", "drive", "hidden", "head", "shaped", "_fused", "_by_operation")
-_OVERRIDDEN = (*_INSIDE, "equation")
-_written = attrgetter(*_INSIDE)
-_WRITTEN = _written(DrivenActivation)
 
 
 class QualityDriven(DrivenActivation):

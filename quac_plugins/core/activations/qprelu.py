@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from quac_plugins.core.activations import reference
 from quac_plugins.core.activations.driver import QualityDriven
+from quac_plugins.core.kernels import plain
 
 
 class QPReLU(QualityDriven):
@@ -17,4 +17,4 @@ class QPReLU(QualityDriven):
 
     name = "qprelu"
     neutral = (0.0,)
-    equation = staticmethod(reference.prelu)
+    equation = staticmethod(plain.prelu)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from quac_plugins.core.activations import reference
 from quac_plugins.core.activations.driver import QualityDriven
+from quac_plugins.core.kernels import plain
 
 
 class QSwish(QualityDriven):
@@ -17,4 +17,4 @@ class QSwish(QualityDriven):
 
     name = "qswish"
     neutral = (1.0,)
-    equation = staticmethod(reference.swish)
+    equation = staticmethod(plain.swish)

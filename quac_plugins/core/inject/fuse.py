@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from quac_plugins.core.activations.driver import DrivenActivation
+from quac_plugins.core.activations.driver import DrivenActivation, Pointwise
 from quac_plugins.core.inject.surgery import injection_of, unwrap
 
 
@@ -45,7 +45,7 @@ def fuse(model: nn.Module) -> nn.Module:
                 f"the activation {what} is training, where batch norms follow the batch; model.eval() first"
             )
         for conv, bn in ((module.fc1, module.bn1), (module.fc2, module.bn2)):
-            if type(conv) is not nn.Conv2d or not isinstance(bn, nn.modules.batchnorm._BatchNorm):
+            if type(conv) not in (Pointwise, nn.Conv2d) or not isinstance(bn, nn.modules.batchnorm._BatchNorm):
                 names = f"{type(conv).__name__}, {type(bn).__name__}"
                 raise ValueError(
                     f"the driver of {what} is not made of plain layers ({names}); take off what was put on"

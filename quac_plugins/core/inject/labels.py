@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from quac_plugins.core.inject.detectors import TakenApart
+from quac_plugins.core.private import is_fake
 
 BATCH = 10007  # prime, larger than any axis of a network, so that it divides no other
 _LOGGER = logging.getLogger("quac_plugins")
@@ -163,7 +163,7 @@ def _refuse_apart(func: Any, args: tuple, batch: int) -> None:
 
 
 def _result(func: Any, args: tuple, kwargs: dict) -> Any:
-    if func is torch.ops.aten.native_batch_norm.default and isinstance(x := args[0], FakeTensor):
+    if func is torch.ops.aten.native_batch_norm.default and is_fake(x := args[0]):
         # only shapes count, and to find these torch goes through the arithmetic: two thirds of the pass of a ResNet
         return torch.empty_like(x), x.new_empty(0), x.new_empty(0)
     return func(*args, **kwargs)

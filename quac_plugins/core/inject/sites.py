@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from quac_plugins.core.activations.hosts import is_activation
+from quac_plugins.core.inject.hosts import is_activation
 from quac_plugins.core.inject.trace import OURS, Call, Trace
 from quac_plugins.core.parts import parts
 

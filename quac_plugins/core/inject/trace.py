@@ -23,16 +23,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from quac_plugins.core.activations.base import ChannelActivation
-from quac_plugins.core.activations.hosts import is_activation
 from quac_plugins.core.hooks import TAP_HOOKS, WITH_TAP
 from quac_plugins.core.inject.detectors import TakenApart, find_part, in_words
 from quac_plugins.core.inject.example import Arguments, Example, arguments_of
+from quac_plugins.core.inject.hosts import is_activation
 from quac_plugins.core.inject.labels import BATCH, Label, Labels, label_of
 from quac_plugins.core.parts import parts
+from quac_plugins.core.private import FAKE_TENSORS, fake_mode
 from quac_plugins.core.quality.given import contexts_of, quality_given
 
 OURS = "quac_"  # in the names of modules that were put in, which are no part of the host
@@ -140,7 +140,7 @@ def trace(model: nn.Module, example: Example | None = None, tokens: bool = False
     one = given.of_batch(1, model, lambda tensor, shape: tensor[:1])
     images = one.images
     try:
-        with _quiet(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with _quiet(), fake_mode() as mode:
             many = one.of_batch(BATCH, model, lambda tensor, shape: mode.from_tensor(tensor).new_empty(shape))
             return _run(model, many, BATCH)
     except TakenApart:
@@ -188,7 +188,7 @@ def _cannot_run(model: nn.Module, given: Arguments, error: Exception) -> str:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """A host that fake tensors cannot run is run for real: what they say about it is of no use to anybody."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger = logging.getLogger(FAKE_TENSORS)
     disabled, logger.disabled = logger.disabled, True
     try:
         yield

@@ -11,12 +11,12 @@ import weakref
 from collections import deque
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from quac_plugins.core.graphs import compiling
 from quac_plugins.core.hooks import SIZE_NAME, remove_hooks, size_pre_hook
 from quac_plugins.core.prior.sites import Grid, PriorSite
+from quac_plugins.core.private import in_backward
 
 _KEPT = 64  # sizes that a recomputation under activation checkpointing may be of
 
@@ -52,7 +52,7 @@ class ImageSize:
         """
         if compiling():
             return _grid(site, tokens, self.size)
-        if torch._C._current_graph_task_id() != -1:  # recomputed in backward, whose forward may not be the last
+        if in_backward():  # recomputed in backward, whose forward may not be the last
             # of images that are still needed; where none is, since nothing before the prior is trained, of the last
             sizes: list[Any] = [size for images, size in self._recent if images() is not None] or [self.size]
         else:

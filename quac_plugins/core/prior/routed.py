@@ -16,12 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from quac_plugins.core.graphs import called_whole, in_graph
 from quac_plugins.core.precision import full_precision
 from quac_plugins.core.prior.fdm import all_zero, resolve_fdm
 from quac_plugins.core.prior.sites import Grid, PriorSite
+from quac_plugins.core.private import has_numbers
 from quac_plugins.core.quality.context import QualityContext, QualityError
 
 _HIDDEN = 64
@@ -183,7 +183,7 @@ class RoutedFDM(nn.Module):
         if (node := called_whole(self, x)) is not None:
             return node
         weights = self.weights(x)
-        everything = self.soft or in_graph() or x.is_meta or isinstance(x, FakeTensor)
+        everything = self.soft or in_graph() or not has_numbers(x)
         y = self._by_all(x, weights, grid) if everything else self._by_chosen(x, weights, grid)
         if self.context is not None:
             self.context.mark(y)

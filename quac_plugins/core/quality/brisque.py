@@ -14,15 +14,16 @@ TF32 rounds coarser, and a result that does not depend on what else is in the ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from quac_plugins.core.graphs import count_up_to, exporting, in_graph, log_gamma, without_grad
-from quac_plugins.core.native import compiled_or, kernels_choice
-from quac_plugins.core.quality.brisque_cpu import scales_of, sums_of
+from quac_plugins.core.kernels.native import WrongNumbersError, built_or_none, may_read
+from quac_plugins.core.quality import brisque_cpu
 from quac_plugins.core.quality.table import quality_function
 
 # Luminance of 8-bit RGB in fixed point, 15 bits after the point (Rec. 601). Sums stay below 2^24: exact in float32.
@@ -128,20 +129,34 @@ def _blocks(images: Tensor) -> tuple[Tensor, ...]:
 
 def _two_scales(images: Tensor, dtype: torch.dtype) -> Tensor:
     """Of the full and of half the size, and each of 5 distributions: the 5 sums, and how many pixels; (B, 2, 5, 6)."""
-
-    def by_operation() -> Tensor:
-        grey = _grey(images)
-        return counted([grey, _halve(grey)], lambda scale: _all_sums(scale, dtype))
-
-    def in_one_pass() -> Tensor:
+    if _is_compiled(images) and (code := _compiled()) is not None:
         down, across = (_taps(size, max(1, size // 2), images) for size in images.shape[2:])
-        scales = scales_of(images.resolve_neg().float(), across, down, _LUMA, _LUMA_ONE, _C)
-        return counted(scales, lambda scale: sums_of(scale, _WINDOW, _C))
+        scales = brisque_cpu.scales_of(code, images.resolve_neg().float(), across, down)
+        sums = [brisque_cpu.sums_of(code, scale) for scale in scales]
+    else:
+        grey = _grey(images)
+        scales = (grey, _halve(grey))
+        sums = [_all_sums(scale, dtype) for scale in scales]
+    return torch.stack([_with_count(*pair) for pair in zip(sums, scales, strict=True)], dim=1)
 
-    def counted(scales: Iterable[Tensor], sums_in: Callable[[Tensor], Tensor]) -> Tensor:
-        return torch.stack([_with_count(sums_in(scale), scale) for scale in scales], dim=1)
 
-    return compiled_or("cpu", "BRISQUE", in_one_pass, by_operation) if _is_compiled(images) else by_operation()
+@cache
+def _compiled() -> Callable[..., None] | None:
+    """In C++, tried on a few pixels; None: see :func:`built_or_none`."""
+
+    def build() -> Callable[..., None]:
+        code = brisque_cpu.build(_WINDOW, _LUMA, _LUMA_ONE, _C)
+        with torch.device("cpu"):
+            images = (torch.arange(3 * 35 * 37) * 7 % 256 / 255).view(1, 3, 35, 37)
+            taps = [_taps(size, size // 2, images) for size in (37, 35)]
+            scales, grey = brisque_cpu.scales_of(code, images, *taps), _grey(images)
+            equal = torch.equal(scales[0], grey) and torch.equal(scales[1], _halve(grey))
+            sums = brisque_cpu.sums_of(code, grey), _all_sums(grey, torch.float64)
+        if not equal or not torch.allclose(*sums, rtol=1e-3):
+            raise WrongNumbersError(f"sums {sums[0].flatten().tolist()} for {sums[1].flatten().tolist()}")
+        return code
+
+    return built_or_none("cpu", "BRISQUE's statistics", build)
 
 
 def _with_count(sums: Tensor, scale: Tensor) -> Tensor:
@@ -291,16 +306,9 @@ def _features(sums: Tensor, ratios: Tensor) -> Tensor:
 
 def _is_compiled(images: Tensor) -> bool:
     """Whether C++ computes it; by the size of an image alone, so that features do not depend on the batch."""
-    if in_graph() or torch.jit.is_scripting():
+    if in_graph() or (torch.is_grad_enabled() and images.requires_grad) or images.device.type != "cpu":
         return False
-    if (torch.is_grad_enabled() and images.requires_grad) or images.device.type != "cpu":
-        return False
-    if type(images) not in (Tensor, nn.Parameter) or images._is_zerotensor() or torch._C._len_torch_dispatch_stack():
-        return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(images):
-        return False
-    choice = kernels_choice()
-    return choice == "fused" or (choice == "auto" and images.shape[-2] * images.shape[-1] >= _MIN_PIXELS)
+    return may_read(images, large=images.shape[-2] * images.shape[-1] >= _MIN_PIXELS)
 
 
 def _all_sums(grey: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,28 +7,23 @@ nearest, as the reference's), and sums by their order. The window's seven rows a
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
 
-from quac_plugins.core.native import load
+from quac_plugins.core.kernels.native import load
 
 CHUNK = 32
 """Rows that one task works on; a constant, so that sums do not depend on the number of threads."""
 
-_PRELUDE = f"""
+_SOURCE = """
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 using V = at::vec::Vectorized<float>;
-constexpr int64_t W = V::size(), CHUNK = {CHUNK};
-"""
-
-_SOURCE = """
-constexpr int64_t R = 3;
+constexpr int64_t W = V::size(), CHUNK = {chunk}, R = 3;
 constexpr float WINDOW[] = {{window}}, C = {contrast};
 
 // the window along a padded row, from left to right; one rounding for each product and sum
@@ -96,7 +91,8 @@ static void add(const float* a, const float* b, int64_t n, double* sums) {
   for (int64_t k = 0; k < 5; ++k) sums[k] += at::vec::vec_reduce_all([](V a, V b) { return a + b; }, total[k]);
 }
 
-extern "C" void kernel({arguments}) {
+static void sums_of(
+    const float* grey, float* y, double* sums, int64_t batch, int64_t height, int64_t width, int64_t threads) {
   int64_t chunks = (height + CHUNK - 1) / CHUNK;
 #pragma omp parallel num_threads(threads)
   {
@@ -121,10 +117,7 @@ extern "C" void kernel({arguments}) {
     }
   }
 }
-"""
 
-
-_SCALES = """
 static void luminance(const float* image, float* grey, int64_t channels, int64_t pixels, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; i += W) {
     const int64_t count = std::min(W, last - i);
@@ -135,7 +128,7 @@ static void luminance(const float* image, float* grey, int64_t channels, int64_t
     if (channels == 3)  // whole numbers below 2^24: exact
       sum = (level[0] * V({red}) + level[1] * V({green}) + level[2] * V({blue})) * V(1.f / {one});
     sum = V::blendv(sum, V(0), sum.isnan());
-    ((sum + V(0.5f)).floor() * V({contrast})).store(grey + i, count);
+    ((sum + V(0.5f)).floor() * V(C)).store(grey + i, count);
   }
 }
 
@@ -161,7 +154,9 @@ static void narrow(
   }
 }
 
-extern "C" void kernel({arguments}) {
+static void scales_of(
+    const float* images, float* grey, float* half, const float* across, const float* down, int64_t batch,
+    int64_t channels, int64_t height, int64_t width, int64_t rows, int64_t columns, int64_t threads) {
   const int64_t chunks = (height + CHUNK - 1) / CHUNK, lower = (rows + CHUNK - 1) / CHUNK, pixels = height * width;
 #pragma omp parallel num_threads(threads)
   {
@@ -197,49 +192,49 @@ extern "C" void kernel({arguments}) {
     }
   }
 }
+
+extern "C" void kernel({arguments}) {
+  if (columns) scales_of(images, grey, half, across, down, batch, channels, height, width, rows, columns, threads);
+  else sums_of(images, grey, sums, batch, height, width, threads);
+}
 """
 
 
-@cache
-def _scales(luma: tuple[int, ...], one: int, contrast: float) -> Callable[..., None]:
-    source = _SCALES.replace("{one}", f"{one}").replace("{contrast}", f"{contrast!r}f")
+def build(window: tuple[float, ...], luma: tuple[int, ...], one: int, contrast: float) -> Callable[..., None]:
+    """The one kernel, for the functions below.
+
+    Args:
+        window: weights of the window's rows, from its centre on.
+        luma, one: weights of red, green and blue, and what they sum up to.
+        contrast: one grey level.
+    """
+    source = _SOURCE.replace("{chunk}", f"{CHUNK}").replace("{window}", ", ".join(f"{value!r}f" for value in window))
+    source = source.replace("{one}", f"{one}").replace("{contrast}", f"{contrast!r}f")
     for name, weight in zip(("red", "green", "blue"), luma, strict=True):
         source = source.replace(f"{{{name}}}", f"{weight}")
     tensors = ["const float* images", "float* grey", "float* half", "const float* across", "const float* down"]
     sizes = ("batch", "channels", "height", "width", "rows", "columns", "threads")
-    return load([*tensors, *(f"const int64_t {name}" for name in sizes)], _PRELUDE + source)
+    return load([*tensors, "double* sums", *(f"const int64_t {name}" for name in sizes)], source)
 
 
-def scales_of(
-    images: Tensor, across: Tensor, down: Tensor, luma: tuple[int, ...], one: int, contrast: float
-) -> tuple[Tensor, Tensor]:
+def scales_of(code: Callable[..., None], images: Tensor, across: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Luminance (B, H, W) of images (B, 1 or 3, H, W) float32, and the same at half the size.
 
     Args:
+        code: what was built.
+        images: as above.
         across, down: the weights (2, 4, half) of :func:`brisque._taps` for both axes.
-        luma, one: weights of red, green and blue, and what they sum up to.
-        contrast: one grey level.
     """
     batch, channels, height, width = images.shape
     images, across, down = images.detach().contiguous(), across.contiguous(), down.contiguous()
     rows, columns = down.shape[-1], across.shape[-1]
     grey, half = images.new_empty(batch, height, width), images.new_empty(batch, rows, columns)
     sizes = (batch, channels, height, width, rows, columns)
-    _scales(luma, one, contrast)(images, grey, half, across, down, *sizes, torch.get_num_threads())
+    code(images, grey, half, across, down, grey, *sizes, torch.get_num_threads())
     return grey, half
 
 
-@cache
-def _kernel(window: tuple[float, ...], contrast: float) -> Callable[..., None]:
-    numbers = ", ".join(f"{value!r}f" for value in window)
-    source = _SOURCE.replace("{window}", numbers).replace("{contrast}", f"{contrast!r}f")
-    tensors = ["const float* grey", "float* y", "double* sums"]
-    return load(
-        [*tensors, *(f"const int64_t {name}" for name in ("batch", "height", "width", "threads"))], _PRELUDE + source
-    )
-
-
-def sums_of(grey: Tensor, window: tuple[float, ...], contrast: float) -> Tensor:
+def sums_of(code: Callable[..., None], grey: Tensor) -> Tensor:
     """Sums (B, 5, 5) in float64 of luminance (B, H, W) float32.
 
     They are those of :func:`quac_plugins.core.quality.brisque._sums`, of the normalized coefficients and of their
@@ -248,5 +243,5 @@ def sums_of(grey: Tensor, window: tuple[float, ...], contrast: float) -> Tensor:
     batch, height, width = grey.shape
     grey = grey.detach().contiguous()
     y, sums = torch.empty_like(grey), grey.new_empty((batch, -(-height // CHUNK), 5, 5), dtype=torch.float64)
-    _kernel(window, contrast)(grey, y, sums, batch, height, width, torch.get_num_threads())
+    code(grey, y, y, y, y, sums, batch, 1, height, width, 0, 0, torch.get_num_threads())
     return sums.sum(1)

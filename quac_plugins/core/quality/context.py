@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from quac_plugins.core.graphs import compiling
+from quac_plugins.core.private import in_backward
 from quac_plugins.core.quality.compiled import define_operators, is_exporting, is_in_graph, note_in_graph
 from quac_plugins.core.quality.passes import Passes
 
@@ -65,10 +66,6 @@ def _same(images: Tensor | None, others: Tensor) -> bool:
         return images is others
     form = images.shape == others.shape and images.stride() == others.stride() and images.device == others.device
     return form and images.data_ptr() == others.data_ptr() != 0
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def _metadata(node: Any) -> dict[str, Any]:
@@ -184,7 +181,7 @@ class QualityContext:
             q = own.to(q)
         forward = _Forward(q.detach().clone(), given=fixed or own is not None)
         forward.fixed, forward.compiled = fixed, True
-        if _in_backward():  # the tap is recomputed
+        if in_backward():  # the tap is recomputed
             found = [f for f in self._waiting() if f.q.shape == q.shape and torch.equal(f.q, q)]
             forward = found[0] if found else forward
         self._start(forward, whole)
@@ -194,7 +191,7 @@ class QualityContext:
 
     def resume(self, images: Tensor, layer: str) -> bool:
         """If the tap's layer is recomputed during backward, go on with the forward pass that these images began."""
-        if compiling() or not _in_backward():
+        if compiling() or not in_backward():
             return False
         found = [f for f in self._waiting() if f.images is not None and _same(f.images(), images)]
         if found and all(f.q.shape == found[0].q.shape and torch.equal(f.q, found[0].q) for f in found[1:]):
@@ -213,7 +210,7 @@ class QualityContext:
 
     def _start(self, forward: _Forward, finished: bool = False) -> None:
         self._local.forward = forward
-        if not _in_backward():
+        if not in_backward():
             self._gave[threading.current_thread()] = forward.given
             self._passes.begun(forward, finished or forward.given or forward.exported)
         note_in_graph(self._handle, False)
@@ -260,7 +257,7 @@ class QualityContext:
         if compiling():
             if whole and torch.compiler.is_dynamo_compiling():
                 note_in_graph(~self._handle, True)
-        elif not _in_backward():
+        elif not in_backward():
             current = getattr(self._local, "forward", None)
             goes_on = self._passes.enter(part, args, whole, next(_Forward._count), current)
             if goes_on is not current and self.given_q() is None:
@@ -271,7 +268,7 @@ class QualityContext:
         if compiling():
             if whole and torch.compiler.is_dynamo_compiling():
                 note_in_graph(~self._handle, False)
-        elif not _in_backward():
+        elif not in_backward():
             self._passes.leave(part, output, getattr(self._local, "forward", None))
 
     # -- read by the activations
@@ -314,7 +311,7 @@ class QualityContext:
 
     def _forward_of(self, x: Tensor, layer: str) -> _Forward:
         """The forward pass that x belongs to."""
-        if _in_backward():
+        if in_backward():
             return self._recomputed(x, layer)
         forward: _Forward | None = getattr(self._local, "forward", None)
         if forward is None or (self._tap is not None and self._tap() is None):
@@ -352,7 +349,7 @@ class QualityContext:
             return
         if not isinstance(output, Tensor) or output.grad_fn is None:
             return
-        forward = self._lineage(output) if _in_backward() and not tap else None
+        forward = self._lineage(output) if in_backward() and not tap else None
         if forward is None:
             forward = getattr(self._local, "forward", None)
         if forward is not None:

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from quac_plugins.core.activations import ACTIVATIONS, resolve_activation
 from quac_plugins.core.activations.driver import EXPANSIONS, NORMS, DrivenActivation, make_norm
@@ -277,3 +278,109 @@ def test_double_input_to_a_single_precision_module_keeps_double(name):
 
 def test_repr_tells_channels_layout_and_quality():
     assert "8, channel_dim=-1, init='paper', Q=6, r=16, norm='layer'" in repr(make("qacon", channel_dim=-1))
+
+
+def results(site, x, *q):
+    """y, every gradient, and the state that is left, of a copy."""
+    own = copy.deepcopy(site)
+    x, *q = (t.clone().requires_grad_() for t in (x, *q))
+    y = own(x, *q)
+    y.backward(torch.ones_like(x).cumsum(-1) / x.shape[-1])
+    gradients = {name: p.grad for name, p in own.named_parameters()}
+    return {"y": y, "x": x.grad, "q": [t.grad for t in q], **gradients, **dict(own.named_buffers())}
+
+
+def by_kernels_and_by_operation(monkeypatch, site, *inputs):
+    found = []
+    for choice in ("fused", "reference"):
+        monkeypatch.setenv("QUAC_KERNELS", choice)
+        found.append(results(site, *inputs))
+    return found
+
+
+@pytest.mark.filterwarnings("error:fused activations")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", DRIVEN)
+def test_kernels_give_the_numbers_the_gradients_and_the_statistics_of_the_operations(name, norm, training, monkeypatch):
+    for init, host, layout in (
+        ("paper", None, "rows"),
+        ("preserve", nn.ReLU(), "last"),
+        ("preserve", nn.GELU(), "tokens"),
+    ):
+        torch.manual_seed(0)
+        site = make(name, 19, norm, init=init, host=host, channel_dim=-1 if layout == "tokens" else 1)
+        for parameter in site.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        x, q = torch.randn(6, 19, 13, 11, dtype=torch.float64), (t.double() for t in arguments(name, 6))
+        x = x.flatten(2).transpose(1, 2) if layout == "tokens" else x
+        x = x.contiguous(memory_format=torch.channels_last) if layout == "last" else x
+        found, expected = by_kernels_and_by_operation(monkeypatch, site.double().train(training), x, *q)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-8)
+
+
+def hooked(site):
+    site.fc3.register_forward_hook(lambda module, inputs, output: output * 2)
+
+
+def hooked_before(site):
+    site.bn1.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
+
+
+def hooked_behind(site):
+    site.fc2.register_full_backward_hook(lambda module, by_input, by_output: (by_input[0] * 2,))
+
+
+def replaced(site):
+    site.fc1 = nn.Conv2d(14, 16, 1)
+    site.bn2 = nn.BatchNorm2d(14, track_running_stats=False)
+
+
+def pruned(site):
+    prune.l1_unstructured(site.fc1, "weight", 0.5)
+    prune.identity(site, "p1")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [hooked, hooked_before, hooked_behind, replaced, lambda site: parametrizations.weight_norm(site.fc1), pruned],
+)
+def test_what_is_put_on_a_drivers_layers_counts(change, monkeypatch):
+    torch.manual_seed(0)
+    site, x, q = make("qacon", norm="batch"), torch.randn(4, 8, 6, 6), torch.randn(4, 6)
+    (before, _), changed = by_kernels_and_by_operation(monkeypatch, site, x, q), copy.deepcopy(site)
+    change(changed)
+    if change is pruned:  # a copy of it is refused by torch
+        monkeypatch.setattr(copy, "deepcopy", lambda site: site)
+    found, expected = by_kernels_and_by_operation(monkeypatch, changed.eval(), x, q)
+    torch.testing.assert_close(found["y"], expected["y"], rtol=1e-4, atol=1e-4)
+    assert not torch.equal(found["x"], before["x"])
+
+
+class Shifted(ACTIVATIONS["qacon"]):
+    """A subclass that drives its numbers in a way of its own."""
+
+    def head(self, h):
+        return super().head(h) + 1
+
+
+def test_a_subclass_drives_in_its_own_way(monkeypatch):
+    site = Shifted(8, 6, norm="layer")
+    found, expected = by_kernels_and_by_operation(monkeypatch, site, torch.randn(2, 8, 4, 4), torch.randn(2, 6))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "fused"])
+def test_the_tap_is_asked_once_and_a_hosts_error_is_raised(kernels, monkeypatch):
+    monkeypatch.setenv("QUAC_KERNELS", kernels)
+    site, asked = make("qacon", init="preserve", host=nn.GELU()), []
+    site.context = type("Context", (), {"current": lambda *_: asked.append(1) or torch.zeros(2, 6), "mark": print})()
+    site(torch.randn(2, 8, 4, 4))
+    assert len(asked) == 1
+
+    def stop(module, inputs, output):
+        raise KeyError("mine")
+
+    site.host.register_forward_hook(stop)
+    with pytest.raises(KeyError, match="mine"):
+        site(torch.randn(2, 8, 4, 4))

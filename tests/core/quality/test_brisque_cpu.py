@@ -15,7 +15,7 @@ SHAPES = [
 def check(images):
     grey = by_operation._grey(images)
     down, across = (by_operation._taps(size, max(1, size // 2), images) for size in images.shape[2:])
-    found = scales_of(images, across, down, by_operation._LUMA, by_operation._LUMA_ONE, by_operation._C)
+    found = scales_of(by_operation._compiled(), images, across, down)
     assert torch.equal(found[0], grey)
     assert torch.equal(found[1], by_operation._halve(grey))
 

@@ -1,4 +1,4 @@
-"""What the C++ of this folder begins with: its types, vectors of them, and an exponential."""
+"""What C++ begins with: its types, vectors of them, and an exponential."""
 
 from __future__ import annotations
 

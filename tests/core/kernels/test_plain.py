@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quac_plugins.core.activations import reference
+from quac_plugins.core.kernels import plain as reference
 
 EQUATIONS = {
     "acon": (reference.acon, 3),

@@ -5,7 +5,7 @@ import timm
 import torch
 
 import quac_plugins as quac
-from quac_plugins.core.activations.curves import activation_curves
+from quac_plugins.core.curves import activation_curves
 
 X = torch.linspace(-3, 3, 13)
 

@@ -1,0 +1,102 @@
+"""The one place that says whether a kernel may read a tensor, and C++ built by the compiler that torch.compile uses."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quac_plugins.core.private import cpp_builder, hides_memory
+
+CHOICES = ("auto", "reference", "fused")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+broken: set[str] = set()
+"""Kinds of devices whose compiler failed."""
+_OWN = {Tensor, nn.Parameter}
+
+
+def kernels_choice() -> str:
+    """``QUAC_KERNELS``: ``"auto"``, ``"reference"`` or ``"fused"``.
+
+    Raises:
+        ValueError: it is something else.
+
+    Example:
+        >>> kernels_choice() in CHOICES
+        True
+    """
+    if "QUAC_KERNELS" not in os.environ:  # asked at every activation, and the fastest to ask
+        return "auto"
+    choice = os.environ["QUAC_KERNELS"] or "auto"
+    if choice not in CHOICES:
+        raise ValueError(f"QUAC_KERNELS must be one of {', '.join(CHOICES)}, got {choice!r}")
+    return choice
+
+
+def may_read(x: Tensor, *others: Tensor, large: bool = True) -> bool:
+    """Whether a kernel may read the memory of these tensors, and is to.
+
+    Not in graphs that are made (they get the plain expression, which their compiler fuses with its neighbours), nor
+    where a mode or a transform sees operations, nor of subclasses. ``QUAC_KERNELS`` has its say.
+
+    Args:
+        x: decides on the device; all must be on it.
+        others: what is read beside it.
+        large: whether x has so many numbers that a kernel saves time.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # first: compilers do not know what follows
+        return False
+    choice = kernels_choice()
+    if choice == "reference" or not (large or choice == "fused") or x.dtype not in DTYPES:
+        return False
+    tensors = (x, *others)
+    device = x.device
+    if not _OWN.issuperset(map(type, tensors)) or device.type not in ("cpu", "cuda"):
+        return False
+    return {t.device for t in tensors} == {device} and not hides_memory(*tensors)
+
+
+class WrongNumbersError(Exception):
+    """What was built computes something else than the plain expression."""
+
+
+def built_or_none(kind: str, what: str, build: Callable[[], Any]) -> Any:
+    """What ``build`` returns; None where no compiler works, or what it built computes wrongly, which is told once.
+
+    Args:
+        kind: of device, ``"cpu"`` or ``"cuda"``.
+        what: is slow then, for the warning.
+        build: builds, and tries on a few numbers; raises :class:`WrongNumbersError`.
+    """
+    if kind in broken:
+        return None
+    try:
+        return build()
+    except WrongNumbersError as error:
+        reason = f"are wrong on this machine and left out: {error}"
+    except Exception as error:  # whatever a machine without a compiler raises
+        broken.add(kind)
+        lines = str(error).strip().splitlines() or [""]
+        line = next((line for line in lines if "error:" in line), lines[0])
+        compiler = "a C++ compiler" if kind == "cpu" else "Triton"
+        reason = f"could not be compiled (is {compiler} installed?): {type(error).__name__}: {line}"
+    warnings.warn(f"{what} {reason}; what runs instead takes several times as long", stacklevel=4)
+    return None
+
+
+def load(arguments: list[str], source: str) -> Callable[..., None]:
+    """The function ``kernel(arguments)`` of a source, built at its first use and kept on disk by torch.
+
+    Args:
+        arguments: C declarations, ``"const float* x"`` (a tensor is passed) or ``"const int64_t n"``.
+        source: C++ with vectors of ``at::vec``; its ``{arguments}`` is filled in.
+
+    Raises:
+        RuntimeError: this version of torch does not build C++ in the way that is known here.
+    """
+    types = [argument.rpartition(" ")[0] for argument in arguments]
+    return cpp_builder().load_pybinding(types, source.replace("{arguments}", ", ".join(arguments)))
