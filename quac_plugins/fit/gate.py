@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quac_plugins.core.prior.margins import Margin
 from quac_plugins.core.prior.routed import IDENTITY, Gate, RoutedFDM
 from quac_plugins.core.quality.degradation import CLEAN
 from quac_plugins.core.quality.tap import QualityTap
@@ -91,7 +92,7 @@ def fit_gate(
         experts: names of all experts, in their order.
         seed: of first weights, noise and folds.
     """
-    routed = [module for module in modules.values() if isinstance(module, RoutedFDM)]
+    routed = routed_of(modules)
     fresh = _fresh(copy.deepcopy(routed[0].gate))
     drawn = draw(session, kinds, session.train, _LEARNED if fresh.needs_fit else _CALIBRATED)
     q, target = quality(session, routed[0], drawn.pictures), drawn.choices(experts)
@@ -103,12 +104,16 @@ def fit_gate(
 
 def set_gate(modules: dict[str, nn.Module], state: dict[str, Tensor]) -> None:
     """Write a gate into the prior of every site."""
-    for module in modules.values():
-        if isinstance(module, RoutedFDM):
-            module.gate.load_state_dict(state)
+    for gate in {id(module.gate): module.gate for module in routed_of(modules)}.values():
+        gate.load_state_dict(state)
 
 
-def judge_gate(session: Any, gate: RoutedFDM, drawn: Drawn, kinds: list[str], experts: list[str]) -> Confusion:
+def routed_of(modules: dict[str, nn.Module]) -> list[Any]:
+    """The priors that a gate chooses in."""
+    return [m for m in modules.values() if isinstance(m, RoutedFDM) or (isinstance(m, Margin) and m.gate is not None)]
+
+
+def judge_gate(session: Any, gate: Any, drawn: Drawn, kinds: list[str], experts: list[str]) -> Confusion:
     """How often the gate inside a model sends pictures of each kind and severity where first.
 
     An expert that was never fitted is the identity, and counts as such.
@@ -116,7 +121,7 @@ def judge_gate(session: Any, gate: RoutedFDM, drawn: Drawn, kinds: list[str], ex
     with torch.no_grad():
         q = quality(session, gate, drawn.pictures).to(next(gate.gate.parameters()).device)
         answers = gate.gate(q).argmax(1).cpu().numpy()
-    answers[np.isin(answers, [place for place, expert in enumerate(gate.experts, 1) if expert.is_fresh])] = 0
+    answers[np.isin(answers, [place for place in range(1, len(experts) + 1) if not gate.is_trained(place - 1)])] = 0
     counts: dict[str, dict[str, list[int]]] = {}
     for kind in (CLEAN, *kinds):
         for severity in sorted(set(drawn.severity[drawn.kind == kind].tolist())):
@@ -130,7 +135,7 @@ def judged_pictures(session: Any, kinds: list[str]) -> Drawn:
     return draw(session, kinds, session.held or session.train, _JUDGED)
 
 
-def quality(session: Any, module: RoutedFDM, pictures: np.ndarray) -> Tensor:
+def quality(session: Any, module: Any, pictures: np.ndarray) -> Tensor:
     """(N, Q) float32 on the CPU, of pictures (N, H, W, 3) uint8, as the tap of the prior computes it."""
     tap = next(m for m in session.model.modules() if isinstance(m, QualityTap) and m.context is module.context)
     parts = []

@@ -15,22 +15,25 @@ from torch import nn
 from quac_plugins.core.hooks import PRIOR_NAME
 from quac_plugins.core.inject.record import injection_of, modules_inside, unwrap
 from quac_plugins.core.prior.config import PriorConfig
-from quac_plugins.core.prior.fdm import FDM
+from quac_plugins.core.prior.fdm import FDM, resolve_fdm
 from quac_plugins.core.prior.features import channel_statistics
-from quac_plugins.core.prior.recipe import Recipe
+from quac_plugins.core.prior.margins import Margin
+from quac_plugins.core.prior.recipe import MARGINS, Recipe
 from quac_plugins.core.prior.routed import RoutedFDM
 from quac_plugins.core.prior.sites import PriorSite
 from quac_plugins.core.prior.training import Fit
-from quac_plugins.degradations import corruption_names
+from quac_plugins.degradations import SEVERITIES, corruption_names
 from quac_plugins.fit.agreement import agreement
 from quac_plugins.fit.draws import Degrade, own_degradations
-from quac_plugins.fit.gate import fit_gate, judge_gate, judged_pictures, set_gate
+from quac_plugins.fit.gate import fit_gate, judge_gate, judged_pictures, routed_of, set_gate
+from quac_plugins.fit.margins import fit_margins
 from quac_plugins.fit.report import FitReport
 from quac_plugins.fit.session import Data, Session, parameters_of, progress_bar
 from quac_plugins.fit.settings import recipe_with
 from quac_plugins.fit.start import check_fit, put_in, unharmed
 
 _PICTURES = 240  # degraded pictures of each kind that a fit aims at
+_OF_MARGINS = 160  # the same for margins, which learn all degradations at once
 _VIEWS = 24  # of an image, at most
 
 
@@ -41,7 +44,7 @@ def fit_prior(
     pairs: Any = None,
     degrade: Degrade | None = None,
     corruptions: str | Sequence[str] | None = None,
-    severity: int | Sequence[int] = 3,
+    severity: int | Sequence[int] | None = None,
     config: PriorConfig | None = None,
     deep: str | Sequence[str] | None = "stages",
     limit: int | None = None,
@@ -78,8 +81,8 @@ def fit_prior(
             routed prior has experts for. They take the corruptions' place, or go beside those that are named.
         corruptions: names or sets of :func:`quac_plugins.degradations.corruption_names`. None: the names of a routed
             prior's experts, else all 15; none beside ``degrade``.
-        severity: 1 to 5, or several, which are mixed.
-        config: what to inject into a plain host. None: a prior routed over the degradations, if there are several.
+        severity: 1 to 5, or several, which are mixed. None: all of them for margins, 3 for other modules.
+        config: what to inject into a plain host. None: margins, chosen by quality if there are several degradations.
         deep: places whose features are compared in the second part of the fit: ``"stages"``, names, or None.
         limit: at most so many images.
         views: crops and flips of each image; draws: degraded pictures of each view and corruption.
@@ -121,9 +124,11 @@ def fit_prior(
     own = list(own_degradations(degrade))
     if config is None and there is None and pairs is None:
         kinds = [*corruption_names("all" if corruptions is None and not own else corruptions or ()), *own]
-        config = PriorConfig(experts=kinds if len(kinds) > 1 else [])
-    planned = there.config if there is not None else config if config is not None else PriorConfig()
-    experts = planned.experts
+        config = PriorConfig(fdm="margin", experts=kinds if len(kinds) > 1 else [])
+    planned = there.config if there is not None else config if config is not None else PriorConfig(fdm="margin")
+    experts, margins = planned.experts, issubclass(resolve_fdm(planned.fdm), Margin)
+    if severity is None:
+        severity = SEVERITIES if margins else 3
     if corruptions is None and pairs is None and degrade is None and experts:
         corruptions = experts
         if unknown := [name for name in experts if name not in corruption_names("every")]:
@@ -140,8 +145,8 @@ def fit_prior(
         images, pairs, degrade, corruptions, severity, limit, views, draws, clean_share, held_out, seed, num_workers,
         mean, std, input_size, crop_pct, interpolation,
     )  # fmt: skip
-    session = Session(network, data, device, _PICTURES, planned, _VIEWS)
-    made = recipe_with(recipe, settings, seed, session.device)
+    session = Session(network, data, device, _OF_MARGINS if margins else _PICTURES, planned, _VIEWS)
+    made = recipe_with(recipe or (MARGINS if margins else None), settings, seed, session.device)
     session.check_labels(made)
     kinds = session.kinds
     if experts and set(kinds) - set(experts):
@@ -163,22 +168,31 @@ def fit_prior(
         report = session.report("prior", list(modules), kinds, made, sum(p.numel() for p in fitted.values()))
         report.unfitted = [name for name in everywhere if name not in modules]
         with session.open(fitted), progress_bar(progress) as show:
-            deeper = session.deep_sites(deep, prior.sites[0])
+            deeper = session.deep_sites(deep, None if margins else prior.sites[0])
             keep = session.checkpoints(checkpoint, made, what="prior", deep=deep, clean_share=clean_share)
             known = _known_experts(session, modules, kinds, experts) if experts else kinds
             judged = judged_pictures(session, known)
-            if experts:
+            if experts and margins:
+                set_gate(modules, session.of_main(lambda: fit_gate(session, modules, known, experts, seed)))
+            if margins:
+                fit_margins(
+                    session, modules, deeper, fitted, kinds, experts, _per_view(session, _OF_MARGINS), made, keep,
+                    report, show,
+                )  # fmt: skip
+                session.round_as_saved()
+            elif experts:
                 _fit_experts(session, sites, deeper, modules, kinds, experts, made, keep, report, show)
                 set_gate(modules, session.of_main(lambda: fit_gate(session, modules, known, experts, seed)))
                 session.round_as_saved()
-                gate = next(module for module in modules.values() if isinstance(module, RoutedFDM))
-                report.gate = session.of_main(lambda: judge_gate(session, gate, judged, known, experts))
             else:
                 share = clean_share if clean_share is not None else 0.1 if len(kinds) > 1 else 0.0
                 pictures = session.pictures(session.draws(kinds, share, _per_view(session)))
                 fit = _fit_of(session, sites, deeper, fitted, pictures, made, list(modules.values()))
                 session.fit("prior", fit, keep, report, show)
                 session.round_as_saved()
+            if experts:
+                gate = routed_of(modules)[0]
+                report.gate = session.of_main(lambda: judge_gate(session, gate, judged, known, experts))
             report.agreement = session.of_main(lambda: agreement(session, judged))
             with _one_expert(everywhere):
                 report.multiply_adds = session.multiply_adds()
@@ -195,8 +209,8 @@ def _known_experts(session: Session, modules: dict[str, nn.Module], kinds: list[
     Raises:
         ValueError: one that was fitted before is the user's own, and its function is not given this time.
     """
-    routed = [module for module in modules.values() if isinstance(module, RoutedFDM)]
-    fitted = {name for name, expert in zip(experts, routed[0].experts, strict=True) if not expert.is_fresh}
+    prior = routed_of(modules)[0]
+    fitted = {name for place, name in enumerate(experts) if prior.is_trained(place)}
     known = [name for name in experts if name in fitted.union(kinds)]
     for name in known:
         if name not in session.own and name not in corruption_names("every"):
@@ -216,14 +230,15 @@ def _supported(
         site
         for place, site in enumerate(sites)
         if not place
+        or isinstance(modules[site.name], Margin)
         or site.positions(session.size) * images >= recipe.least_positions
         or not all(inner.is_fresh for inner in _inside([modules[site.name]]))
     ]
 
 
-def _per_view(session: Session) -> int:
-    """Degraded pictures of each view: about ``_PICTURES`` of each kind in all."""
-    return max(1, round(_PICTURES / (session.views * len(session.few))))
+def _per_view(session: Session, wanted: int = _PICTURES) -> int:
+    """Degraded pictures of each view: about so many of each kind in all."""
+    return max(1, round(wanted / (session.views * len(session.few))))
 
 
 def _fit_of(

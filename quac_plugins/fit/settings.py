@@ -24,9 +24,9 @@ def recipe_with(recipe: Recipe | None, given: dict[str, Any], seed: int, device:
     if unknown:
         raise ValueError(f"unknown settings {', '.join(unknown)}; a recipe has {', '.join(sorted(known))}")
     made = replace(made, **{"seed": made.seed or seed, **given})
-    for name in ("steps", "batch_size", "check_every", "near_crop", "near_batch"):
+    for name in ("batch_size", "check_every", "near_crop", "near_batch"):
         whole_number(name, getattr(made, name))
-    for name in ("patience", "seed", "least_positions"):
+    for name in ("steps", "patience", "seed", "least_positions"):
         whole_number(name, getattr(made, name), 0)
     for name in ("site_weight", "deep_weight", "logits_weight", "label_weight", "weight_decay"):
         if not number_from(0, getattr(made, name)):

@@ -49,7 +49,7 @@ from quac_plugins.core.inject.saved import (
     write_adapter,
 )
 from quac_plugins.core.inject.sites import Site, usable_sites
-from quac_plugins.core.inject.surgery import build_prior, inject, inject_at, remove, take_prior
+from quac_plugins.core.inject.surgery import build_priors, inject, inject_at, remove, take_prior
 from quac_plugins.core.inject.trace import Trace
 from quac_plugins.core.parts import parts, tensor_names
 from quac_plugins.core.prior.config import PriorConfig
@@ -376,12 +376,14 @@ def _prior_shapes(saved: Saved, state: dict[str, Tensor]) -> list[str]:
     if saved.prior.needs_quality:
         quality = resolve_quality(saved.prior.quality)
         context = QualityContext(quality.channels)
-    problems = []
-    for site in saved.prior_sites:
-        with torch.device("meta"):
-            expected = build_prior(site, saved.prior, context, quality).state_dict()
-        problems += tensor_problems({f"{site.name}.{PRIOR_NAME}.{name}": t for name, t in expected.items()}, state)
-    return problems
+    with torch.device("meta"):
+        built = build_priors(saved.prior_sites, saved.prior, context, quality)
+    expected = {
+        f"{site.name}.{PRIOR_NAME}.{name}": tensor
+        for site, module in zip(saved.prior_sites, built, strict=True)
+        for name, tensor in module.state_dict().items()
+    }
+    return tensor_problems(expected, state)
 
 
 def _check(model: nn.Module, saved: Saved, state: dict[str, Tensor]) -> None:

@@ -41,6 +41,7 @@ from quac_plugins.core.parts import module_at
 from quac_plugins.core.prior.config import PriorConfig
 from quac_plugins.core.prior.fdm import FDM, resolve_fdm
 from quac_plugins.core.prior.grid import ImageSize, SizeNote
+from quac_plugins.core.prior.margins import Margin, margins_at
 from quac_plugins.core.prior.routed import RoutedFDM
 from quac_plugins.core.prior.sites import PriorSite, find_prior_sites
 from quac_plugins.core.quality.context import QualityContext
@@ -221,7 +222,7 @@ def place_prior(
     context, attach = tap_for(model, config, quality, seen)
     device, dtype = _placement(model)
     with torch.device(device):
-        built = [build_prior(site, config, context, quality).to(dtype=dtype) for site in sites]
+        built = [module.to(dtype=dtype) for module in build_priors(sites, config, context, quality)]
     record = injection_of(model) or Injection(host_parameters=_count(model))
     frozen, in_host = [], names_in_host(model)
     for name, parameter in model.named_parameters():
@@ -262,25 +263,30 @@ def _images(model: nn.Module, config: QualityOptions, seen: Trace, record: Injec
     )
 
 
-def build_prior(
-    site: PriorSite, config: PriorConfig, context: QualityContext | None, quality: QualityFunction | None
-) -> nn.Module:
-    """What a config puts in at a site."""
+def build_priors(
+    sites: list[PriorSite], config: PriorConfig, context: QualityContext | None, quality: QualityFunction | None
+) -> list[nn.Module]:
+    """What a config puts in at each site."""
     channels = context.channels if context is not None else 0
-    module: FDM | RoutedFDM
-    if config.experts:
-        kinds = quality.kinds if quality is not None else ()
-        told = [config.experts.index(kind) + 1 if kind in config.experts else 0 for kind in kinds]
-        module = RoutedFDM(
-            site, config.fdm, len(config.experts), channels, config.top_k, config.fdm_width, config.fdm_act, told
-        )
-        module.context = context
+    kinds = quality.kinds if quality is not None else ()
+    told = [config.experts.index(kind) + 1 if kind in config.experts else 0 for kind in kinds]
+    experts, cls = len(config.experts), resolve_fdm(config.fdm)
+    built: list[nn.Module]
+    if issubclass(cls, Margin):
+        # a number behind the probabilities is the severity
+        built = margins_at(sites, experts, channels, told, len(kinds) if 0 < len(kinds) < channels else None)
+    elif experts:
+        shape = (experts, channels, config.top_k, config.fdm_width, config.fdm_act, told)
+        built = [RoutedFDM(site, config.fdm, *shape) for site in sites]
     else:
-        module = resolve_fdm(config.fdm)(site, config.fdm_width, config.fdm_act, channels)
-    for name, inner in module.named_modules():
-        if isinstance(inner, ChannelActivation):
-            inner.context, inner.layer = context, f"{site.name}.{PRIOR_NAME}.{name}"
-    return module
+        built = [cls(site, config.fdm_width, config.fdm_act, channels) for site in sites]
+    for site, module in zip(sites, built, strict=True):
+        if isinstance(module, (RoutedFDM, Margin)):
+            module.context = context
+        for name, inner in module.named_modules():
+            if isinstance(inner, ChannelActivation):
+                inner.context, inner.layer = context, f"{site.name}.{PRIOR_NAME}.{name}"
+    return built
 
 
 def _put_behind(host: nn.Module, name: str, module: nn.Module) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,6 +65,7 @@ class Comparison:
         device: where the pictures go.
         front: what maps the features at the first site to the repaired ones, if it needs nothing else. Then the near
             part runs on features that are computed once, on crops of them; else the host runs up to the first site.
+        during: entered while the student runs on these degraded pictures in a step, not when it is judged.
 
     Attributes:
         near_steps: how many steps compare the first site alone.
@@ -84,8 +86,9 @@ class Comparison:
         recipe: Recipe,
         device: torch.device,
         front: nn.Module | None = None,
+        during: Callable[[np.ndarray], AbstractContextManager[None]] | None = None,
     ):
-        self.front = front
+        self.front, self.during = front, during
         self.model, self.teacher = model, teacher
         self.normalize, self.pictures, self.recipe, self.device = normalize, pictures, recipe, device
         compared = {site.name: site for site in (*sites[:1], *deep)}
@@ -95,7 +98,7 @@ class Comparison:
         self.near_steps = round(recipe.steps * recipe.near) if self.first else 0
         if not recipe.deep_weight and not recipe.logits_weight and not recipe.label_weight:
             self.near_steps = recipe.steps
-        self.near_only = self.near_steps == recipe.steps
+        self.near_only = bool(self.first) and self.near_steps == recipe.steps
         self._clean: dict[int, dict[str, Tensor]] = {}
         self._degraded: dict[int, Tensor] = {}
         self._kept = 0
@@ -238,7 +241,8 @@ class Comparison:
         views = self.pictures.view[indices].tolist()
         until = self.first if near else None
         clean = self._clean_features(views, until)
-        student = self.watch.run(self.model, self._images(self.pictures.degraded[indices]), until)
+        with nullcontext() if self.during is None or generator is None else self.during(indices):
+            student = self.watch.run(self.model, self._images(self.pictures.degraded[indices]), until)
         distances = self.distances(student, clean)
         terms = {name: (value / self.drift[name][indices].to(value)).mean() for name, value in distances.items()}
         weights = self.weights(near)

@@ -19,9 +19,11 @@ class PriorConfig(QualityOptions):
 
     Attributes:
         site: ``"auto"`` (one shallow layer, by the rule of :func:`quac_plugins.core.prior.sites.find_prior_sites`),
-            ``"stages"`` (that layer and the ends of the later stages), a module name, a glob, ``"re:…"``, or a list.
-        fdm: ``"light"`` (depthwise, for mobile networks), ``"dense"`` (3×3, the most exact) or ``"ncrf"`` (centre and
-            dilated surround, after the paper).
+            ``"stages"`` (that layer and the ends of the later stages), ``"norms"`` (every norm), a module name, a glob,
+            ``"re:…"``, or a list. None: as the FDM is meant, ``"norms"`` for margins and ``"stages"`` for the others.
+        fdm: ``"light"`` (depthwise, for mobile networks), ``"dense"`` (3×3, the most exact), ``"ncrf"`` (centre and
+            dilated surround, after the paper) or ``"margin"`` (a scale and a shift for every channel of the host's
+            norms, which costs no multiply-adds).
         fdm_width: channels inside; None: the FDM's own rule.
         fdm_act: activation inside: ``"relu"``, ``"gelu"``, … or one that QuAC drives, such as ``"qacon"``.
         experts: names of degradations, one FDM for each: a routed prior, whose gate reads q. Empty: a single FDM.
@@ -40,7 +42,7 @@ class PriorConfig(QualityOptions):
         True
     """
 
-    site: str | list[str] = "stages"
+    site: str | list[str] | None = None
     fdm: str = "light"
     fdm_width: int | None = None
     fdm_act: str = "relu"
@@ -55,10 +57,12 @@ class PriorConfig(QualityOptions):
     freeze: bool = True
 
     def __post_init__(self) -> None:
+        fdm = resolve_fdm(self.fdm)
+        if self.site is None:
+            self.site = fdm.places
         if not isinstance(self.site, str) and isinstance(self.site, Sequence):
             self.site = list(self.site)
         pattern_list("site", self.site)
-        resolve_fdm(self.fdm)
         one_of("fdm_act", self.fdm_act, act_names())
         if self.fdm_width is not None:
             whole_number("fdm_width", self.fdm_width, 1, 65536)

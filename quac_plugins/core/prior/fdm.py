@@ -72,6 +72,7 @@ class FDM(nn.Module):
     """
 
     name: ClassVar[str] = ""
+    places: ClassVar[str] = "stages"  # where it is meant to go
     folds: ClassVar[bool] = False  # r works on 2×2 pixels at once (4×4 at full resolution) where the site is fine
     mean: Tensor
     std: Tensor

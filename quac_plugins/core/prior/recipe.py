@@ -47,3 +47,7 @@ class Recipe:
     near_batch: int = 8
     least_positions: int = 3000
     seed: int = 0
+
+
+MARGINS = Recipe(steps=600, near=0.0, batch_size=16, lr=1e-3, weight_decay=0.0, logits_weight=1.0, check_every=100)
+"""For margins: what is fitted lies everywhere in the host, so the whole host is compared from the first step on."""

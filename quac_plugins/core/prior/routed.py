@@ -155,6 +155,10 @@ class RoutedFDM(nn.Module):
         self.gate = Gate(quality_channels, experts + 1, told)
         self.experts: Any = nn.ModuleList(resolve_fdm(fdm)(site, width, act) for _ in range(experts))  # of FDM
 
+    def is_trained(self, expert: int) -> bool:
+        """Whether an expert does something."""
+        return not self.experts[expert].is_fresh
+
     def weights(self, x: Tensor) -> Tensor:
         """(B, 1 + E) for features x of B images: each row sums to one."""
         rows = x.shape[0]

@@ -20,9 +20,10 @@ from torch import nn
 from quac_plugins.core.inject.trace import OURS, Feature, Trace
 from quac_plugins.core.parts import module_at
 
-PLACES = ("auto", "stages")
+PLACES = ("auto", "stages", "norms")
 Grid = tuple[int, int]
 _QUARTER = 0.25
+_WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
 _FEW = 2  # layers: one is no depth
 _MOST_PREFIXES = 16
 
@@ -78,6 +79,8 @@ def find_prior_sites(model: nn.Module, seen: Trace, patterns: list[str]) -> list
             - ``"stages"``: ``auto``, and after it the end of every coarser resolution; in a host of one resolution
               the ends of the second, third and fourth quarter of its depth. timm's ``feature_info``, where the host
               has one, names these ends.
+            - ``"norms"``: every norm, before the activation where the norm's own module activates (timm's
+              ``BatchNormAct2d``); in a host whose norms are folded into its convolutions, every convolution.
             - a module name; a glob (``"layer?"``); ``"re:"`` and a regular expression (searched for).
 
             Of several modules that a pattern matches and that return the same tensor, it means the outermost, but no
@@ -220,6 +223,8 @@ def _around(name: str) -> Iterable[str]:
 
 
 def _matching(model: nn.Module, seen: Trace, places: list[_Place], pattern: str) -> list[_Place]:
+    if pattern == "norms":
+        return _norms(model, places)
     if pattern in PLACES:
         first = _auto(seen, places)
         if first is None or pattern == "auto":
@@ -232,6 +237,23 @@ def _matching(model: nn.Module, seen: Trace, places: list[_Place], pattern: str)
             raise ValueError(f"site={pattern!r} is not a regular expression: {error}") from error
         return _outermost(place for place in places if regex.search(place.site.name))
     return _outermost(place for place in places if fnmatch.fnmatchcase(place.site.name, pattern))
+
+
+def _norms(model: nn.Module, places: list[_Place]) -> list[_Place]:
+    """Behind every norm; behind every convolution, where there is no norm."""
+    modules = {place.site.name: module_at(model, place.site.name) for place in places}
+    behind = {}
+    for name, module in model.named_modules():
+        if is_norm(module):
+            activates = isinstance(getattr(module, "act", None), nn.Module) and "drop" in module._modules
+            behind[f"{name}.drop" if activates else name] = module
+    found = [place for place in places if place.site.name in behind]
+    return found or [place for place in places if isinstance(modules[place.site.name], nn.Conv2d)]
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalizes features: one of torch's, or a class that a framework calls a norm."""
+    return "norm" in type(module).__name__.lower() and not any(isinstance(m, _WEIGHTED) for m in module.modules())
 
 
 def _outermost(places: Iterable[_Place]) -> list[_Place]:

@@ -73,6 +73,7 @@ class Fit:
         normalize: uint8 (B, H, W, 3) on any device → what the host takes.
         recipe, share: see there.
         scaled: parameters that what is fitted is proportional to; see :meth:`Fit._set_strength`.
+        during: entered while the student runs on these degraded pictures in a step.
         front: what maps the features at the first site to the repaired ones, if it needs nothing else. Then the near
             part runs on features that are computed once, on crops of them; else the host runs up to the first site.
     """
@@ -90,6 +91,7 @@ class Fit:
         share: Share | None = None,
         front: nn.Module | None = None,
         scaled: Sequence[nn.Parameter] = (),
+        during: Callable[[np.ndarray], contextlib.AbstractContextManager[None]] | None = None,
     ):
         self.parameters, self.pictures, self.recipe, self.share = parameters, pictures, recipe, share or Share()
         self.device = next(iter(parameters.values())).device
@@ -103,7 +105,9 @@ class Fit:
         self._running: list[float] = []  # losses since the last look
         self.stopped: str | None = None
         self.scaled, self.strength = list(scaled), 1.0
-        self.comparison = Comparison(model, teacher, sites, deep, normalize, pictures, recipe, self.device, front)
+        self.comparison = Comparison(
+            model, teacher, sites, deep, normalize, pictures, recipe, self.device, front, during
+        )
         self.loss, self.near_steps = self.comparison.loss, self.comparison.near_steps
 
     def close(self) -> None:

@@ -1,0 +1,233 @@
+"""Margins: a scale and a shift for every channel of a host's norms and for each degradation, chosen by quality.
+
+A degradation moves the distribution of a channel by a margin of its own; that is the observation on which the deep
+degradation prior rests (Wang et al., CVPR 2020), and its smallest feature de-drifting module moves it back: behind a
+norm, or behind a convolution that a norm was folded into, the features x become
+
+    y = (1 + Σ_k w_k(q) scale_k) · x + Σ_k w_k(q) shift_k
+
+where w_k(q) is how much the image went through degradation k: what the gate makes of its quality feature q. A clean
+picture has w = 0, so nothing is done to it. Where q tells a severity, each degradation has a margin for a mild and one
+for a strong case, and what is between them is interpolated. No multiply-add of a convolution is added, and a single
+degradation can be folded into the host (:func:`quac_plugins.fuse`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quac_plugins.core.graphs import called_whole, in_graph
+from quac_plugins.core.precision import full_precision
+from quac_plugins.core.prior.fdm import FDM, LAYOUTS, all_zero
+from quac_plugins.core.prior.routed import Gate
+from quac_plugins.core.prior.sites import Grid, PriorSite
+from quac_plugins.core.quality.context import QualityContext, QualityError
+
+SEVERITIES = (2.0, 4.0)
+"""The severities that margins are kept for, where q tells one; beyond them the nearer one is used."""
+
+
+class Mixture(nn.Module):
+    """How much of each margin an image gets; one for all places of a host, computed once for each batch.
+
+    Args:
+        quality_channels: Q.
+        experts: how many degradations have margins, K.
+        told: see :class:`Gate`.
+        severity: index of the number of q that is the severity, 0 to 5; None: q tells none.
+
+    Attributes:
+        given: (B, K·S) to be used whatever q is, while a fit says which degradation each image went through; else None.
+    """
+
+    def __init__(self, quality_channels: int, experts: int, told: Sequence[int] = (), severity: int | None = None):
+        super().__init__()
+        self.gate = Gate(quality_channels, experts + 1, told)
+        self.severity = severity
+        self.given: Tensor | None = None
+        self._latest: tuple[Tensor, Tensor] | None = None  # of one batch: q, and what was made of it
+
+    def forward(self, q: Tensor, afresh: bool = True) -> Tensor:
+        """(B, K·S) of q (B, Q), at least float32; each row sums to at most one.
+
+        Args:
+            q: quality features.
+            afresh: compute it; else what was computed last, if it was of this very q.
+        """
+        if not in_graph() and not afresh:
+            latest = self._latest
+            if latest is not None and latest[0] is q:
+                return latest[1]
+        with full_precision(q):
+            shares = spread(self.gate(q).softmax(dim=1)[:, 1:], self.severities(q))
+        if not in_graph() and not shares.requires_grad:
+            self._latest = q, shares
+        return shares
+
+    def severities(self, q: Tensor) -> Tensor | None:
+        """(B,) severities in q (B, Q), if it tells one."""
+        return None if self.severity is None else q[:, self.severity].to(torch.promote_types(q.dtype, torch.float32))
+
+    @property
+    def kept(self) -> int:
+        """S: for how many severities margins are kept."""
+        return 1 if self.severity is None else len(SEVERITIES)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_latest": None, "given": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Mixture:
+        memo[id(self)] = new = type(self).__new__(type(self))
+        new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return new
+
+
+def spread(chosen: Tensor, severity: Tensor | None) -> Tensor:
+    """Shares of degradations (B, K), spread over the severities that margins are kept for: (B, K·S).
+
+    Example:
+        >>> spread(torch.tensor([[1.0, 0.0]]), torch.tensor([2.5])).tolist()
+        [[0.75, 0.25, 0.0, 0.0]]
+    """
+    if severity is None:
+        return chosen
+    mild, strong = SEVERITIES
+    part = ((severity.to(chosen) - mild) / (strong - mild)).clamp(0, 1)[:, None]
+    return torch.stack([chosen * (1 - part), chosen * part], dim=2).flatten(1)
+
+
+class Margin(FDM):
+    """The margins at one place of a host.
+
+    Args:
+        site: where it goes.
+        experts: how many degradations have margins, K; 0: a single margin, for all images.
+        mixture: tells each image's shares; the place that the host comes to first owns it, the others refer to it.
+        owns: whether this is that place.
+
+    Attributes:
+        scale, shift: (K·S, C), or (1, C) where there is a single margin; 0 changes nothing.
+        observer: called with the margin and the features in place of all this, while statistics are taken.
+
+    Example:
+        >>> import torch
+        >>> module = Margin(PriorSite("bn1", 8, "nchw", stride=2))
+        >>> x = torch.randn(2, 8, 5, 5)
+        >>> torch.equal(module(x), x)
+        True
+    """
+
+    name = "margin"
+    places = "norms"
+
+    def __init__(self, site: PriorSite, experts: int = 0, mixture: Mixture | None = None, owns: bool = False):
+        nn.Module.__init__(self)
+        self.site = site
+        self.layer = site.name
+        self.image_size: Any = None
+        self.context: QualityContext | None = None
+        self.observer: Callable[[Margin, Tensor], Tensor] | None = None
+        rows = experts * mixture.kept if mixture is not None else 1
+        self.scale = nn.Parameter(torch.zeros(rows, site.channels))
+        self.shift = nn.Parameter(torch.zeros(rows, site.channels))
+        self.mixture = mixture if owns else None
+        self._others = (mixture,)  # in a tuple, so that its parameters are in the state dict once
+
+    @property
+    def shared(self) -> Mixture | None:
+        """The mixture of all places; None where there is a single margin."""
+        return self._others[0]
+
+    def shares(self, x: Tensor) -> Tensor | None:
+        """(B, K·S) for features x of B images; None where there is a single margin."""
+        mixture = self.shared
+        if mixture is None:
+            return None
+        if mixture.given is not None:
+            return mixture.given
+        if self.context is None:
+            raise QualityError(f"the margin after {self.layer!r} has no quality features: it is not inside a model")
+        q = self.context.current(x, self.layer)
+        if q.shape[0] != x.shape[0]:
+            raise QualityError(
+                f"the margin after {self.layer!r} got features of {x.shape[0]} images, but quality features of "
+                f"{q.shape[0]}"
+            )
+        return mixture(q.to(x.device), afresh=self.mixture is not None)
+
+    def forward(
+        self, x: Tensor, onto: Tensor | None = None, weight: Tensor | None = None, grid: Grid | None = None
+    ) -> Tensor:
+        """Move the channels of features x of the site's layout; same shape and dtype.
+
+        Args:
+            x: features.
+            onto, weight, grid: of other feature de-drifting modules; not used.
+        """
+        if (node := called_whole(self, x)) is not None:
+            return node
+        site = self.site
+        axis = 1 if site.layout == "nchw" else -1
+        if (
+            not isinstance(x, Tensor)
+            or x.ndim != (3 if site.layout == "tokens" else 4)
+            or x.shape[axis] != site.channels
+        ):
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            shape = LAYOUTS[site.layout].format(site.channels)
+            raise ValueError(f"the margin after {site.name!r} expects features {shape}, got {got}")
+        if self.observer is not None:
+            return self.observer(self, x)
+        scale, shift = self.coefficients(x)
+        shape = (-1, site.channels, 1, 1) if axis == 1 else (-1, *(1,) * (x.ndim - 2), site.channels)
+        y = torch.addcmul(shift.view(shape), x, scale.view(shape))
+        if self.context is not None:
+            self.context.mark(y)
+        return y
+
+    def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The scale and shift of x, (B, C) or (1, C), in its dtype."""
+        shares = self.shares(x)
+        if shares is None:
+            return (1 + self.scale).to(x.dtype), self.shift.to(x.dtype)
+        with full_precision(x):
+            shares = shares.to(torch.promote_types(self.scale.dtype, torch.float32))
+            both = shares @ self.scale.to(shares), shares @ self.shift.to(shares)
+        return (1 + both[0]).to(x.dtype), both[1].to(x.dtype)
+
+    @property
+    def gate(self) -> Gate | None:
+        """What chooses between the degradations, if there are several."""
+        return None if self.shared is None else self.shared.gate
+
+    def is_trained(self, expert: int) -> bool:
+        """Whether a degradation has a margin that does something."""
+        rows = slice(expert * self.shared.kept, (expert + 1) * self.shared.kept) if self.shared else slice(None)
+        return not all_zero(self.scale[rows], self.shift[rows])
+
+    @property
+    def reads_quality(self) -> bool:
+        """Whether it needs the q of the image."""
+        return self.shared is not None
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether it is as it was made: the identity."""
+        return all_zero(self.scale, self.shift)
+
+    def extra_repr(self) -> str:
+        """The place, for ``print(model)``."""
+        return f"{self.site.channels} channels, {self.site.layout}, {len(self.scale)} margins"
+
+
+def margins_at(
+    sites: list[PriorSite], experts: int, quality_channels: int, told: Sequence[int], severity: int | None
+) -> list[nn.Module]:
+    """Margins for all places of a host, which share what tells each image's degradation."""
+    mixture = Mixture(quality_channels, experts, told, severity) if experts else None
+    return [Margin(site, experts, mixture, owns=not place) for place, site in enumerate(sites)]

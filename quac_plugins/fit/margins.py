@@ -1,0 +1,114 @@
+"""Fitting margins: statistics first, which need no gradient, then distillation of the untouched host's clean answers.
+
+In the first part of the distillation the margins are told which degradation each picture went through, so that each
+learns from its own; in the rest the gate says so, as it will in use, clean pictures among them: margins are then right
+for what the gate does. Every margin of every place learns at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from quac_plugins.core.prior.margins import SEVERITIES, Margin, spread
+from quac_plugins.core.prior.matching import match
+from quac_plugins.core.prior.recipe import Recipe
+from quac_plugins.core.prior.training import Fit
+from quac_plugins.fit.checkpoint import Checkpoints
+from quac_plugins.fit.report import FitReport
+
+STATISTICS = "statistics"
+_ENOUGH = 32  # pictures of each degradation that statistics are taken of, where there are fewer photographs
+_MOST_VIEWS = 4
+_TOLD = 0.6  # share of the steps in which the margins are told the degradation
+_CLEAN = 0.1  # share of clean pictures
+_MIDDLE = 3.0  # severity of degradations that have none
+
+
+def fit_margins(
+    session: Any, modules: dict[str, nn.Module], deeper: Any, parameters: dict[str, nn.Parameter], kinds: list[str],
+    experts: list[str], per_view: int, recipe: Recipe, keep: Checkpoints, report: FitReport, show: Any,
+) -> None:  # fmt: skip
+    """Fit the margins of these degradations, those of others staying as they are.
+
+    Args:
+        session: :class:`quac_plugins.fit.session.Session`, open.
+        modules: the margins by site.
+        deeper: places whose features are compared.
+        parameters: of the margins, by name.
+        kinds: the degradations.
+        experts: names of all margins, in their order; empty: there is a single one.
+        per_view: degraded pictures of each view and degradation.
+        recipe, keep, report, show: as for every fit.
+    """
+    margins = [module for module in modules.values() if isinstance(module, Margin)]
+    start = session.of_main(lambda: keep.load(STATISTICS))
+    if start is None:
+        _statistics(session, margins, kinds, experts, show)
+        keep.save(STATISTICS, {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()})
+    else:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(start[name])
+    draws = session.draws(kinds, _CLEAN, per_view)
+    names = np.array([*draws.kinds, "clean"])[draws.kind]
+    mixture = margins[0].shared
+    fit: Fit
+
+    @contextlib.contextmanager
+    def told(indices: np.ndarray) -> Iterator[None]:
+        if mixture is None or fit.step >= _TOLD * recipe.steps:
+            yield
+            return
+        chosen = torch.zeros(len(indices), len(experts))
+        for row, name in enumerate(names[indices]):
+            if name in experts:
+                chosen[row, experts.index(name)] = 1
+        severity = torch.from_numpy(draws.severity[indices]).float()
+        severity[severity == 0] = _MIDDLE
+        given = spread(chosen, severity if mixture.severity is not None else None).to(session.device)
+        mixture.given = given
+        try:
+            yield
+        finally:
+            mixture.given = None
+
+    fit = Fit(
+        session.model, session.teacher, parameters, [], deeper, session.normalize, session.pictures(draws), recipe,
+        session.share, scaled=list(parameters.values()), during=told,
+    )  # fmt: skip
+    session.fit("margins", fit, keep, report, show)
+
+
+def _statistics(session: Any, margins: Sequence[Margin], kinds: list[str], experts: list[str], show: Any) -> None:
+    """Every margin from the statistics of its degradation."""
+    photographs = session.train
+    views = min(_MOST_VIEWS, max(1, round(_ENOUGH / len(photographs))))
+    mixture = margins[0].shared
+    severities = SEVERITIES if mixture is not None and mixture.severity is not None else ()
+
+    def normalize(pictures: np.ndarray) -> torch.Tensor:
+        return session.normalize(torch.from_numpy(np.ascontiguousarray(pictures)).to(session.device))
+
+    for place, kind in enumerate(kinds):
+        first = experts.index(kind) * max(1, len(severities)) if experts else 0
+        levels: Sequence[float] = severities if severities and kind in session.names else (None,)  # type: ignore[assignment]
+        for offset, severity in enumerate(levels):
+            draws = session.draws(
+                [kind] if experts else kinds, 0.0, 1, views=views, images=photographs,
+                severities=[int(severity)] if severity is not None else None,
+            )  # fmt: skip
+            match(session.model, list(margins), first + offset, draws.clean[draws.view], draws.degraded, normalize)
+        if severities and len(levels) == 1:  # a degradation without severities: the same for all
+            with torch.no_grad():
+                for margin in margins:
+                    for tensor in (margin.scale, margin.shift):
+                        tensor[first + 1] = tensor[first]
+        show(STATISTICS, place + 1, len(kinds), 0.0)
+        if not experts:
+            break
