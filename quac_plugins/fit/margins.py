@@ -87,28 +87,26 @@ def fit_margins(
 
 def _statistics(session: Any, margins: Sequence[Margin], kinds: list[str], experts: list[str], show: Any) -> None:
     """Every margin from the statistics of its degradation."""
-    photographs = session.train
-    views = min(_MOST_VIEWS, max(1, round(_ENOUGH / len(photographs))))
+    views = min(_MOST_VIEWS, max(1, round(_ENOUGH / len(session.train))))
     mixture = margins[0].shared
-    severities = SEVERITIES if mixture is not None and mixture.severity is not None else ()
+    kept = mixture.kept if mixture is not None else 1
+
+    def draws(of: list[str], severity: float | None) -> Any:
+        levels = [int(severity)] if severity is not None and kept > 1 else session.severities or None
+        return session.draws(of, 0.0, 1, views=views, severities=levels, images=session.train)
 
     def normalize(pictures: np.ndarray) -> torch.Tensor:
         return session.normalize(torch.from_numpy(np.ascontiguousarray(pictures)).to(session.device))
 
-    for place, kind in enumerate(kinds):
-        first = experts.index(kind) * max(1, len(severities)) if experts else 0
-        levels: Sequence[float] = severities if severities and kind in session.names else (None,)  # type: ignore[assignment]
-        for offset, severity in enumerate(levels):
-            draws = session.draws(
-                [kind] if experts else kinds, 0.0, 1, views=views, images=photographs,
-                severities=[int(severity)] if severity is not None else None,
-            )  # fmt: skip
-            match(session.model, list(margins), first + offset, draws.clean[draws.view], draws.degraded, normalize)
-        if severities and len(levels) == 1:  # a degradation without severities: the same for all
-            with torch.no_grad():
-                for margin in margins:
-                    for tensor in (margin.scale, margin.shift):
-                        tensor[first + 1] = tensor[first]
-        show(STATISTICS, place + 1, len(kinds), 0.0)
-        if not experts:
-            break
+    def degraded() -> Iterator[tuple[int, np.ndarray]]:
+        for place, kind in enumerate(kinds if experts else [""]):
+            first = experts.index(kind) * kept if experts else 0
+            for offset, severity in enumerate(SEVERITIES[:kept]):
+                drawn = draws([kind] if experts else kinds, severity)
+                # a single margin for several degradations: each picture went through one of them
+                rows = np.arange(len(drawn.clean)) * (len(drawn) // len(drawn.clean))
+                rows += np.arange(len(rows)) % (len(drawn) // len(drawn.clean))
+                yield first + offset, drawn.degraded[rows]
+            show(STATISTICS, place + 1, len(kinds), 0.0)
+
+    match(session.model, list(margins), draws(kinds[:1], SEVERITIES[0]).clean, degraded(), normalize)

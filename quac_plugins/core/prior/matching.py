@@ -9,7 +9,7 @@ disagree, as d² / (d² + s²/n) for a mean drift d, its variance s² over n pho
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -24,30 +24,33 @@ _LEAST = 0.05  # of a place's mean deviation: channels that hardly vary are not 
 def match(
     model: nn.Module,
     margins: list[Margin],
-    row: int,
     clean: np.ndarray,
-    degraded: np.ndarray,
+    degraded: Iterable[tuple[int, np.ndarray]],
     normalize: Callable[[np.ndarray], Tensor],
 ) -> None:
-    """Write one row of every margin.
+    """Write rows of every margin.
 
     Args:
         model: the host with the margins inside, in eval mode.
         margins: all of its margins.
-        row: which one is written: a degradation, at one of the severities.
-        clean, degraded: uint8 (N, H, W, 3), the same photographs in the same order.
+        clean: uint8 (N, H, W, 3).
+        degraded: which row is written (a degradation, at one of the severities), and from which pictures: uint8
+            (N, H, W, 3), the same photographs in the same order.
         normalize: uint8 (B, H, W, 3) → what the host takes.
     """
-    total = {id(margin): torch.zeros(2, margin.site.channels, dtype=torch.float64) for margin in margins}
-    for start in range(0, len(clean), _MOST):
-        seen = _Seen(total)
-        for pictures, observer in ((clean, seen.note), (degraded, seen.move)):
-            with _observed(margins, observer):
-                model(normalize(pictures[start : start + _MOST]))
-    with torch.no_grad():
-        for margin in margins:
-            scale, shift = (total[id(margin)] / len(clean)).to(margin.scale)
-            margin.scale[row], margin.shift[row] = scale, shift
+    chunks = [slice(start, start + _MOST) for start in range(0, len(clean), _MOST)]
+    seen = [_Seen() for _ in chunks]
+    for chunk, part in zip(chunks, seen, strict=True):
+        with _observed(margins, part.note):
+            model(normalize(clean[chunk]))
+    for row, pictures in degraded:
+        for chunk, part in zip(chunks, seen, strict=True):
+            with _observed(margins, part.move):
+                model(normalize(pictures[chunk]))
+        with torch.no_grad():
+            for margin in margins:
+                share = torch.stack([part.moved[id(margin)] * part.count for part in seen]).sum(0) / len(clean)
+                margin.scale[row], margin.shift[row] = share.to(margin.scale)
 
 
 @contextlib.contextmanager
@@ -77,12 +80,14 @@ def _pooled(means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
 class _Seen:
     """What some pictures show: each one's mean and variance of every channel, place by place."""
 
-    def __init__(self, total: dict[int, Tensor]):
+    def __init__(self) -> None:
+        self.count = 0
         self.clean: dict[int, tuple[Tensor, Tensor]] = {}
-        self.total = total  # sums of scale and shift over all pictures
+        self.moved: dict[int, Tensor] = {}  # scale and shift, (2, C)
 
     def note(self, margin: Margin, x: Tensor) -> Tensor:
         """The clean features, which stay as they are."""
+        self.count = len(x)
         self.clean[id(margin)] = _by_picture(margin, x)
         return x
 
@@ -95,7 +100,7 @@ class _Seen:
         ratio = ((theirs[1] + least**2) / (ours[1] + least**2)).log() / 2  # of each picture
         scale = 1 + (scale - 1) * _agreement(ratio)
         shift = (clean_mean - scale * mean) * _agreement(theirs[0] - scale * ours[0])
-        self.total[id(margin)] += len(x) * torch.stack([scale - 1, shift]).double().cpu()
+        self.moved[id(margin)] = torch.stack([scale - 1, shift])
         shape = (-1, 1, 1) if margin.site.layout == "nchw" else (-1,)
         return torch.addcmul(shift.view(shape).to(x), x, scale.view(shape).to(x))
 
