@@ -1,31 +1,44 @@
-"""Folding batch norms of the activations' drivers into the layers before them: fewer operations at inference."""
+"""Folding what was put in into the layers before it: fewer operations at inference.
+
+Batch norms of the activations' drivers go into the drivers' layers, and the margins of one degradation into the host's
+norms or convolutions.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from quac_plugins.core.activations.driver import DrivenActivation, Pointwise
-from quac_plugins.core.inject.surgery import injection_of, unwrap
+from quac_plugins.core.hooks import PRIOR_NAME
+from quac_plugins.core.inject.surgery import injection_of, remove, take_prior, unwrap
+from quac_plugins.core.prior.margins import Margin, spread
 
 
-def fuse(model: nn.Module) -> nn.Module:
+def fuse(model: nn.Module, degradation: str | None = None, severity: float = 3.0) -> nn.Module:
     """Fold the drivers' batch norms into the layers before them, in place; the outputs stay, but for rounding.
+
+    With a ``degradation``, or where a prior holds a single margin for all images, the margins are folded into the
+    host's norms or convolutions as well: the prior is then gone, no quality is computed for it, and every image is
+    taken for one that went through that degradation.
 
     For inference: from then on the drivers have no norm, as with ``norm="none"``, and adapters are saved and loaded as
     those. Norms of other kinds depend on the input and stay. The host's own layers are not touched.
 
     Args:
-        model: with quality-adaptive activations inside, in eval mode, or one of the activations itself.
+        model: with quality-adaptive activations or margins inside, in eval mode, or one of the activations itself.
+        degradation: name of the expert whose margins are folded.
+        severity: 0 to 5, of that degradation.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: it is training, holds no driven activations, or a driver's layers are not plain ones (parametrized
-            or quantized); nothing was changed then.
+        ValueError: it is training, holds nothing to fold, or a layer is not a plain one (parametrized or quantized);
+            there are no margins for the degradation; nothing was changed then.
 
     Example:
         >>> import timm, torch, quac_plugins as quac
@@ -35,8 +48,10 @@ def fuse(model: nn.Module) -> nn.Module:
         True
     """
     found = {name: m for name, m in model.named_modules() if isinstance(m, DrivenActivation)}
-    if not found:
-        raise ValueError(f"{type(model).__name__} holds no activations with a driver; there is nothing to fuse")
+    folded = _margins_to_fold(model, degradation, severity)
+    if not found and not folded:
+        hint = "; name a degradation to fold its margins" if _margins(model) else ""
+        raise ValueError(f"{type(model).__name__} holds no activations with a driver; there is nothing to fuse{hint}")
     normed = {name: module for name, module in found.items() if module.norm == "batch"}
     for name, module in normed.items():
         what = f"{name or type(module).__name__!r}"
@@ -62,4 +77,59 @@ def fuse(model: nn.Module) -> nn.Module:
         record.config = replace(record.config, norm="none")
         if record.changed is not None:
             record.changed(unwrap(model))
+    if folded:
+        for layer, scale, shift in folded:
+            _fold(layer, scale, shift)
+        take_prior(model)
+        if record is not None and record.config is None:
+            remove(model)
     return model
+
+
+def _margins(model: nn.Module) -> dict[nn.Module, Margin]:
+    """The layers that margins are behind."""
+    behind = {m: m._modules.get(PRIOR_NAME) for m in model.modules()}
+    return {layer: margin for layer, margin in behind.items() if isinstance(margin, Margin)}
+
+
+def _margins_to_fold(
+    model: nn.Module, degradation: str | None, severity: float
+) -> list[tuple[nn.Module, Tensor, Tensor]]:
+    """Layer, scale (C,) and shift (C,) of all margins that are folded; ValueError where one cannot be."""
+    record, margins = injection_of(unwrap(model)), _margins(unwrap(model))
+    experts = record.prior.config.experts if record is not None and record.prior is not None else []
+    if degradation is not None and (degradation not in experts or not margins):
+        known = f"there are: {', '.join(experts)}" if margins and experts else "this model holds none"
+        raise ValueError(f"no margins for the degradation {degradation!r}; {known}")
+    if not margins or (experts and degradation is None):
+        return []
+    around = {child: parent for parent in model.modules() for child in parent._modules.values()}
+    folded = []
+    for layer, margin in margins.items():
+        # behind the last step of a norm that activates afterwards
+        target = around[layer] if type(layer) is nn.Identity else layer
+        weight, bias = getattr(target, "weight", None), getattr(target, "bias", None)
+        plain = isinstance(weight, nn.Parameter) and (isinstance(bias, nn.Parameter) or isinstance(target, nn.Conv2d))
+        if not plain or target.training:
+            why = "is training" if target.training else "has no weight and bias of its own"
+            raise ValueError(f"the margins after {margin.layer!r} cannot be folded: {type(target).__name__} {why}")
+        chosen = torch.zeros(1, max(1, len(experts)))
+        chosen[0, experts.index(degradation) if degradation is not None else 0] = 1
+        mixture = margin.shared
+        if mixture is not None:
+            chosen = spread(chosen, torch.tensor([float(severity)]) if mixture.severity is not None else None)
+        chosen = chosen.to(margin.scale)
+        folded.append((target, 1 + (chosen @ margin.scale)[0].detach(), (chosen @ margin.shift)[0].detach()))
+    return folded
+
+
+@torch.no_grad()
+def _fold(layer: nn.Module, scale: Tensor, shift: Tensor) -> None:
+    """Let a norm or a convolution return scale · y + shift in the place of y."""
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, nn.Parameter)
+    weight.mul_(scale.view(-1, *(1,) * (weight.ndim - 1)))
+    if isinstance(bias, nn.Parameter):
+        bias.mul_(scale).add_(shift)
+    else:
+        layer.bias = nn.Parameter(shift.clone(), requires_grad=weight.requires_grad)
