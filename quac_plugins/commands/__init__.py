@@ -13,6 +13,7 @@ from quac_plugins.commands.export import export_command
 from quac_plugins.commands.fit import fit_prior_command, fit_qacon_command
 from quac_plugins.commands.hub import info_command, pull_command, push_command
 from quac_plugins.commands.names import list_command
+from quac_plugins.commands.predict import predict_command
 from quac_plugins.commands.registry import app as registry_app
 from quac_plugins.commands.restore import restore_command
 
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.command("evaluate")(evaluate_command)
 app.command("fit-prior")(fit_prior_command)
 app.command("fit-qacon")(fit_qacon_command)
+app.command("predict")(predict_command)
 app.command("export")(export_command)
 app.command("list")(list_command)
 app.command("info")(info_command)

@@ -76,14 +76,18 @@ def fit_prior_command(
     num_classes: common.NumClasses = None,
     adapter: Adapter = None,
     corruptions: Corruptions = None,
-    severity: Severity = "3",
+    severity: Annotated[
+        str | None, typer.Option(help="1 to 5; several, comma-separated, are mixed. Default: all for margins, else 3.")
+    ] = None,
     limit: Limit = None,
     views: Views = None,
     draws: Draws = None,
     site: Annotated[
-        list[str] | None, typer.Option(help="After which layer: auto, stages, a name, a glob. May be repeated.")
+        list[str] | None, typer.Option(help="After which layers: norms, auto, stages, a name, a glob. May be repeated.")
     ] = None,
-    fdm: Annotated[str | None, typer.Option(help="Kind of the modules: see quac list --what priors.")] = None,
+    fdm: Annotated[
+        str | None, typer.Option(help="Kind of the modules: see quac list --what priors. Default: margin.")
+    ] = None,
     fdm_act: Annotated[str | None, typer.Option(help="Activation in them: relu, gelu, …, or qacon and others.")] = None,
     routed: Annotated[
         bool | None,
@@ -128,6 +132,8 @@ def fit_prior_command(
             raise ValueError("--routed needs corruptions to tell apart, and --pairs bring none")
         prior: dict[str, Any] = _given(site=_one_or_several(site), fdm=fdm, fdm_act=fdm_act, top_k=top_k)
         said = [*prior, *(["routed" if routed else "single"] if routed is not None else [])]
+        if not prior:  # what any of these says is of other modules
+            prior["fdm"] = "margin"
         names = corruption_names("all" if corruptions is None else corruptions) if pairs is None else []
         if routed or (routed is None and len(names) > 1):
             prior["experts"] = names

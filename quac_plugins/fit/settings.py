@@ -28,7 +28,7 @@ def recipe_with(recipe: Recipe | None, given: dict[str, Any], seed: int, device:
         whole_number(name, getattr(made, name))
     for name in ("steps", "patience", "seed", "least_positions"):
         whole_number(name, getattr(made, name), 0)
-    for name in ("site_weight", "deep_weight", "logits_weight", "label_weight", "weight_decay"):
+    for name in ("site_weight", "deep_weight", "logits_weight", "label_weight", "weight_decay", "least_drift"):
         if not number_from(0, getattr(made, name)):
             raise ValueError(f"{name} must be a number ≥ 0, got {getattr(made, name)!r}")
     for name in ("lr", "clip"):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from quac_plugins.core.hooks import PRIOR_NAME
 from quac_plugins.core.inject.saved import Saved
+from quac_plugins.core.prior.margins import Margin
 
 
 def bound_problems(saved: Saved, state: dict[str, Tensor], known: Iterable[str]) -> list[str]:
@@ -32,7 +33,9 @@ def bound_problems(saved: Saved, state: dict[str, Tensor], known: Iterable[str])
                 f"reduction={saved.config.reduction} asks for {saved.config.reduction} hidden numbers or more, and a "
                 f"tensor has {min(widths)}"
             )
-    if saved.prior is not None and len(saved.prior_sites) * max(1, len(saved.prior.experts)) > len(state):
+    # all margins of a place are one tensor
+    apart = 0 if saved.prior is None or saved.prior.fdm == Margin.name else len(saved.prior.experts)
+    if saved.prior is not None and len(saved.prior_sites) * max(1, apart) > len(state):
         problems.append(
             f"missing tensors: {len(saved.prior.experts)} experts at {len(saved.prior_sites)} sites have more than the "
             f"{len(state)} that there are"

@@ -25,7 +25,6 @@ from quac_plugins.core.prior.recipe import Recipe
 from quac_plugins.core.prior.sites import PriorSite
 
 _CACHE = 1 << 30  # bytes of clean features that are kept
-_LEAST_DRIFT = 0.1  # of the mean drift
 _MARGIN = 8  # features at the cut edges of crops that are not compared
 
 
@@ -137,7 +136,8 @@ class Comparison:
                     scores.append(there[LOGITS])
         self._host_scores = torch.cat(scores) if scores else None
         whole = {name: torch.cat(values) for name, values in drift.items()}
-        floored = {name: _floored(values, self.pictures.train) for name, values in whole.items()}
+        least = self.recipe.least_drift
+        floored = {name: _floored(values, self.pictures.train, least) for name, values in whole.items()}
         self._host = {name: values / floored[name] for name, values in whole.items()}
         return statistics, floored
 
@@ -296,6 +296,6 @@ def batches(items: list[int], size: int) -> Iterator[list[int]]:
         yield items[start : start + size]
 
 
-def _floored(drift: Tensor, train: np.ndarray) -> Tensor:
+def _floored(drift: Tensor, train: np.ndarray, least: float) -> Tensor:
     """Drift of each picture as a divisor: pictures that hardly drift (clean ones) must not rule the loss."""
-    return drift + max(_LEAST_DRIFT * float(drift[train].mean()), 1e-5)
+    return drift + max(least * float(drift[train].mean()), 1e-5)

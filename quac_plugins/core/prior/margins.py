@@ -111,7 +111,7 @@ class Margin(FDM):
         owns: whether this is that place.
 
     Attributes:
-        scale, shift: (K·S, C), or (1, C) where there is a single margin; 0 changes nothing.
+        table: (K·S, 2·C), or (1, 2·C) where there is a single margin: scales less one, then shifts.
         observer: called with the margin and the features in place of all this, while statistics are taken.
 
     Example:
@@ -133,10 +133,19 @@ class Margin(FDM):
         self.context: QualityContext | None = None
         self.observer: Callable[[Margin, Tensor], Tensor] | None = None
         rows = experts * mixture.kept if mixture is not None else 1
-        self.scale = nn.Parameter(torch.zeros(rows, site.channels))
-        self.shift = nn.Parameter(torch.zeros(rows, site.channels))
+        self.table = nn.Parameter(torch.zeros(rows, 2 * site.channels))
         self.mixture = mixture if owns else None
         self._others = (mixture,)  # in a tuple, so that its parameters are in the state dict once
+
+    @property
+    def scale(self) -> Tensor:
+        """(K·S, C): what is added to 1."""
+        return self.table[:, : self.site.channels]
+
+    @property
+    def shift(self) -> Tensor:
+        """(K·S, C)."""
+        return self.table[:, self.site.channels :]
 
     @property
     def shared(self) -> Mixture | None:
@@ -184,21 +193,26 @@ class Margin(FDM):
         if self.observer is not None:
             return self.observer(self, x)
         scale, shift = self.coefficients(x)
-        shape = (-1, site.channels, 1, 1) if axis == 1 else (-1, *(1,) * (x.ndim - 2), site.channels)
-        y = torch.addcmul(shift.view(shape), x, scale.view(shape))
+        if axis == 1 and not x.is_contiguous():  # channels_last
+            y = torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None])
+        elif axis == 1:  # three times as fast as the same in one operation, which torch does not vectorize here
+            y = (x * scale[:, :, None, None]).add_(shift[:, :, None, None])
+        else:
+            shape = (-1, *(1,) * (x.ndim - 2), site.channels)
+            y = torch.addcmul(shift.view(shape), x, scale.view(shape))
         if self.context is not None:
             self.context.mark(y)
         return y
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The scale and shift of x, (B, C) or (1, C), in its dtype."""
-        shares = self.shares(x)
-        if shares is None:
-            return (1 + self.scale).to(x.dtype), self.shift.to(x.dtype)
+        shares, table = self.shares(x), self.table
         with full_precision(x):
-            shares = shares.to(torch.promote_types(self.scale.dtype, torch.float32))
-            both = shares @ self.scale.to(shares), shares @ self.shift.to(shares)
-        return (1 + both[0]).to(x.dtype), both[1].to(x.dtype)
+            if table.dtype in (torch.float16, torch.bfloat16):
+                table = table.float()
+            both = table if shares is None else shares.to(table.dtype) @ table
+            scale, shift = both.chunk(2, dim=1)
+            return (scale + 1).to(x.dtype), shift.to(x.dtype)
 
     @property
     def gate(self) -> Gate | None:
@@ -208,7 +222,7 @@ class Margin(FDM):
     def is_trained(self, expert: int) -> bool:
         """Whether a degradation has a margin that does something."""
         rows = slice(expert * self.shared.kept, (expert + 1) * self.shared.kept) if self.shared else slice(None)
-        return not all_zero(self.scale[rows], self.shift[rows])
+        return not all_zero(self.table[rows])
 
     @property
     def reads_quality(self) -> bool:
@@ -218,11 +232,11 @@ class Margin(FDM):
     @property
     def is_fresh(self) -> bool:
         """Whether it is as it was made: the identity."""
-        return all_zero(self.scale, self.shift)
+        return all_zero(self.table)
 
     def extra_repr(self) -> str:
         """The place, for ``print(model)``."""
-        return f"{self.site.channels} channels, {self.site.layout}, {len(self.scale)} margins"
+        return f"{self.site.channels} channels, {self.site.layout}, {len(self.table)} margins"
 
 
 def margins_at(

@@ -50,7 +50,7 @@ def match(
         with torch.no_grad():
             for margin in margins:
                 share = torch.stack([part.moved[id(margin)] * part.count for part in seen]).sum(0) / len(clean)
-                margin.scale[row], margin.shift[row] = share.to(margin.scale)
+                margin.table[row] = share.flatten().to(margin.table)
 
 
 @contextlib.contextmanager

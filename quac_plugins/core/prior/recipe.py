@@ -27,6 +27,8 @@ class Recipe:
         near_batch: pictures a step of the near part.
         least_positions: a prior's later site is fitted where the images (those not held out) have at least so many
             feature positions there, (H / stride)·(W / stride) each; few images teach deep features by heart.
+        least_drift: in the loss each picture counts relative to how far it drifts, and to so many times the mean
+            drift: with 0 all pictures count alike, the more it is the more do severe ones.
         seed: of the order of the pictures.
     """
 
@@ -46,8 +48,11 @@ class Recipe:
     near_crop: int = 64
     near_batch: int = 8
     least_positions: int = 3000
+    least_drift: float = 0.1
     seed: int = 0
 
 
-MARGINS = Recipe(steps=600, near=0.0, batch_size=16, lr=1e-3, weight_decay=0.0, logits_weight=1.0, check_every=100)
+MARGINS = Recipe(
+    steps=600, near=0.0, batch_size=16, lr=1e-3, weight_decay=0.0, logits_weight=1.0, check_every=100, least_drift=3.0
+)
 """For margins: what is fitted lies everywhere in the host, so the whole host is compared from the first step on."""

@@ -1,0 +1,120 @@
+"""``quac predict``: what a classifier says of pictures, with what was put in and without."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from quac_plugins.commands import common
+from quac_plugins.parsing import key_values
+
+
+def predict_command(
+    images: Annotated[list[Path], typer.Argument(help="Pictures.")],
+    model: Annotated[str, typer.Option(help="A timm name, such as resnet50.a1_in1k, or hf-hub:….")],
+    base_checkpoint: common.BaseCheckpoint = None,
+    checkpoint: common.Checkpoint = None,
+    adapter: common.Adapter = None,
+    pretrained: common.Pretrained = None,
+    model_kwargs: common.ModelKwargs = None,
+    num_classes: common.NumClasses = None,
+    degrade: Annotated[
+        str | None, typer.Option(help="Degrade the pictures first: a corruption and a severity, such as fog:3.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="So many classes.")] = 5,
+    mean: common.Mean = None,
+    std: common.Std = None,
+    input_size: common.InputSize = None,
+    crop_pct: common.CropPct = None,
+    interpolation: common.Interpolation = None,
+    device: common.Device = None,
+    json: common.Json = None,
+    debug: common.Debug = False,
+) -> None:
+    """Tell the most likely classes of pictures, with and without what was put in, and what their quality is."""
+    with common.plain_errors(debug):
+        common.check_outputs(json, None, inputs=[*images, base_checkpoint, checkpoint, *common.files_of(adapter)])
+        looks = common.images_of(mean, std, input_size)
+        kind, severity = _degradation(degrade)
+        pictures = {str(path): _degraded(_open(path), kind, severity) for path in images}
+        import copy
+
+        from quac_plugins.core.inject.record import injection_of
+        from quac_plugins.core.inject.surgery import remove
+        from quac_plugins.evaluate.model import build_model
+        from quac_plugins.evaluate.predict import predict
+
+        network = build_model(
+            model, base_checkpoint=base_checkpoint, checkpoint=checkpoint, adapter=adapter, pretrained=pretrained,
+            model_kwargs=key_values(model_kwargs or []), num_classes=num_classes, **looks,
+        ).to(common.checked_device(device))  # fmt: skip
+        host = remove(copy.deepcopy(network)) if injection_of(network) is not None else None
+        told = {}
+        for name, picture in pictures.items():
+            prediction = predict(network, picture, top, host, **looks, crop_pct=crop_pct, interpolation=interpolation)
+            told[name] = asdict(prediction)
+            typer.echo(_text(name, prediction))
+        if json is not None:
+            import json as writer
+
+            from quac_plugins.files import write_file
+
+            write_file(json, writer.dumps(told, indent=1).encode())
+
+
+def _degradation(spec: str | None) -> tuple[str | None, int]:
+    """The corruption and the severity of ``fog:3``."""
+    from quac_plugins.degradations import check_severity, corruption_names
+
+    if spec is None:
+        return None, 0
+    name, _, level = spec.partition(":")
+    names = corruption_names(name)
+    if len(names) != 1 or not (level or "3").isdigit():
+        raise ValueError(f"--degrade takes one corruption and its severity, such as fog:3, got {spec!r}")
+    return names[0], check_severity(int(level or 3))
+
+
+def _open(path: Path) -> Any:
+    from quac_plugins.evaluate.data import read_image
+
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no picture {path}")
+    return read_image(path)
+
+
+def _degraded(picture: Any, kind: str | None, severity: int) -> Any:
+    """A picture after the corruption, which is put on at the size that most networks take."""
+    if kind is None:
+        return picture
+    from PIL import Image
+
+    from quac_plugins.degradations import corrupt
+
+    picture = picture.convert("RGB")
+    scale = 256 / min(picture.size)
+    if scale < 1:
+        picture = picture.resize(
+            (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC
+        )
+    return Image.fromarray(corrupt(picture, kind, severity))
+
+
+def _text(name: str, prediction: Any) -> str:
+    """A table: the classes with what was put in, beside those of the host alone."""
+    lines = [name]
+    if prediction.quality:
+        said = dict(prediction.quality)
+        severity = said.pop("severity", None)
+        kinds = ", ".join(f"{kind.replace('_', ' ')} {value:.0f} %" for kind, value in list(said.items())[:3])
+        lines.append(f"  quality: {kinds}" + (f"; severity {severity:.1f} of 5" if severity is not None else ""))
+    ours = [f"{value:5.1f} %  {label}" for label, value in prediction.classes]
+    if prediction.host is None:
+        return "\n".join([*lines, *(f"  {line}" for line in ours)])
+    theirs = [f"{value:5.1f} %  {label}" for label, value in prediction.host]
+    width = max(len(line) for line in (*theirs, "host alone"))
+    rows = zip(("host alone", *theirs), ("with what was put in", *ours), strict=True)
+    return "\n".join([*lines, *(f"  {left:<{width}}   {right}" for left, right in rows)])
