@@ -21,7 +21,8 @@ def add_quac_config(cfg: CfgNode) -> None:
     """Add the keys below ``MODEL.QUAC``, with their defaults, to a config.
 
     They are the options of :class:`quac_plugins.QuACConfig` and, below ``PRIOR``, of
-    :class:`quac_plugins.PriorConfig`. Several patterns are separated by commas; an ``FDM_WIDTH`` of 0 is the FDM's own.
+    :class:`quac_plugins.PriorConfig`. Several patterns are separated by commas; an ``FDM_WIDTH`` of 0 and an empty
+    ``SITE`` are the FDM's own.
 
     Example:
         >>> from detectron2.config import get_cfg
@@ -44,7 +45,7 @@ def add_quac_config(cfg: CfgNode) -> None:
             "TIMM": {"NAME": "resnet50", "PRETRAINED": True},
         }
     )
-    cfg.MODEL.QUAC.PRIOR.FDM_WIDTH = 0
+    cfg.MODEL.QUAC.PRIOR.FDM_WIDTH, cfg.MODEL.QUAC.PRIOR.SITE = 0, ""
 
 
 def configs_of(cfg: CfgNode) -> list[QuACConfig | PriorConfig]:
@@ -64,7 +65,7 @@ def configs_of(cfg: CfgNode) -> list[QuACConfig | PriorConfig]:
         found.append(_of_keys(QuACConfig, KEY, {name: quac[name] for name in _QUAC}))
     if quac.PRIOR.ENABLED:
         values = {name: quac.PRIOR[name] for name in _PRIOR}
-        values["FDM_WIDTH"] = values["FDM_WIDTH"] or None
+        values["FDM_WIDTH"], values["SITE"] = values["FDM_WIDTH"] or None, values["SITE"] or None
         found.append(_of_keys(PriorConfig, PRIOR_KEY, values))
     images = images_of(cfg, any(reads_quality(config) for config in found))
     found = [replace(config, **images) for config in found]

@@ -216,6 +216,27 @@ def test_frozen_stages_take_no_activation_that_learns(config, build):
     assert all(p.requires_grad for n, p in frozen.named_parameters() if ".fc3." in n)
 
 
+def test_margins_go_behind_the_frozen_norms(config, build):
+    changes = {"MODEL.QUAC.ENABLED": False, "MODEL.QUAC.PRIOR.ENABLED": True, "MODEL.QUAC.PRIOR.FDM": "margin"}
+    model = build(config("faster_rcnn_R_50_FPN_qacon", {**changes, "MODEL.QUAC.PRIOR.EXPERTS": ["fog", "contrast"]}))
+    backbone = model.backbone.eval()
+    sites = [site.name for site in quac.injection_of(backbone).prior.sites]
+    norms = {n for n, m in backbone.named_modules() if type(m).__name__ == "FrozenBatchNorm2d"}
+    assert set(sites) == norms
+    images = torch.rand(1, 3, 64, 64) * 255
+    with torch.no_grad():
+        before = backbone(images)["p5"]
+        for name, parameter in backbone.named_parameters():
+            if name.endswith("quac_prior.table"):
+                parameter.fill_(0.1)
+        fog, clean = torch.zeros(2, 1, 17)
+        fog[0, 10], fog[0, 16], clean[0, 0] = 1, 3, 1
+        with quac.quality_of(backbone, clean):
+            torch.testing.assert_close(backbone(images)["p5"], before, atol=1e-3, rtol=1e-3)
+        with quac.quality_of(backbone, fog):
+            assert not torch.allclose(backbone(images)["p5"], before, atol=1e-2)
+
+
 def test_images_with_depth():
     resnet = ResNet(BasicStem(in_channels=4), ResNet.make_default_stages(18))
     with_quac(resnet, [*MEAN, 100.0], [*STD, 50.0], quac={})

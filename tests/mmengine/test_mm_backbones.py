@@ -14,6 +14,11 @@ BACKBONES = [
     ({"type": "QuACResNet", "depth": 18, "quac": {"where": "spatial"}}, {"type": "ResNet", "depth": 18}, 512),
     ({"type": "QuACResNet", "depth": 18}, {"type": "ResNet", "depth": 18}, 512),
     ({"type": "DegradationPrior", "site": "auto"}, {"type": "ResNet", "depth": 18}, 512),
+    (
+        {"type": "DegradationPrior", "fdm": "margin", "experts": ["fog", "contrast"]},
+        {"type": "ResNet", "depth": 18},
+        512,
+    ),
     ({"type": "QuACBackbone", "quac": {"where": "all"}}, {"type": "ResNetV1d", "depth": 18}, 512),
     ({"type": "QuACBackbone", "quac": {}, "prior": {"site": "auto"}}, {"type": "MobileNetV3"}, 576),
     (

@@ -89,7 +89,7 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             here[name].copy_(tensor)
 
 
-def save_adapter(model: nn.Module, folder: str | Path) -> Path:
+def save_adapter(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
     """Save what was put into a host: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
     Both files are written beside and then renamed, and the config holds the hash of the other: whoever reads while a
@@ -99,6 +99,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
     Args:
         model: a model with QuAC inside.
         folder: made if it does not exist.
+        dtype: what floating point tensors are written in, such as ``torch.float16`` for half the bytes; a host of
+            another dtype loads them in its own. None: as they are.
 
     Returns:
         The folder.
@@ -115,17 +117,19 @@ def save_adapter(model: nn.Module, folder: str | Path) -> Path:
         ...     sorted(p.name for p in quac.save_adapter(timm.create_model("test_resnet_qacon"), folder).iterdir())
         ['adapter_config.json', 'adapter_model.safetensors']
     """
-    folder = write_files(model, folder)
+    folder = write_files(model, folder, dtype)
     record = _record(model)
     while record.kept:
         record.kept.popitem()[1]()
     return folder
 
 
-def write_files(model: nn.Module, folder: str | Path) -> Path:
+def write_files(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
     """:func:`save_adapter` for a folder that is not to last, so that a fit's states stay."""
     record = _record(model)
     state = adapter_state(model)
+    if dtype is not None:
+        state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     for prefix in record.prefixes():
         if wrapped := [name for name in state if name.startswith(prefix) and "base_layer." in name[len(prefix) :]]:
             raise ValueError(
