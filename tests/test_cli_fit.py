@@ -63,6 +63,7 @@ def start(images, weights, tmp_path):
 def test_fit_prior_then_evaluate(start, images, weights, tmp_path, name):
     done = start(
         *("fit-prior", name, "--corruptions", "contrast", "--severity", "3,5", "--mean", 0.5, "--std", 0.25),
+        *("--fdm", "light"),
         *("--json", tmp_path / "new" / "report.json", "--plot", tmp_path / "curve.png", "--seed", 2, "--lr", 0.01),
     )
     assert done.exit_code == 0, done.output
@@ -276,7 +277,7 @@ def test_a_finished_fit_that_cannot_be_saved_is_kept(start, tmp_path, monkeypatc
 
 
 def test_interrupted_and_gone_on_with(start, tmp_path, monkeypatch):
-    arguments = ["fit-prior", "test_resnet", "--corruptions", "contrast,pixelate"]
+    arguments = ["fit-prior", "test_resnet", "--corruptions", "contrast,pixelate", "--fdm", "light"]
     whole = start(*arguments, out=tmp_path / "whole")
     assert whole.exit_code == 0, whole.output
     usual, done = Fit._one_step, [0]

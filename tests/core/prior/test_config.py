@@ -13,7 +13,6 @@ from quac_plugins import PriorConfig
         ({"site": ""}, "site must be"),
         ({"site": []}, "site must be"),
         ({"site": [3]}, "site must be"),
-        ({"site": None}, "site must be"),
         ({"site": {"layer1": 1}}, "site must be"),
         ({"fdm": "lite"}, "unknown FDM 'lite'; did you mean 'light'"),
         ({"fdm": 3}, "unknown FDM 3"),
@@ -78,3 +77,9 @@ def test_json_gives_it_back(cheap):
     assert PriorConfig.from_dict({"quality": "contrique:/some/file"}).quality == "contrique"
     with pytest.raises(ValueError, match="unknown fields of PriorConfig: colour"):
         PriorConfig.from_dict({"colour": "red"})
+
+
+def test_each_module_goes_where_it_is_meant_to():
+    assert PriorConfig().site == "stages"
+    assert PriorConfig(fdm="margin").site == "norms"
+    assert PriorConfig(fdm="margin", site="stages").site == "stages"

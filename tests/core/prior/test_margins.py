@@ -238,3 +238,15 @@ def test_flat_pictures_give_finite_margins(real):
     for clean, degraded in ((real, flat), (flat, real), (flat, flat), (real[:1], flat[:1])):
         match(model, margins_of(model), clean, [(0, degraded)], images_of)
         assert all(bool(torch.isfinite(margin.table).all()) for margin in margins_of(model))
+
+
+def test_an_adapter_in_half_precision(real, tmp_path):
+    model, images = filled(host()), images_of(real)[:2]
+    quac.save_adapter(model, tmp_path, dtype=torch.float16)
+    loaded = quac.load_adapter(host(), tmp_path).eval()
+    assert {margin.table.dtype for margin in margins_of(loaded)} == {torch.float32}
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), model(images), atol=1e-2, rtol=1e-2)
+    whole = quac.save_adapter(model, tmp_path / "whole")
+    sizes = [(folder / "adapter_model.safetensors").stat().st_size for folder in (tmp_path, whole)]
+    assert sizes[0] < 0.6 * sizes[1]

@@ -1,0 +1,77 @@
+"""Fits of margins: what a plain host gets by default."""
+
+import numpy as np
+import pytest
+import torch
+
+import quac_plugins as quac
+from quac_plugins.core.prior.margins import Margin
+from quac_plugins.core.prior.training import Fit
+
+TWO = {"corruptions": ["contrast", "gaussian_noise"], "views": 2, "draws": 2, "lr": 1e-2}
+
+
+def margins_of(model):
+    return [module for module in model.modules() if isinstance(module, Margin)]
+
+
+def test_a_plain_host_gets_margins_that_bring_it_nearer_and_leave_it_as_it_was(photos, quick, build, equal):
+    model = build("test_resnet")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = quac.fit_prior(model, photos, **{**quick, **TWO, "steps": 20, "check_every": 10})
+    config = quac.injection_of(model).prior.config
+    assert (config.fdm, config.experts, config.quality) == ("margin", TWO["corruptions"], "degradation")
+    stage = report.stages["margins"]
+    assert stage["best"] < 0.9 * stage["first"]
+    assert report.recipe["severities"] == [1, 2, 3, 4, 5]
+    assert report.gate is not None
+    assert report.multiply_adds < 0.01
+    assert all(bool(torch.isfinite(margin.table).all()) for margin in margins_of(model))
+    assert equal(quac.remove(model).state_dict(), before)
+
+
+def test_statistics_alone_take_no_step(photos, quick, build):
+    model = build("test_resnet")
+    report = quac.fit_prior(model, photos, **{**quick, **TWO, "steps": 0})
+    assert [entry["step"] for entry in report.stages["margins"]["curve"]] == [0]
+    single = build("test_resnet")
+    quac.fit_prior(single, photos, **{**quick, "corruptions": "contrast", "severity": 4, "steps": 0})
+    assert [len(margin.table) for margin in margins_of(single)[:2]] == [1, 1]
+
+
+def test_an_interrupted_fit_goes_on_as_if_nothing_had_happened(
+    photos, quick, build, put_in, equal, monkeypatch, tmp_path
+):
+    options = {**quick, **TWO, "steps": 6, "check_every": 2}
+    whole = build("test_resnet")
+    quac.fit_prior(whole, photos, **options)
+    usual, steps = Fit._one_step, []
+
+    def interrupted(self):
+        steps.append(1)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return usual(self)
+
+    model = build("test_resnet")
+    with monkeypatch.context() as patched:
+        patched.setattr(Fit, "_one_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            quac.fit_prior(model, photos, checkpoint=tmp_path, **options)
+    assert quac.injection_of(model) is None  # a plain host again
+    quac.fit_prior(model, photos, checkpoint=tmp_path, **options)
+    assert equal(put_in(model), put_in(whole))
+
+
+def test_ones_own_degradations_have_margins_of_their_own(photos, quick, build):
+    def dark(image):
+        return image // 3
+
+    model = build("test_resnet")
+    quac.fit_prior(
+        model, photos, degrade={"dark": dark, "light": lambda image: 255 - image // 2}, **{**quick, "steps": 2}
+    )
+    assert quac.injection_of(model).prior.config.experts == ["dark", "light"]
+    table = margins_of(model)[0].table
+    assert len(table) == 4
+    assert np.isfinite(table.detach().numpy()).all()
