@@ -78,8 +78,8 @@ def fuse(model: nn.Module, degradation: str | None = None, severity: float = 3.0
         if record.changed is not None:
             record.changed(unwrap(model))
     if folded:
-        for layer, scale, shift in folded:
-            _fold(layer, scale, shift)
+        for target, scale, shift in folded:
+            _fold(target, scale, shift)
         take_prior(model)
         if record is not None and record.config is None:
             remove(model)

@@ -198,18 +198,17 @@ class Margin(FDM):
         elif axis == 1:  # three times as fast as the same in one operation, which torch does not vectorize here
             y = (x * scale[:, :, None, None]).add_(shift[:, :, None, None])
         else:
-            shape = (-1, *(1,) * (x.ndim - 2), site.channels)
-            y = torch.addcmul(shift.view(shape), x, scale.view(shape))
+            last = (-1, *(1,) * (x.ndim - 2), site.channels)
+            y = torch.addcmul(shift.view(last), x, scale.view(last))
         if self.context is not None:
             self.context.mark(y)
         return y
 
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The scale and shift of x, (B, C) or (1, C), in its dtype."""
-        shares, table = self.shares(x), self.table
+        shares = self.shares(x)
         with full_precision(x):
-            if table.dtype in (torch.float16, torch.bfloat16):
-                table = table.float()
+            table = self.table.to(torch.promote_types(self.table.dtype, torch.float32))
             both = table if shares is None else shares.to(table.dtype) @ table
             scale, shift = both.chunk(2, dim=1)
             return (scale + 1).to(x.dtype), shift.to(x.dtype)
