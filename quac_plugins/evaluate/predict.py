@@ -58,7 +58,7 @@ def predict(
         (2, 2)
     """
     config = data_config(model, **look)
-    pixels = Crop(config, keep_ready=config.get("crop_pct") is None)(picture.convert("RGB"))
+    pixels = Crop(config, keep_ready=look.get("crop_pct") is None)(picture.convert("RGB"))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     images = pixels[None].float().to(device) / 255
     if is_bgr(model):
