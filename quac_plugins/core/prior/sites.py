@@ -90,7 +90,8 @@ def find_prior_sites(model: nn.Module, seen: Trace, patterns: list[str]) -> list
     The main path of a host is made of the modules whose output everything passes that the host makes of the image
     (``Feature.cut``). What is inside a block is not on it: a block is a module in which branches meet that its own
     modules return apart, and every module of the same class, unless it holds more than half of the host's layers.
-    Neither is on it what a module that lowers the resolution computes before it does so with one layer or none. Of the
+    Neither is on it what a module that lowers the resolution computes before it does so with one layer or none, nor the
+    end of a network inside the host that can also be run by its ``forward_intermediates``, which goes past it. Of the
     main path ``auto`` takes the modules that at least two layers and at most a quarter of all lead to; of these, the
     finest resolution; there, the last. If no module is so early, it is the first on the main path that two layers lead
     to, in the first half; if there is none (parallel branches from the image on), the first usable module.
@@ -212,6 +213,8 @@ def _off_the_main_path(model: nn.Module, seen: Trace, usable: list[_Place]) -> s
             off.add(name)
         elif any(strides.get(o, stride) > stride and feature.layers - parts[o].before < _FEW for o in around):
             off.add(name)  # the beginning of a step to a coarser resolution
+        elif callable(getattr(module_at(model, name), "forward_intermediates", None)):
+            off.add(name)  # a network in the host, which is also called by that: past what is behind it
     return off
 
 

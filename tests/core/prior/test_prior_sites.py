@@ -384,3 +384,10 @@ def test_hosts_that_return_several_features():
     assert names(build("ghostnet_050", features_only=True), "stages") == [name.replace(".", "_") for name in plain]
     segmentation = torchvision.models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, aux_loss=True)
     assert names(segmentation, "auto") == ["backbone.layer1"]
+
+
+def test_the_end_of_a_network_inside_is_no_place_since_its_forward_intermediates_goes_past_it():
+    inside = build("test_resnet", num_classes=0, global_pool="")
+    host = nn.Sequential(inside, nn.Flatten(2), nn.Linear(49, 2, device="meta"))
+    assert names(host, "stages") == [f"0.{name}" for name in names(inside, "stages")]
+    assert names(host, "0") == ["0"]
