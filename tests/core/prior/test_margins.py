@@ -146,6 +146,23 @@ def test_graphs_copies_and_files_compute_the_same(name, real, tmp_path):
         assert torch.equal(quac.remove(loaded)(images), host(name)(images))
 
 
+def test_what_others_hold_is_not_written_over(real):
+    """Without gradients a margin writes over the result of its norm, which nobody else has."""
+    for name in ("test_resnet", "test_efficientnet"):
+        model, images = host(name), images_of(real)[:1]
+        first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+        held = []
+        first.register_forward_hook(lambda module, args, y, held=held: held.append((y, y.clone())))
+        filled(model)
+        held.clear()
+        assert any(margin.writes_over for margin in margins_of(model))
+        with quac.quality_of(model, told("fog")):
+            expected = model(images)
+            with torch.no_grad():
+                torch.testing.assert_close(model(images), expected)
+        assert all(torch.equal(*pair) for pair in held)
+
+
 def test_half_precision_and_checkpointing(real):
     model, images = filled(host("test_vit")), images_of(real)[:2]
     with torch.no_grad():
