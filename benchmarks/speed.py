@@ -3,6 +3,7 @@
     python benchmarks/speed.py activation     # Q-ACON against SiLU, (8, 256, 56, 56)
     python benchmarks/speed.py quality        # BRISQUE, 32 images of 224×224, against OpenCV's, one by one
     python benchmarks/speed.py models         # networks with Q-ACON and BRISQUE against their hosts
+    python benchmarks/speed.py margins        # networks with margins against their hosts, at inference
     python benchmarks/speed.py scale          # against batch, resolution and number of sites; with a plot
     python benchmarks/speed.py evaluate --data DIR   # what an evaluation's time goes into; DIR of folders of classes
 
@@ -24,6 +25,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,6 +41,7 @@ import quac_plugins as quac
 from quac_plugins.core.activations import QACON
 from quac_plugins.core.kernels.plain import acon
 from quac_plugins.core.quality.brisque import brisque
+from quac_plugins.degradations import CORRUPTIONS
 
 RESULTS = Path(__file__).parent / "results"
 MODELS = ("resnet50", "convnext_tiny", "mobilenetv3_large_100")
@@ -270,6 +273,35 @@ def models(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def margins(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Inference with margins for the 15 corruptions, with q given and with the quality function's own."""
+    rows = []
+    for name in ("mobilenetv2_100", "tf_efficientnet_lite0", "resnet50"):
+        host = timm.create_model(name).to(args.device).eval()
+        ours = quac.inject(copy.deepcopy(host), quac.PriorConfig(fdm="margin", experts=list(CORRUPTIONS))).eval()
+        for batch in (1, args.batch_size):
+            images = torch.rand(batch, 3, 224, 224, device=args.device)
+            q = torch.zeros(batch, 17, device=args.device)
+
+            def given(model: nn.Module = ours, images: Tensor = images, q: Tensor = q) -> Any:
+                with torch.no_grad(), quac.quality_of(model, q):
+                    return model(images)
+
+            def infer(model: nn.Module, images: Tensor = images) -> Any:
+                with torch.no_grad():
+                    return model(images)
+
+            times = measure(args, {"host": partial(infer, host), "given": given, "ours": partial(infer, ours)})
+            rows.append(
+                {
+                    "what": f"{name}, batch {batch}", "host, ms": times["host"],
+                    "margins / host": times["given"] / times["host"],
+                    "margins and quality / host": times["ours"] / times["host"],
+                }
+            )  # fmt: skip
+    return rows
+
+
 def evaluation(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Milliseconds an image, of the 15 corruptions in turn: all of it, and what is spent inside the network."""
     from quac_plugins.evaluate import evaluate
@@ -372,6 +404,7 @@ def main() -> None:
         "activation": activation,
         "quality": quality,
         "models": models,
+        "margins": margins,
         "scale": scale,
         "evaluate": evaluation,
     }
