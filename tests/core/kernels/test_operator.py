@@ -280,15 +280,19 @@ def test_what_is_below_is_read_and_not_written():
 
 
 def test_in_graphs_it_is_the_expression(runs):
-    x, theta = torch.randn(2, 3, 8, 8), [torch.randn(1, 3, 1, 1) for _ in range(3)]
-
     class Model(nn.Module):
-        def forward(self, x):
-            return activate(x, theta, plain.acon, start=START, below="relu") + means(x)[:, :, None, None]
+        def __init__(self):
+            super().__init__()
+            self.theta = nn.ParameterList([torch.randn(1, 3, 1, 1) for _ in range(3)])
 
-    expected = Model()(x)
+        def forward(self, x):
+            y = activate(x, list(self.theta), plain.acon, start=START, below="relu")
+            return y + means(x)[:, :, None, None]
+
+    x, model = torch.randn(2, 3, 8, 8), Model()
+    expected = model(x)
     assert len(runs) == 1
-    for graph in (torch.compile(Model(), fullgraph=True), torch.export.export(Model(), (x,)).module()):
+    for graph in (torch.compile(model, fullgraph=True), torch.export.export(model, (x,)).module()):
         torch.testing.assert_close(graph(x), expected)
     assert len(runs) == 1
 
