@@ -296,7 +296,7 @@ def markdown(rows: list[dict[str, Any]], versions: dict[str, str], names: list[s
         for row in ours:
             sites = row.get("sites", [])
             shown = ", ".join(sites if len(sites) < 8 else [*sites[:3], "…", f"{sites[-1]} ({len(sites)} in all)"])
-            problems = "; ".join(row["problems"]).replace("|", "/")
+            problems = "; ".join([*row["problems"], *row.get("notes", [])]).replace("|", "/")
             lines.append(f"| {row['name']} | {shown} | {', '.join(row.get('ways', ()))} | {problems} |")
         if left := sorted(set(names) - {row["name"] for row in ours}):
             lines += ["", f"Not tried: {', '.join(left)}."]
