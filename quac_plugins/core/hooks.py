@@ -71,7 +71,8 @@ def after_hook(layer: Any, args: tuple, output: Any) -> Any:
     return layer.quac_last(output)
 
 
-CONTEXTS = "_quac_contexts"  # attribute of the model and of its parts
+CONTEXTS = "_quac_contexts"  # attribute of the model's parts
+WHOLE = "_quac_whole"  # attribute of the model itself, which may be a part of another
 
 
 def enter_hook(part: Any, args: tuple) -> None:
@@ -83,22 +84,22 @@ def enter_hook(part: Any, args: tuple) -> None:
 def leave_hook(part: Any, args: tuple, output: Any) -> None:
     """And what it returned."""
     for context in part.__dict__.get(CONTEXTS, ()):
-        context.leave(part, output, False)
+        context.leave(part, output)
 
 
 def enter_model_hook(model: Any, args: tuple) -> None:
     """The same of the model itself."""
-    for context in model.__dict__.get(CONTEXTS, ()):
+    for context in model.__dict__.get(WHOLE, ()):
         context.enter(model, args, True)
 
 
 def leave_model_hook(model: Any, args: tuple, output: Any) -> None:
     """The same of the model itself."""
-    for context in model.__dict__.get(CONTEXTS, ()):
-        context.leave(model, output, True)
+    for context in model.__dict__.get(WHOLE, ()):
+        context.leave(model, output)
 
 
-PART_HOOKS, MODEL_HOOKS = (enter_hook, leave_hook), (enter_model_hook, leave_model_hook)
+CALL_HOOKS = {CONTEXTS: (enter_hook, leave_hook), WHOLE: (enter_model_hook, leave_model_hook)}
 BEHIND: dict[str, Any] = {PRIOR_NAME: prior_hook, AFTER_NAME: after_hook}
 WITH_TAP = "forward_with_tap"  # how timm's Xception calls blocks in forward_intermediates, which runs no hook
 TAP_HOOKS = {TAP_NAME: (tap_pre_hook, tap_hook), PRIOR_TAP_NAME: (prior_tap_pre_hook, prior_tap_hook)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import fnmatch
 import re
 import threading
@@ -33,17 +34,22 @@ _REGEX = "re:"  # how a pattern that is a regular expression begins
 
 
 class Proposals:
-    """How many proposals of each image the latest pooling was of; each thread has its own."""
+    """How many proposals of each image the latest pooling was of; each thread has its own.
 
-    def __init__(self) -> None:
+    Args:
+        source: where the backbone's q is; it goes on with the images whose features are pooled.
+    """
+
+    def __init__(self, source: QualityContext) -> None:
+        self.source = source
         self._local = threading.local()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Proposals:
-        memo[id(self)] = copied = type(self)()
+        memo[id(self)] = copied = type(self)(copy.deepcopy(self.source, memo))
         return copied
 
     def __reduce__(self) -> Any:
-        return type(self), ()
+        return type(self), (self.source,)
 
     @property
     def counts(self) -> list[int] | None:
@@ -51,8 +57,9 @@ class Proposals:
         return getattr(self._local, "counts", None)
 
     def note(self, pooler: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Hook of a pooler, whose second argument is one list of boxes for each image."""
+        """Hook of a pooler, whose arguments are the backbone's features and one list of boxes for each image."""
         boxes = args[1] if len(args) > 1 else kwargs["box_lists"]
+        self.source.go_on(args[0] if args else kwargs["x"])
         self._local.counts = [len(one) for one in boxes]
 
 
@@ -140,7 +147,7 @@ def inject_heads(model: nn.Module, where: str | list[str] = "all", config: QuACC
         ValueError: the heads hold QuAC already, the backbone holds none that computes q, the quality functions differ,
             or nothing matches.
     """
-    proposals, wanted = Proposals(), pattern_list("where", where)
+    wanted = pattern_list("where", where)
     for pattern in wanted:
         _check_pattern(pattern)
     if any(isinstance(module, ProposalTap) for module in model.roi_heads.modules()):  # type: ignore[union-attr]
@@ -153,6 +160,7 @@ def inject_heads(model: nn.Module, where: str | list[str] = "all", config: QuACC
     if config.quality != record.config.quality:
         raise ValueError(f"quality {config.quality!r} of the heads is not {record.config.quality!r} of the backbone")
     source = holder.get_submodule(record.tap).get_submodule(TAP_NAME).context
+    proposals = Proposals(source)
     heads: Any = with_activations(model.roi_heads)  # type: ignore[type-var]
     parts = {name: part for name, part in _parts(heads).items() if any(_may_match(p, name) for p in wanted)}
     found = {name: _sites(name, part, _example(heads, name, part), wanted) for name, part in parts.items()}

@@ -12,7 +12,7 @@ from quac_plugins.core.hooks import TAP_HOOKS, TAP_NAME
 from quac_plugins.core.inject import QuACConfig
 from quac_plugins.core.inject.sites import find_sites
 from quac_plugins.core.inject.surgery import _swap, place
-from quac_plugins.core.inject.tapping import tap_for
+from quac_plugins.core.inject.tapping import listen, tap_for, unlisten
 from quac_plugins.core.inject.trace import Trace, trace
 from quac_plugins.core.quality.table import QualityFunction, resolve_quality
 from quac_plugins.core.quality.tap import QualityTap
@@ -87,6 +87,9 @@ def _carry_out(model: nn.Module, plans: dict[str, PlannedActivation]) -> None:
         place(inside, config, find_sites(inside, seen, config.patterns)[0], seen, quality)
     context, attach = tap_for(inside, config, quality, seen)
     attach()
+    if context is not None and sized and inside is not model:  # the end of the backbone's call is not that of the pass
+        unlisten(inside, context)
+        listen(model, context)
     for module in sized:
         module.context = context
         setattr(module, _FINISHED, True)

@@ -126,6 +126,21 @@ def test_features_that_come_from_elsewhere_are_refused(config, build, inputs):
             heads.box_head(torch.rand(999, 256, 7, 7))
 
 
+def test_features_of_several_images_go_through_the_heads_in_any_order(config, build, moved, inputs):
+    model = moved(build(config(*KINDS["fpn"])))
+    heads, boxes = model.roi_heads, [Boxes(torch.tensor([[5.0, 5, 60, 60], [20, 10, 90, 80]]))]
+    with torch.no_grad():
+        images = [model.preprocess_image([one]).tensor for one in inputs(((96, 128), (96, 128)))]
+
+        def say(features):
+            return heads.box_head(heads.box_pooler([features[name] for name in heads.box_in_features], boxes))
+
+        expected = [say(model.backbone(one)) for one in images]
+        features = [model.backbone(one) for one in images]
+        for i in (0, 1, 0):
+            assert torch.equal(say(features[i]), expected[i])
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_heads_are_not_traced(config, build, inputs):
     """A trace would keep how many proposals each of its own images had."""

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from quac_plugins.core.hooks import (
+    CALL_HOOKS,
     CONTEXTS,
-    MODEL_HOOKS,
     OUR_CHILDREN,
-    PART_HOOKS,
     PRIOR_TAP_NAME,
     TAP_HOOKS,
     TAP_NAME,
+    WHOLE,
     remove_hooks,
 )
 from quac_plugins.core.inject.images import normalization_of
@@ -79,23 +79,24 @@ def listen(model: nn.Module, context: QualityContext) -> None:
     parts = {id(part): part for part in parts_of(model)}
     ours = {id(child) for part in model.modules() for name, child in part._modules.items() if name in OUR_CHILDREN}
     for part in (model, *(part for key, part in parts.items() if key not in ours)):
-        enter, leave = MODEL_HOOKS if part is model else PART_HOOKS
-        there = part.__dict__.get(CONTEXTS, ())  # not by getattr: a compiled part answers for what is inside of it
+        key = WHOLE if part is model else CONTEXTS
+        enter, leave = CALL_HOOKS[key]
+        there = part.__dict__.get(key, ())  # not by getattr: a compiled part answers for what is inside of it
         if not there:
             part.register_forward_pre_hook(enter, prepend=True)
             part.register_forward_hook(leave, always_call=True)
-        part.__dict__[CONTEXTS] = (*there, context)
+        part.__dict__[key] = (*there, context)
 
 
 def unlisten(model: nn.Module, context: QualityContext | None = None) -> None:
     """Undo :func:`listen`, for one context or all."""
     for part in model.modules():
-        if CONTEXTS in part.__dict__:
-            left = tuple(one for one in part.__dict__[CONTEXTS] if context is not None and one is not context)
-            part.__dict__[CONTEXTS] = left
+        for key in CALL_HOOKS.keys() & part.__dict__.keys():
+            left = tuple(one for one in part.__dict__[key] if context is not None and one is not context)
+            part.__dict__[key] = left
             if not left:
-                remove_hooks(part, *PART_HOOKS, *MODEL_HOOKS)
-                del part.__dict__[CONTEXTS]
+                remove_hooks(part, *CALL_HOOKS[key])
+                del part.__dict__[key]
 
 
 def untap(model: nn.Module) -> None:

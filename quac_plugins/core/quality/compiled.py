@@ -7,6 +7,7 @@ graph, for activations which are not in it, and ``current_q`` gives it to anothe
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 from functools import lru_cache
@@ -30,21 +31,46 @@ def _in_export() -> bool:
 is_exporting = getattr(torch.compiler, "is_exporting", _in_export)
 
 
+_graphs: dict[int, dict[str, int]] = {}
+_numbers = itertools.count(1)
+
+
+def sites_of(graph: int) -> dict[str, int]:
+    """How often each site, by its name, runs in a graph that holds a tap, after it."""
+    return _graphs[graph]
+
+
+# while a graph is traced; these run then, not when the graph runs
+
+
 @torch.compiler.assume_constant_result
-def is_in_graph(handle: int) -> bool:
-    """While a graph is traced: whether the tap of a context is in it, before; of ~handle: whether it calls the model.
-
-    Runs then, not when the graph runs.
-    """
-    return handle in _noted.__dict__.setdefault("handles", set())
+def traced_graph(handle: int) -> int:
+    """The number of the graph that is traced, if the tap of a context is in it, before; else 0."""
+    return _noted.__dict__.setdefault("numbers", {}).get(handle, 0)
 
 
 @torch.compiler.assume_constant_result
-def note_in_graph(handle: int, there: bool) -> bool:
-    """While a graph is traced: note it. What runs afterwards, compiled or not, is another graph."""
-    handles = _noted.__dict__.setdefault("handles", set())
-    (handles.add if there else handles.discard)(handle)
-    return there
+def note_graph(handle: int, number: int) -> int:
+    """The number is that now; 0: what runs afterwards, compiled or not, is another graph."""
+    _noted.__dict__.setdefault("numbers", {})[handle] = number
+    return number
+
+
+@torch.compiler.assume_constant_result
+def note_tap(handle: int) -> int:
+    """A tap is traced: the new number of its graph."""
+    number = next(_numbers)
+    _graphs[number] = {}
+    return note_graph(handle, number)
+
+
+@torch.compiler.assume_constant_result
+def note_site(handle: int, layer: str) -> bool:
+    """A site is traced: whether its tap is in the same graph."""
+    ran = _graphs.get(traced_graph(handle))
+    if ran is not None:
+        ran[layer] = ran.get(layer, 0) + 1
+    return ran is not None
 
 
 @lru_cache(maxsize=1)
@@ -52,9 +78,9 @@ def define_operators() -> None:
     """``torch.ops.quac_plugins``; made with the first context, since making them costs a third of an import."""
     from quac_plugins.core.quality.context import context_of  # which cannot be imported before
 
-    def keep_q(q: Tensor, given: Tensor | None, handle: int, fixed: bool, whole: bool) -> Tensor:
+    def keep_q(q: Tensor, given: Tensor | None, handle: int, graph: int, fixed: bool, descends: bool) -> Tensor:
         """Start a forward pass of this thread with q, or with what the thread was given in its place."""
-        return context_of(handle).keep(q, given, fixed, whole)
+        return context_of(handle).keep(q, given, sites_of(graph), fixed, descends)
 
     def current_q(like: Tensor, x: Tensor, handle: int, layer: str, differentiated: bool) -> Tensor:
         """The q that belongs to x in this thread; ``like`` has its shape, and is it where gradients reach q."""
@@ -63,8 +89,8 @@ def define_operators() -> None:
     # a recorded CUDA graph would replay what it did, and not ask again
     tags: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
     keep = torch.library.custom_op("quac_plugins::keep_q", keep_q, mutates_args=(), **tags)
-    keep.register_fake(lambda q, given, handle, fixed, whole: torch.empty_like(q))
-    keep.register_autograd(lambda ctx, grad: (grad, None, None, None, None))
+    keep.register_fake(lambda q, given, handle, graph, fixed, descends: torch.empty_like(q))
+    keep.register_autograd(lambda ctx, grad: (grad, *[None] * 5))
     current = torch.library.custom_op("quac_plugins::current_q", current_q, mutates_args=(), **tags)
     current.register_fake(lambda like, x, handle, layer, differentiated: torch.empty_like(like))
     current.register_autograd(lambda ctx, grad: (grad, None, None, None, None))

@@ -11,7 +11,10 @@ Requirements, all checked in the tests:
    Every forward therefore leaves a mark in the autograd graph, and a recomputation follows its input's graph back to
    the mark. Where no graph leads back (reentrant checkpointing), the one forward whose graph is alive is meant; if
    there are several, it is an error, never a guess. A tap that is itself recomputed goes on with the forward that its
-   images began.
+   images began. The graph of what compiled code makes has no marks, so where it may lead past such a forward, to what
+   that one's images were made from, it is not followed.
+
+Whose q a part of a model takes is said by :mod:`passes`.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from torch import Tensor, nn
 
 from quac_plugins.core.graphs import compiling
 from quac_plugins.core.private import in_backward
-from quac_plugins.core.quality.compiled import define_operators, is_exporting, is_in_graph, note_in_graph
+from quac_plugins.core.quality.compiled import define_operators, is_exporting, note_graph, note_site, note_tap
 from quac_plugins.core.quality.passes import Passes
 
 
@@ -40,8 +43,8 @@ class _Forward:
     """The q of one forward pass; autograd nodes of that pass hold it, so it lives as long as its graph."""
 
     __slots__ = (
-        "__weakref__", "anchored", "compiled", "exported", "fixed", "given", "grad_enabled", "images", "lent", "order",
-        "q", "ran", "recomputations",
+        "__weakref__", "anchored", "exported", "fixed", "given", "grad_enabled", "images", "lent", "order", "q", "ran",
+        "recomputations",
     )  # fmt: skip
     _count = itertools.count()
 
@@ -50,12 +53,11 @@ class _Forward:
         self.images = weakref.ref(images) if images is not None else None
         self.given = given
         self.order = next(self._count)
-        self.ran: dict[Any, int] = {}
+        self.ran: dict[str, int] = {}
         self.grad_enabled = torch.is_grad_enabled()
         self.anchored = False  # the tap's layer has a gradient, so every graph of this pass leads to its mark
         self.recomputations = 0  # sites run under no_grad inside a forward with grad: reentrant checkpoints
         self.exported = compiling()  # by torch.export, which runs the code on tensors without data
-        self.compiled = False  # begun by compiled code, which does not tell what runs in it
         self.fixed = False  # given inside of compiled code, and only there
         self.lent: Tensor | None = None  # q as a graph returned it, where it has a gradient
 
@@ -118,6 +120,7 @@ class QualityContext:
         self._reentrant: deque[_Forward] = deque(maxlen=64)
         self._tap: weakref.ref[nn.Module] | None = None
         self._passes = Passes()
+        self._unmarked = -1  # order of the latest pass whose graph leads, by no mark, to what its images were made from
         define_operators()
         self._handle = next(_handles)  # how compiled code names this context
         _contexts[self._handle] = self
@@ -152,22 +155,28 @@ class QualityContext:
         if torch.compiler.is_dynamo_compiling():
             if not is_exporting():
                 given = None if self._given_here else self.given
-                whole = is_in_graph(~self._handle)
-                q = torch.ops.quac_plugins.keep_q(q, given, self._handle, self._given_here, whole)
+                descends = images is not None and images.requires_grad
+                graph = note_tap(self._handle)
+                q = torch.ops.quac_plugins.keep_q(q, given, self._handle, graph, self._given_here, descends)
+            else:
+                note_tap(self._handle)
             self.q = q
-            note_in_graph(self._handle, True)
             return
         self.q = q
-        self._start(_Forward(q, images, self.given_q() is not None))
+        forward = _Forward(q, images, self.given_q() is not None)
+        self._start(forward)
+        if images is not None and images.grad_fn is not None and torch.is_grad_enabled() and not torch.jit.is_tracing():
+            _metadata(images.grad_fn)[self._key] = forward  # what else is made of them is not what they were made from
 
-    def keep(self, q: Tensor, given: Tensor | None, fixed: bool, whole: bool) -> Tensor:
+    def keep(self, q: Tensor, given: Tensor | None, ran: dict[str, int], fixed: bool, descends: bool) -> Tensor:
         """Start a forward pass of the thread that runs a graph, and return its q: that of the graph, or the thread's.
 
         Args:
             q: as the graph has it.
             given: what it was given by hand when it started, by whatever thread.
+            ran: how often each site, by its name, runs in the graph.
             fixed: it was given by code inside the graph.
-            whole: the graph calls the whole model.
+            descends: the images may have been made by another pass, with gradients.
         """
         own = None if fixed else self.given_q()
         is_own = given is own or (given is not None and own is not None and _same(given, own))
@@ -180,11 +189,13 @@ class QualityContext:
                 )
             q = own.to(q)
         forward = _Forward(q.detach().clone(), given=fixed or own is not None)
-        forward.fixed, forward.compiled = fixed, True
+        forward.fixed, forward.ran = fixed, dict(ran)
+        if descends:
+            self._unmarked = forward.order
         if in_backward():  # the tap is recomputed
             found = [f for f in self._waiting() if f.q.shape == q.shape and torch.equal(f.q, q)]
             forward = found[0] if found else forward
-        self._start(forward, whole)
+        self._start(forward)
         lent = q.clone()
         forward.lent = lent if lent.requires_grad or q.requires_grad else None
         return lent
@@ -208,12 +219,12 @@ class QualityContext:
             )
         return False
 
-    def _start(self, forward: _Forward, finished: bool = False) -> None:
-        self._local.forward = forward
+    def _start(self, forward: _Forward) -> None:
+        self._local.forward = forward  # begun last, or recomputed last
         if not in_backward():
             self._gave[threading.current_thread()] = forward.given
-            self._passes.begun(forward, finished or forward.given or forward.exported)
-        note_in_graph(self._handle, False)
+            self._passes.begin(forward, not (forward.given or forward.exported))
+        note_graph(self._handle, 0)
         with self._lock:
             self._alive.add(forward)
 
@@ -231,7 +242,7 @@ class QualityContext:
     def _give(self, q: Tensor) -> tuple[_Gift, _Forward | None]:
         """Let this thread have q; returns what :meth:`_take_back` takes."""
         gifts: list[_Gift] = self._local.__dict__.setdefault("gifts", [])
-        gift, before = _Gift(q, gifts), getattr(self._local, "forward", None)
+        gift, before = _Gift(q, gifts), self._passes.current
         gifts.append(gift)
         with self._lock:
             self._gifts.append(gift)
@@ -248,28 +259,26 @@ class QualityContext:
             self.given = self._gifts[-1].q if self._gifts else None
         if was_last and gift.gifts is self._local.__dict__.get("gifts"):
             # an outer quality_of goes on; a finished forward pass does not become current again
-            self._local.forward = before if gift.gifts else None
+            self._passes.current = before if gift.gifts else None
 
     # -- told by the model and its parts
 
     def enter(self, part: nn.Module, args: Any, whole: bool) -> None:
         """The model, if it is ``whole``, or a part of it is called with these arguments."""
-        if compiling():
-            if whole and torch.compiler.is_dynamo_compiling():
-                note_in_graph(~self._handle, True)
-        elif not in_backward():
-            current = getattr(self._local, "forward", None)
-            goes_on = self._passes.enter(part, args, whole, next(_Forward._count), current)
-            if goes_on is not current and self.given_q() is None:
-                self._local.forward = goes_on
+        if not compiling() and not in_backward():
+            self._passes.enter(part, args, whole, self.given_q() is not None)
 
-    def leave(self, part: nn.Module, output: Any, whole: bool) -> None:
+    def leave(self, part: nn.Module, output: Any) -> None:
         """And returns this."""
-        if compiling():
-            if whole and torch.compiler.is_dynamo_compiling():
-                note_in_graph(~self._handle, False)
-        elif not in_backward():
-            self._passes.leave(part, output, getattr(self._local, "forward", None))
+        if not compiling() and not in_backward():
+            self._passes.leave(part, output, self.given_q() is not None)
+
+    def go_on(self, output: Any) -> None:
+        """What runs next goes on with what the model has returned: ``output``, or the latest if that is not known."""
+        if compiling() or in_backward() or self.given_q() is not None:
+            return
+        found = self._passes.known(output) or [getattr(self._local, "forward", None)]
+        self._passes.current = found[0] if len(found) == 1 else None
 
     # -- read by the activations
 
@@ -278,7 +287,7 @@ class QualityContext:
         if torch.compiler.is_dynamo_compiling():
             if self.q is None:
                 raise QualityError(self._no_image(layer))
-            if is_in_graph(self._handle):
+            if note_site(self._handle, layer):
                 return self.q
             differentiated = self.q.requires_grad and torch.is_grad_enabled()
             return torch.ops.quac_plugins.current_q(self.q, x, self._handle, layer, differentiated)
@@ -313,24 +322,21 @@ class QualityContext:
         """The forward pass that x belongs to."""
         if in_backward():
             return self._recomputed(x, layer)
-        forward: _Forward | None = getattr(self._local, "forward", None)
-        if forward is None or (self._tap is not None and self._tap() is None):
+        if self._tap is not None and self._tap() is None:
             raise QualityError(self._no_image(layer))
+        forward: _Forward | None = self._passes.current
         is_given = self.given_q() is not None
-        if forward.exported != compiling() or (forward.fixed and not is_given):
-            raise QualityError(self._no_image(layer))
-        if not is_given and not forward.exported:
-            if self._passes.missed():  # the tapped layer was replaced, or comes later
-                raise QualityError(self._no_image(layer))
-            forward = self._passes.of(forward, x, layer, self._one_lineage)
-            if forward is None:
+        if not is_given and not (forward is not None and forward.exported):
+            forward = self._passes.of(x, layer, self._marks)
+            if forward is None and self._passes.several:
                 raise QualityError(
                     f"layer {layer!r} is called in a part of a model that has begun with several batches of images, "
                     "and it cannot be told which of them its input came from. Call the model as a whole, go on with "
                     "one batch before the next begins, give the parts what other parts have returned, unchanged, or "
                     "give the quality features: `with quac_plugins.quality_of(model, q): …`"
                 )
-            self._local.forward = forward
+        if forward is None or forward.exported != compiling() or (forward.fixed and not is_given):
+            raise QualityError(self._no_image(layer))
         if forward.grad_enabled and not forward.anchored and not torch.is_grad_enabled():
             forward.recomputations += 1
             with self._lock:
@@ -351,7 +357,7 @@ class QualityContext:
             return
         forward = self._lineage(output) if in_backward() and not tap else None
         if forward is None:
-            forward = getattr(self._local, "forward", None)
+            forward = getattr(self._local, "forward", None) if in_backward() else self._passes.current
         if forward is not None:
             _metadata(output.grad_fn)[self._key] = forward
             forward.anchored |= tap
@@ -364,13 +370,8 @@ class QualityContext:
         """The forward pass of x: the latest mark up its autograd graph, since images may come from an earlier pass."""
         return max(self._marks(x), key=lambda forward: forward.order, default=None)
 
-    def _one_lineage(self, x: Tensor) -> _Forward | None:
-        """The same, if all of x is of one."""
-        found = self._marks(x)
-        return found.pop() if len(found) == 1 else None
-
     def _marks(self, x: Tensor) -> set[_Forward]:
-        """The nearest marks up the autograd graph of x."""
+        """The nearest marks up the autograd graph of x, as far as they tell."""
         found: set[_Forward] = set()
         if x.grad_fn is None:
             return found
@@ -385,7 +386,7 @@ class QualityContext:
                 if parent is not None and parent not in seen:
                     seen.add(parent)
                     queue.append(parent)
-        return found
+        return {forward for forward in found if forward.order >= self._unmarked}
 
     def _recomputed(self, x: Tensor, layer: str) -> _Forward:
         forward = self._lineage(x)
@@ -413,9 +414,10 @@ class QualityContext:
 
     def _no_image(self, layer: str) -> str:
         return (
-            f"layer {layer!r} was called before any image reached the model, so there are no quality features. They "
-            f"are computed where layer {self.tap or 'the model itself'!r} is called (if it was replaced, remove QuAC "
-            "and inject it again; a copy of a part of a model is without it). Call the model on images, or give the "
-            f"features: `with quac_plugins.quality_of(model, q): …`, model being whatever is called, also such a part, "
-            f"and q of shape (B, {self.channels})."
+            f"layer {layer!r} was called before any image reached the model, or on its own after the model's call had "
+            "ended with what no part of it returned, so there are no quality features. They are computed where layer "
+            f"{self.tap or 'the model itself'!r} is called (if it was replaced, remove QuAC and inject it again; a "
+            "copy of a part of a model is without it). Call the model on images, or give the features: `with "
+            "quac_plugins.quality_of(model, q): …`, model being whatever is called, also such a part, and q of shape "
+            f"(B, {self.channels})."
         )

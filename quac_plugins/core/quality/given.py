@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quac_plugins.core.quality.compiled import is_in_graph, note_in_graph
+from quac_plugins.core.quality.compiled import note_graph, traced_graph
 from quac_plugins.core.quality.context import QualityContext
 
 
@@ -74,7 +74,7 @@ class quality_given:
 
     def __enter__(self) -> None:
         if torch.compiler.is_dynamo_compiling():
-            self.before = [(c.q, c.given, c._given_here, is_in_graph(c._handle)) for c, _ in self.pairs]
+            self.before = [(c.q, c.given, c._given_here, traced_graph(c._handle)) for c, _ in self.pairs]
             for context, q in self.pairs:
                 context.given, context._given_here = q, True
                 context.begin(q)
@@ -83,9 +83,9 @@ class quality_given:
 
     def __exit__(self, *error: object) -> None:
         if torch.compiler.is_dynamo_compiling():
-            for (context, _), (q, given, here, in_graph) in zip(self.pairs, self.before, strict=True):
+            for (context, _), (q, given, here, graph) in zip(self.pairs, self.before, strict=True):
                 context.q, context.given, context._given_here = q, given, here
-                note_in_graph(context._handle, in_graph)
+                note_graph(context._handle, graph)
             return
         for (context, _), (gift, forward) in zip(self.pairs, self.before, strict=True):
             context._take_back(gift, forward)

@@ -1,11 +1,20 @@
-"""Which forward pass a part of a model works for, when several are under way in one thread.
+"""Which forward pass a part of a model works for: it goes on with the pass that its input came from.
 
-Whoever calls a model in pieces may have two of them open: ``fa = m.forward_features(a)``, ``fb =
-m.forward_features(b)``, ``m.forward_head(fa)``. So the model and its parts (its children, and those of its lists and
-chains) tell what they are called with and what they return, and a part goes on with the pass that its input came from.
-Where that is not known, since other code has touched the input, passes are told apart by what has run in each: none
-that has come further than the current one waits for this part. Where that does not tell either, autograd's graph does,
-or nobody, which is an error.
+So the model and its parts (its children, and those of its lists and chains) tell what they are called with and what
+they return:
+
+1. what runs inside a call goes on with the pass that the call began, or was recognized as going on with;
+2. what a part or the model returned is known by its identity, so ``fa = m.forward_features(a)``, ``fb =
+   m.forward_features(b)``, ``m.forward_head(fa)`` is right;
+3. where other code has made the input of it, the thread's current pass goes on, unless another may: one that has begun
+   and in which the site has not run more often. A graph tells which sites are in it (:mod:`compiled`), so that passes
+   which begin in compiled code are told apart as others are;
+4. a pass ends with the call of the whole model in which it began, and none is current then. A compiled call is not seen
+   to end;
+5. where 3 does not tell, autograd's graph does, or nobody, which is an error. So it is where the two disagree.
+
+What 3 takes for the newer pass's: a part that is called *again* on an older pass's features, which other code has
+changed without gradients, before it is called on the newer's.
 """
 
 from __future__ import annotations
@@ -17,36 +26,35 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-_MOST = 32  # passes of a thread that are remembered as unfinished
+_MOST = 32  # passes of a thread that are told apart while they may go on; of older ones, what any may wait for
 
 
 class Pass(Protocol):
     """What is asked of a forward pass."""
 
-    order: int
-    compiled: bool
-    ran: dict[Any, int]
-    """How often each site, by its name, and each part, by its id, has run in it."""
+    ran: dict[str, int]
+    """How often each site, by its name, has run in it."""
 
 
 class _Level:
     """A call of the model or a part that is running."""
 
-    __slots__ = ("began", "first", "known", "mixed", "part", "whole")
+    __slots__ = ("began", "known", "mixed", "open", "part", "whole")
 
-    def __init__(self, part: nn.Module, whole: bool, known: bool, first: int):
+    def __init__(self, part: nn.Module, whole: bool, known: bool, others: list[dict[str, int]]):
         self.part = part
         self.whole = whole  # of the model itself: what begins inside ends inside
         self.known = known  # whatever runs in it now belongs to the thread's current pass
+        self.open = others  # passes that may go on after it, if it is whole
         self.mixed = False  # it was given what came from several
         self.began = 0  # passes
-        self.first = first  # order of the first of them
 
 
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.levels: list[_Level] = []
-        self.open: list[tuple[int, bool, dict[Any, int]]] = []
+        self.open: list[dict[str, int]] = []  # what has run in each pass that may go on
+        self.current: Any = None  # the pass that goes on
 
 
 class Passes:
@@ -56,91 +64,125 @@ class Passes:
         self._thread = _Thread()
         self._marks: dict[int, tuple[weakref.ref[Tensor], Pass]] = {}
 
-    # -- told by the model and its parts
+    @property
+    def current(self) -> Any:
+        """The pass of this thread that goes on; None: there is none."""
+        return self._thread.current
 
-    def enter(self, part: nn.Module, args: Any, whole: bool, order: int, current: Any) -> Any:
-        """A call begins; returns the pass that goes on in it, as far as is known: the thread's current, or another."""
-        levels = self._thread.levels
-        for i, level in enumerate(levels):
-            if level.part is part:  # the call before was broken off from outside
-                del levels[i:]
-                break
-        level = _Level(part, whole, bool(levels) and levels[-1].known, order)
-        levels.append(level)
-        if level.known and current is not None:
-            current.ran[id(part)] = current.ran.get(id(part), 0) + 1
-        elif not level.known:
-            found = {id(one): one for t in _tensors(args) if (one := self._of(t)) is not None}
-            level.mixed = len(found) > 1
-            if len(found) == 1:
-                current = found.popitem()[1]
-                self._recognized(current)
-            elif not (found or self.missed() or current is None or self._is_doubtful(current, id(part))):
-                self._recognized(current)
-        return current
+    @current.setter
+    def current(self, new: Any) -> None:
+        self._thread.current = new
 
-    def _recognized(self, current: Pass) -> None:
-        """What runs now belongs to one pass, and so does the input of the parts around it."""
-        for level in reversed(self._thread.levels):
-            if level.whole or level.mixed or level.known:
-                break
-            level.known = True
-            current.ran[id(level.part)] = current.ran.get(id(level.part), 0) + 1
+    @property
+    def several(self) -> bool:
+        """Whether passes may go on."""
+        return bool(self._thread.open)
 
-    def leave(self, part: nn.Module, output: Any, current: Any) -> None:
+    # -- told by the model and its parts; ``given``: the thread is inside quality_of, so there is nothing to find out
+
+    def enter(self, part: nn.Module, args: Any, whole: bool, given: bool) -> None:
+        """A call begins."""
+        thread = self._thread
+        at = next((i for i, level in enumerate(thread.levels) if level.part is part), None)
+        if at is not None:  # the call before was broken off from outside
+            self._end(at, given)
+        known = given or (bool(thread.levels) and thread.levels[-1].known)
+        level = _Level(part, whole, known, thread.open)
+        thread.levels.append(level)
+        if known:
+            return
+        if whole:
+            thread.current = None  # no image has reached it yet
+            return
+        found = self.known(args)
+        level.mixed = len(found) > 1
+        if len(found) == 1:
+            self._recognized(found[0])
+
+    def leave(self, part: nn.Module, output: Any, given: bool) -> None:
         """A call ends; what it returns belongs to the thread's current pass, if that is known."""
         thread = self._thread
         at = next((i for i in reversed(range(len(thread.levels))) if thread.levels[i].part is part), None)
         if at is None:
             return
-        level = thread.levels[at]
-        del thread.levels[at:]
-        if level.whole:
-            thread.open = [one for one in thread.open if one[0] < level.first]
-        elif level.known and current is not None and (not thread.levels or thread.levels[-1].whole):
+        current, known = thread.current, thread.levels[at].known
+        self._end(at, given)
+        if known and current is not None and (not thread.levels or thread.levels[-1].whole):
             for tensor in _tensors(output):
                 self._mark(tensor, current)
 
-    def begun(self, new: Pass, finished: bool = False) -> None:
-        """The thread has begun a pass; ``finished``: nothing of it is left to others."""
+    def _end(self, at: int, given: bool) -> None:
+        """The call at this level ends, and those in it."""
+        thread = self._thread
+        for level in thread.levels[at:]:
+            if level.whole:
+                thread.open = level.open
+                thread.current = thread.current if given else None
+        del thread.levels[at:]
+
+    def begin(self, new: Pass, waits: bool = True) -> None:
+        """The thread begins a pass; ``waits``: what its parts return may be given to others later."""
         thread = self._thread
         for level in thread.levels:
             level.began += 1
             level.known = level.began == 1  # of two passes in one call, who knows whose what comes next is
-        if not finished:
-            thread.open = [*thread.open[1 - _MOST :], (new.order, new.compiled, new.ran)]
+        thread.current = new
+        if waits:
+            thread.open = [*thread.open, new.ran]
+        if len(thread.open) > _MOST:
+            first, second, *rest = thread.open
+            thread.open = [{site: min(times, second.get(site, 0)) for site, times in first.items()}, *rest]
 
     # -- asked by a site
 
-    def missed(self) -> bool:
-        """Whether the model has been called, and neither images nor what was made of some have been seen in it."""
-        levels = self._thread.levels
-        return bool(levels) and levels[0].whole and not (levels[0].known or levels[0].began or levels[-1].known)
+    def of(self, x: Tensor, layer: str, marks: Callable[[Tensor], Any]) -> Any:
+        """The pass that x belongs to, in a site that runs; None: there is none, or it cannot be told.
 
-    def of(self, current: Pass, x: Tensor, layer: str, lineage: Callable[[Tensor], Any]) -> Any:
-        """The pass that x belongs to, in a site that runs; None: it cannot be told."""
-        levels = self._thread.levels
-        found: Any = current
-        if not (levels and levels[-1].known):
-            found = self._of(x) or (lineage(x) if self._is_doubtful(current, layer) else current)
-            if found is None:
-                return None
-            self._recognized(found)
-        found.ran[layer] = found.ran.get(layer, 0) + 1
+        Args:
+            x: what the site is given.
+            layer: its name.
+            marks: the passes to which autograd's graph of a tensor leads.
+        """
+        thread = self._thread
+        found = thread.current
+        if not (thread.levels and thread.levels[-1].known):
+            known = self.known(x)
+            found = known[0] if known else self._by_counts(layer, marks(x))
+            if found is not None:
+                self._recognized(found)
+        if found is not None:
+            found.ran[layer] = found.ran.get(layer, 0) + 1
         return found
 
-    def _is_doubtful(self, current: Pass, key: Any) -> bool:
-        """Whether another open pass has not come further than the current one, and may be the one that goes on."""
-        times = current.ran.get(key, 0)
-        # in those that begin in compiled code other things run uncompiled, so they are compared among themselves
-        alike = [ran for _, compiled, ran in self._thread.open if compiled == current.compiled]
-        return [ran for ran in alike if ran is not current.ran and ran.get(key, 0) <= times] != []
+    def _by_counts(self, layer: str, marks: Any) -> Any:
+        """See 3 to 5 above."""
+        current = self._thread.current
+        graph = next(iter(marks)) if len(marks) == 1 else None
+        if current is None:
+            return graph
+        times = current.ran.get(layer, 0)
+        if any(ran is not current.ran and ran.get(layer, 0) <= times for ran in self._thread.open):
+            return graph
+        return current if graph is None or graph is current else None
+
+    def _recognized(self, current: Any) -> None:
+        """What runs now belongs to one pass, and so does the input of the parts around it."""
+        self._thread.current = current
+        for level in reversed(self._thread.levels):
+            if level.whole or level.mixed or level.known:
+                break
+            level.known = True
 
     # -- tensors; notes on themselves would be copied and saved with them
 
-    def _of(self, tensor: Tensor) -> Any:
-        found = self._marks.get(id(tensor))
-        return found[1] if found is not None and found[0]() is tensor else None
+    def known(self, value: Any) -> list[Any]:
+        """The passes that the tensors in a value are known to come from."""
+        found = {}
+        for tensor in _tensors(value):
+            reference, one = self._marks.get(id(tensor), (None, None))
+            if reference is not None and reference() is tensor:
+                found[id(one)] = one
+        return list(found.values())
 
     def _mark(self, tensor: Tensor, current: Pass) -> None:
         key, marks = id(tensor), self._marks

@@ -3,7 +3,13 @@
 It is a child module of the *first layer that sees the image*, called by that layer's hooks. So every path through the
 network meets it (``forward_features``, ``features_only``, a detector's backbone), and what runs until the next image
 has the q of this one. Where several images are under way at once, :mod:`passes` says whose turn it is, or that it
-cannot be told. A part that is called by hand after a pass has ended is taken to go on with that pass.
+cannot be told. A part that is called by hand after the model's call has ended is given that call's q if its input is
+what a part or the model returned, unchanged, or leads there by its gradients; else it is an error.
+
+Two cases are left in which an activation may be given the q of other images: a call that ``torch.compile`` runs cannot
+be seen to end, so a part that is called by hand after it goes on with it; and a part that is called again, without
+gradients, on what other code has made of an older pass's features, before it is called on those of the newer pass.
+Inside ``quality_of`` both are right.
 """
 
 from __future__ import annotations

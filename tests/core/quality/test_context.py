@@ -66,6 +66,13 @@ class Chain(nn.Module):
         return self.act3(self.out(x))
 
 
+def chain(cheap):
+    """It with QuAC: compiled in a tenth of a real network's time."""
+    torch.manual_seed(0)
+    config = QuACConfig(quality=cheap, where="all", norm="layer", init="paper")
+    return quac.inject(Chain(), config, torch.empty(1, 3, 32, 32))
+
+
 # -- threads
 
 
@@ -123,7 +130,7 @@ def test_an_activation_before_any_image_is_an_error_that_names_it(model):
 
 
 def test_a_part_of_a_model_with_another_batch_is_an_error_that_names_layer_and_shapes(model, photographs):
-    model(photographs(2, 48))
+    model.conv1(photographs(2, 48))
     with pytest.raises(QualityError, match=r"'act1' got 3 rows .*2 images"):
         model.act1(torch.rand(3, model.act1.channels, 8, 8))
 
@@ -285,7 +292,7 @@ def fresh_dynamo():
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_whole_in_one_graph(backend, cheap, photographs):
-    model = build(cheap).eval()
+    model = (build(cheap) if backend == "aot_eager" else chain(cheap)).eval()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     with torch.no_grad():
         for images in (photographs(2, 48), photographs(2, 48) * 0.3):
@@ -298,8 +305,8 @@ def test_compiled_whole_in_one_graph(backend, cheap, photographs):
 
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_compiled_in_training(cheap, photographs):
-    model = build(cheap).train()
-    images = photographs(4, 48)
+    model = chain(cheap).train()
+    images = photographs(4, 32)
     expected = gradients(model, lambda m: m(images).square().mean())
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     model.zero_grad()
@@ -532,8 +539,7 @@ def test_second_stage_of_a_cascade_checkpointed_as_a_whole(cheap, photographs):
 
 
 def test_image_that_comes_from_an_earlier_pass_and_is_seen_again_late(cheap, photographs):
-    model = Chain()
-    quac.inject(model, QuACConfig(quality=cheap, where="all", norm="layer", init="paper"), photographs(1, 32))
+    model = chain(cheap)
 
     def loss(model):
         return model(model(photographs(2, 32))).square().mean()

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import quac_plugins as quac
 from quac_plugins import PriorConfig, QuACConfig, QualityError, quality_of
@@ -32,6 +33,28 @@ def grad(request):
 @pytest.fixture
 def images(photographs):
     return photographs(2, 48), photographs(4, 48)[2:] * 0.3
+
+
+@pytest.fixture
+def pairs(images):
+    """Photographs, and noise."""
+    return images, (torch.rand(2, 3, 48, 48), torch.rand(2, 3, 48, 48) * 0.3)
+
+
+def compiled(function):
+    torch._dynamo.reset()
+    return torch.compile(function, backend="eager")
+
+
+def right_or_refused(run, expected, right=False):
+    """Whether it was computed, and then rightly."""
+    try:
+        found = run()
+    except QualityError:
+        assert not right
+        return False
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    return True
 
 
 def test_features_of_several_images_go_through_the_head_in_any_order(model, images, grad):
@@ -115,6 +138,142 @@ def test_where_other_code_touched_the_features_the_graph_tells_or_it_is_an_error
     a, b = (net.begin(x) for x in images)
     with pytest.raises(QualityError, match="several batches"):
         net.end(a + b)  # of both
+
+
+def begins(net, kind):
+    """Two ways to begin a pass, of which so much is compiled, and what may come between them."""
+    if kind == "first":
+        return compiled(net.begin), net.begin, lambda x: None
+    if kind == "second":
+        return net.begin, compiled(net.begin), lambda x: None
+    if kind == "both":
+        return (compiled(net.begin),) * 2 + (lambda x: None,)
+    if kind == "whole between":
+        return net.begin, compiled(net), lambda x: None
+    return net.begin, net.begin, lambda x: net.stem.compile(backend="eager")
+
+
+@pytest.mark.parametrize("kind", ["first", "second", "both", "whole between", "stem later"])
+def test_compiled_code_begins_passes_as_other_code_does(kind, net, pairs, grad):
+    expected = [[net(x) for x in pair] for pair in pairs]
+    first, second, between = begins(net, kind)
+    for (a, b), (wanted, _) in zip(pairs, expected, strict=True):
+        features = first(a)
+        between(a)
+        second(b)
+        right = right_or_refused(lambda: net.end(features), wanted)  # noqa: B023
+        assert right == (grad and kind not in ("first", "both"))  # else the graph leads to no pass
+        right_or_refused(lambda: net(a), wanted, right=True)  # noqa: B023
+
+
+def test_what_ran_in_compiled_code_does_not_wait_for_it(net, pairs):
+    def middle(x):
+        return net.stage(net.begin(x))
+
+    def end(x):
+        return net.act2(net.out(x)).mean((2, 3))
+
+    with torch.no_grad():
+        expected = [[net(x) for x in pair] for pair in pairs]
+        run = compiled(middle)
+        for pair, wanted in zip(pairs, expected, strict=True):
+            for i in (0, 1, 0):
+                torch.testing.assert_close(end(run(pair[i]) * 1), wanted[i])
+        for pair, wanted in zip(pairs, expected, strict=True):
+            run(pair[0])
+            torch.testing.assert_close(end(middle(pair[1])), wanted[1])
+
+
+def test_a_compiled_call_in_several_graphs_goes_on_with_its_own_pass(net, pairs):
+    with torch.no_grad():
+        expected = [net(x) for pair in pairs for x in pair]
+        net.stage[0].register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+        run = compiled(net)
+        for x, wanted in zip([x for pair in pairs for x in pair], expected, strict=True):
+            torch.testing.assert_close(run(x), wanted)
+
+
+def test_a_part_called_by_hand_after_the_models_call_is_an_error_unless_its_input_is_known(net, pairs):
+    returned = []
+    net.stage.register_forward_hook(lambda part, args, output: returned.append(output))
+    with torch.no_grad():
+        for a, b in pairs:
+            returned.clear()
+            expected, q = net(a), net.act1.context.q
+            with pytest.raises(QualityError, match=r"'stage\.1' was called .*on its own after .*ended.*quality_of"):
+                net.stage(torch.rand(2, 4, 11, 11))
+            net(b)
+            torch.testing.assert_close(net.act2(net.out(returned[0])).mean((2, 3)), expected)
+            with quality_of(net, q):
+                net(b)
+                torch.testing.assert_close(net.end(net.begin(a)), expected)
+
+
+def test_a_part_called_by_hand_after_a_compiled_call_goes_on_with_it(net, images):
+    """As the tap's docstring says: such a call cannot be seen to end."""
+    x = torch.rand(2, 4, 11, 11)
+    with torch.no_grad():
+        compiled(net)(images[0])
+        found = net.stage(x)
+        with quality_of(net, net.act1.context.q.clone()):
+            assert torch.equal(net.stage(x), found)
+
+
+def test_a_part_called_again_for_an_older_pass_is_right_or_refused_where_there_are_gradients(net, pairs):
+    for a, b in pairs:
+        expected = net(a)
+        features = net.begin(a)
+        net.end(features)
+        later = net.begin(b)
+        assert not right_or_refused(lambda: net.end(features), expected)  # noqa: B023
+        right_or_refused(lambda: net.end(later), net(b), right=True)  # noqa: B023
+        right_or_refused(lambda: net.end(features), expected, right=True)  # noqa: B023
+
+
+def test_a_pass_that_waits_is_not_forgotten(net, images):
+    with torch.no_grad():
+        waiting = net.begin(images[0])
+        for _ in range(40):
+            net.end(net.stem(images[1]))
+        net.begin(images[1])
+        with pytest.raises(QualityError, match="several batches"):
+            net.end(waiting)
+
+
+def test_a_recomputation_does_not_change_whose_turn_it_is(net, pairs):
+    for a, b in pairs:
+        with torch.no_grad():
+            expected = net(a)
+        output = checkpoint(net, b.clone().requires_grad_(), use_reentrant=False)
+        with torch.no_grad():
+            features = net.begin(a)
+        output.sum().backward()
+        with torch.no_grad():
+            assert torch.equal(net.end(features), expected)
+
+
+@pytest.mark.parametrize("kind", ["eager", "compiled"])
+def test_images_made_by_another_pass_have_a_quality_of_their_own(kind, net, pairs):
+    """The graph leads from the second pass past its compiled stem, which leaves no mark, to the first."""
+
+    def image_of(features):
+        return torch.sigmoid(nn.functional.interpolate(features[:, :3], size=(48, 48)))
+
+    def gradient(images, run):
+        net.zero_grad()
+        x = net.stem(image_of(net.act1(net.stem(images)))) * 2
+        run(net.stage, x).square().sum().backward()
+        return net.stem.weight.grad.clone()
+
+    expected = [gradient(a, lambda part, x: part(x)) for a, _ in pairs]
+    if kind == "compiled":
+        net.stem.compile(backend="eager")
+    for (a, _), wanted in zip(pairs, expected, strict=True):
+        right_or_refused(
+            lambda: gradient(a, lambda part, x: checkpoint(part, x, use_reentrant=False)),  # noqa: B023
+            wanted,
+            right=kind == "eager",
+        )
 
 
 def test_given_quality_goes_before_where_the_input_came_from(net, images):
