@@ -86,7 +86,10 @@ def fit_prior_command(
         list[str] | None, typer.Option(help="After which layers: norms, auto, stages, a name, a glob. May be repeated.")
     ] = None,
     fdm: Annotated[
-        str | None, typer.Option(help="Kind of the modules: see quac list --what priors. Default: margin.")
+        str | None,
+        typer.Option(
+            help="Kind of the modules: see quac list --what priors. Default: margin; light at another --site."
+        ),
     ] = None,
     fdm_act: Annotated[str | None, typer.Option(help="Activation in them: relu, gelu, …, or qacon and others.")] = None,
     routed: Annotated[
@@ -132,8 +135,10 @@ def fit_prior_command(
             raise ValueError("--routed needs corruptions to tell apart, and --pairs bring none")
         prior: dict[str, Any] = _given(site=_one_or_several(site), fdm=fdm, fdm_act=fdm_act, top_k=top_k)
         said = [*prior, *(["routed" if routed else "single"] if routed is not None else [])]
-        if not prior:  # what any of these says is of other modules
-            prior["fdm"] = "margin"
+        options = key_values(model_kwargs or [])
+        other = {"fdm", "fdm_act", "fdm_width", "top_k"} & {*prior, *options}
+        if not other and prior.get("site", options.get("site", "norms")) == "norms":
+            prior["fdm"] = "margin"  # what any of these says is of other modules
         names = corruption_names("all" if corruptions is None else corruptions) if pairs is None else []
         if routed or (routed is None and len(names) > 1):
             prior["experts"] = names

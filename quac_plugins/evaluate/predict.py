@@ -64,7 +64,8 @@ def predict(
     if is_bgr(model):
         images = images.flip(1)
     mean, std = (torch.tensor(config[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
-    images = (images - mean) / std
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    images = ((images - mean) / std).to(dtype)
     names = _class_names(model)
     inside = injection_of(model) is not None
     host = host if host is not None else remove(copy.deepcopy(unwrap(model))) if inside else None
@@ -76,11 +77,14 @@ def predict(
 
 
 def _top(model: nn.Module, images: Tensor, names: list[str] | None, top: int) -> list[tuple[str, float]]:
-    mode = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
-    with torch.no_grad():
-        scores = model(images)
-    model.train(mode)
+    try:
+        with torch.no_grad():
+            scores = model(images)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
     if not isinstance(scores, Tensor) or scores.ndim != 2:
         raise TypeError(f"{type(model).__name__} returns no scores (B, K), so there are no classes to tell")
     best = scores.float().softmax(1)[0].topk(min(top, scores.shape[1]))

@@ -2,7 +2,8 @@
 
 In the first part of the distillation the margins are told which degradation each picture went through, so that each
 learns from its own; in the rest the gate says so, as it will in use, clean pictures among them: margins are then right
-for what the gate does. Every margin of every place learns at once.
+for what the gate does, and the gate learns with them. Every margin of every place learns at once; those of degradations
+that are not fitted stay.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from quac_plugins.core.prior.recipe import Recipe
 from quac_plugins.core.prior.training import Fit
 from quac_plugins.fit.checkpoint import Checkpoints
 from quac_plugins.fit.report import FitReport
+from quac_plugins.fit.session import digest_of
 
 STATISTICS = "statistics"
 _ENOUGH = 32  # pictures of each degradation that statistics are taken of, where there are fewer photographs
@@ -32,7 +34,8 @@ _MIDDLE = 3.0  # severity of degradations that have none
 
 def fit_margins(
     session: Any, modules: dict[str, nn.Module], deeper: Any, parameters: dict[str, nn.Parameter], kinds: list[str],
-    experts: list[str], per_view: int, recipe: Recipe, keep: Checkpoints, report: FitReport, show: Any,
+    experts: list[str], per_view: int, clean_share: float | None, recipe: Recipe, keep: Checkpoints,
+    report: FitReport, show: Any,
 ) -> None:  # fmt: skip
     """Fit the margins of these degradations, those of others staying as they are.
 
@@ -44,18 +47,22 @@ def fit_margins(
         kinds: the degradations.
         experts: names of all margins, in their order; empty: there is a single one.
         per_view: degraded pictures of each view and degradation.
+        clean_share: of all pictures; None: a tenth.
         recipe, keep, report, show: as for every fit.
     """
     margins = [module for module in modules.values() if isinstance(module, Margin)]
-    start = session.of_main(lambda: keep.load(STATISTICS))
+    draws = session.draws(kinds, _CLEAN if clean_share is None else clean_share, per_view)
+    pictures = session.pictures(draws)
+    of = f"{digest_of(pictures)} {kinds}" if keep.folder is not None else ""
+    start = session.of_main(lambda: keep.load(STATISTICS, of))
     if start is None:
         _statistics(session, margins, kinds, experts, show)
-        keep.save(STATISTICS, {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()})
+        state = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
+        keep.save(STATISTICS, state, of)
     else:
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(start[name])
-    draws = session.draws(kinds, _CLEAN, per_view)
     names = np.array([*draws.kinds, "clean"])[draws.kind]
     mixture = margins[0].shared
     fit: Fit
@@ -78,11 +85,22 @@ def fit_margins(
         finally:
             mixture.given = None
 
+    tables = [margin.table for margin in margins]
+    rows = torch.zeros(len(tables[0]), dtype=torch.bool)
+    for place in [experts.index(kind) for kind in kinds] if experts else [0]:
+        kept = mixture.kept if mixture is not None else 1
+        rows[place * kept : (place + 1) * kept] = True
     fit = Fit(
-        session.model, session.teacher, parameters, [], deeper, session.normalize, session.pictures(draws), recipe,
-        session.share, scaled=list(parameters.values()), during=told,
+        session.model, session.teacher, parameters, [], deeper, session.normalize, pictures, recipe, session.share,
+        scaled=tables, during=told, rows=rows,
     )  # fmt: skip
-    session.fit("margins", fit, keep, report, show)
+    column = rows.to(session.device)[:, None]
+    hooks = [table.register_hook(lambda gradient: gradient * column) for table in tables]
+    try:
+        session.fit("margins", fit, keep, report, show)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _statistics(session: Any, margins: Sequence[Margin], kinds: list[str], experts: list[str], show: Any) -> None:

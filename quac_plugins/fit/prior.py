@@ -81,13 +81,15 @@ def fit_prior(
             routed prior has experts for. They take the corruptions' place, or go beside those that are named.
         corruptions: names or sets of :func:`quac_plugins.degradations.corruption_names`. None: the names of a routed
             prior's experts, else all 15; none beside ``degrade``.
-        severity: 1 to 5, or several, which are mixed. None: all of them for margins, 3 for other modules.
+        severity: 1 to 5, or several, which are mixed. None: all of them for margins, 3 for other modules. Margins that
+            are chosen by a quality function that tells severities begin from statistics at severities 2 and 4 in any
+            case.
         config: what to inject into a plain host. None: margins, chosen by quality if there are several degradations.
         deep: places whose features are compared in the second part of the fit: ``"stages"``, names, or None.
         limit: at most so many images.
         views: crops and flips of each image; draws: degraded pictures of each view and corruption.
-        clean_share: share of undegraded pictures among those of one FDM for several corruptions. None: 0 for one
-            corruption, else a tenth.
+        clean_share: share of undegraded pictures among those of one module for several corruptions. None: 0 for one
+            FDM for one corruption, else a tenth.
         held_out: share of the images that are not fitted on but judge when to stop.
         recipe: steps, learning rate, …; single ones may be given by name (``steps=200``).
         seed: of everything that is drawn.
@@ -175,10 +177,10 @@ def fit_prior(
             if experts and margins:
                 set_gate(modules, session.of_main(lambda: fit_gate(session, modules, known, experts, seed)))
             if margins:
+                per_view = _per_view(session, _OF_MARGINS)
                 fit_margins(
-                    session, modules, deeper, fitted, kinds, experts, _per_view(session, _OF_MARGINS), made, keep,
-                    report, show,
-                )  # fmt: skip
+                    session, modules, deeper, fitted, kinds, experts, per_view, clean_share, made, keep, report, show
+                )
                 session.round_as_saved()
             elif experts:
                 _fit_experts(session, sites, deeper, modules, kinds, experts, made, keep, report, show)
@@ -265,7 +267,7 @@ def _inside(modules: list[nn.Module]) -> list[FDM]:
 def standardize(session: Session, sites: Any, modules: list[nn.Module], pictures: Any) -> None:
     """Give every fresh FDM the statistics of the clean features at its site."""
     fresh = [
-        (site.name, [m for m in module.modules() if isinstance(m, FDM) and m.is_fresh])
+        (site.name, [m for m in module.modules() if isinstance(m, FDM) and not isinstance(m, Margin) and m.is_fresh])
         for site, module in zip(sites, modules, strict=True)
     ]
     if not any(inner for _, inner in fresh):

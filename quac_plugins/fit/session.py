@@ -329,7 +329,7 @@ class Session:
 
     def fit(self, stage: str, fit: Fit, keep: Checkpoints, report: FitReport, progress: Any) -> None:
         """Run one stage, going on where an earlier run was interrupted."""
-        of = _digest(fit.pictures) if keep.folder is not None else ""
+        of = digest_of(fit.pictures) if keep.folder is not None else ""
         try:
             state = self.of_main(lambda: keep.load(stage, of))
             if state is not None:
@@ -478,7 +478,7 @@ def parameters_of(model: nn.Module, prefixes: Sequence[str]) -> dict[str, nn.Par
     return {n: p for n, p in found if n.startswith(tuple(prefixes)) and record.name_in_host(n) is None}
 
 
-def _digest(pictures: Pictures) -> str:
+def digest_of(pictures: Pictures) -> str:
     """A hash of pictures, and of which are for what."""
     digest = hashlib.sha256()
     for array in (pictures.clean, pictures.degraded, pictures.view, pictures.train, pictures.held, pictures.labels):

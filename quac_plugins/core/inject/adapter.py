@@ -128,6 +128,8 @@ def write_files(model: nn.Module, folder: str | Path, dtype: torch.dtype | None 
     """:func:`save_adapter` for a folder that is not to last, so that a fit's states stay."""
     record = _record(model)
     state = adapter_state(model)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating point dtype of torch, such as torch.float16, got {dtype!r}")
     if dtype is not None:
         state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     for prefix in record.prefixes():

@@ -6,6 +6,7 @@ norms or convolutions.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import torch
@@ -16,6 +17,9 @@ from quac_plugins.core.activations.driver import DrivenActivation, Pointwise
 from quac_plugins.core.hooks import PRIOR_NAME
 from quac_plugins.core.inject.surgery import injection_of, remove, take_prior, unwrap
 from quac_plugins.core.prior.margins import Margin, spread
+from quac_plugins.core.quality.degradation import MOST_SEVERE
+
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
 def fuse(model: nn.Module, degradation: str | None = None, severity: float = 3.0) -> nn.Module:
@@ -30,7 +34,8 @@ def fuse(model: nn.Module, degradation: str | None = None, severity: float = 3.0
 
     Args:
         model: with quality-adaptive activations or margins inside, in eval mode, or one of the activations itself.
-        degradation: name of the expert whose margins are folded.
+        degradation: name of the expert whose margins are folded, into batch, layer and group norms with weight and bias
+            and plain convolutions.
         severity: 0 to 5, of that degradation.
 
     Returns:
@@ -103,16 +108,16 @@ def _margins_to_fold(
         raise ValueError(f"no margins for the degradation {degradation!r}; {known}")
     if not margins or (experts and degradation is None):
         return []
+    if not 0 <= severity <= MOST_SEVERE:
+        raise ValueError(f"severity must be from 0 to {MOST_SEVERE:g}, got {severity!r}")
     around = {child: parent for parent in model.modules() for child in parent._modules.values()}
+    owners = Counter(id(p) for m in set(model.modules()) for p in m._parameters.values() if p is not None)
     folded = []
     for layer, margin in margins.items():
-        # behind the last step of a norm that activates afterwards
-        target = around[layer] if type(layer) is nn.Identity else layer
-        weight, bias = getattr(target, "weight", None), getattr(target, "bias", None)
-        plain = isinstance(weight, nn.Parameter) and (isinstance(bias, nn.Parameter) or isinstance(target, nn.Conv2d))
-        if not plain or target.training:
-            why = "is training" if target.training else "has no weight and bias of its own"
-            raise ValueError(f"the margins after {margin.layer!r} cannot be folded: {type(target).__name__} {why}")
+        inner = type(layer) is nn.Identity  # the last step of a norm that activates afterwards
+        target = around[layer] if inner else layer
+        if reason := _why_not(target, inner, owners):
+            raise ValueError(f"the margins after {margin.layer!r} cannot be folded: {type(target).__name__} {reason}")
         chosen = torch.zeros(1, max(1, len(experts)))
         chosen[0, experts.index(degradation) if degradation is not None else 0] = 1
         mixture = margin.shared
@@ -121,6 +126,24 @@ def _margins_to_fold(
         chosen = chosen.to(margin.scale)
         folded.append((target, 1 + (chosen @ margin.scale)[0].detach(), (chosen @ margin.shift)[0].detach()))
     return folded
+
+
+def _why_not(layer: nn.Module, inner: bool, owners: Counter[int]) -> str:
+    """Why nothing can be folded into a layer; empty if it can."""
+    name = type(layer).__name__
+    norm = isinstance(layer, _NORMS) and (name.startswith(("BatchNorm", "LayerNorm", "GroupNorm")))
+    if not norm and type(layer) is not nn.Conv2d and name != "Conv2dSame":
+        return "is neither a norm nor a convolution whose weight is used as it is"
+    if layer.training:
+        return "is training"
+    if isinstance(getattr(layer, "act", None), nn.Module) and not inner:
+        return "activates after its norm"
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    if weight is None or (norm and bias is None):
+        return "has no weight and bias of its own"
+    if owners[id(weight)] > 1 or (bias is not None and owners[id(bias)] > 1):
+        return "shares its weight with another layer"
+    return ""
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ from quac_plugins.core.prior.fdm import FDM, resolve_fdm
 from quac_plugins.core.prior.grid import ImageSize, SizeNote
 from quac_plugins.core.prior.margins import Margin, margins_at
 from quac_plugins.core.prior.routed import RoutedFDM
-from quac_plugins.core.prior.sites import PriorSite, find_prior_sites, is_norm
+from quac_plugins.core.prior.sites import PriorSite, find_prior_sites
 from quac_plugins.core.quality.context import QualityContext
 from quac_plugins.core.quality.table import QualityFunction, resolve_quality
 from quac_plugins.core.quality.tap import QualityTap
@@ -238,8 +238,6 @@ def place_prior(
             fdm.image_size = size
     for site, module in zip(sites, built, strict=True):
         host = module_at(model, site.name)
-        if isinstance(module, Margin):
-            module.writes_over = _makes_anew(model, site.name)
         _put_behind(host, PRIOR_NAME, module.train(host.training))
         record.inside[f"{site.name}.{PRIOR_NAME}"] = (module,)
     tap = seen.tap if quality is not None else None
@@ -247,13 +245,6 @@ def place_prior(
     record.images = _images(model, config, seen, record)
     setattr(model, RECORD, record)
     return model
-
-
-def _makes_anew(model: nn.Module, name: str) -> bool:
-    """Whether nobody but its caller has the result of a layer: by its very class, or the last step of a norm's."""
-    layer = module_at(model, name)
-    inside = type(layer) is nn.Identity and is_norm(module_at(model, name.rpartition(".")[0]))
-    return (inside or type(layer) in (nn.BatchNorm2d, nn.Conv2d)) and not layer._forward_pre_hooks
 
 
 def _count(model: nn.Module) -> int:

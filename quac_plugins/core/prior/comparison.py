@@ -4,8 +4,9 @@ With z the features standardized per channel by the teacher's statistics, the lo
 
     Σ_places w · mean (z_student(degraded) − z_teacher(clean))² / drift + w_logits · KL(teacher ‖ student) / drift
 
-where every term is divided by its value for the untouched host on the same picture, so that 1 means "nothing repaired"
-in each, and no picture of strong contrast rules the others.
+where every term is divided by its value for the untouched host on the same picture (and a share of the mean of all, see
+``Recipe.least_drift``), so that about 1 means "nothing repaired" in each, and no picture of strong contrast rules the
+others.
 """
 
 from __future__ import annotations

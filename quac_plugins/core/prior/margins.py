@@ -6,10 +6,10 @@ norm, or behind a convolution that a norm was folded into, the features x become
 
     y = (1 + Σ_k w_k(q) scale_k) · x + Σ_k w_k(q) shift_k
 
-where w_k(q) is how much the image went through degradation k: what the gate makes of its quality feature q. A clean
-picture has w = 0, so nothing is done to it. Where q tells a severity, each degradation has a margin for a mild and one
-for a strong case, and what is between them is interpolated. No multiply-add of a convolution is added, and a single
-degradation can be folded into the host (:func:`quac_plugins.fuse`).
+where w_k(q) is how much the image went through degradation k: what the gate makes of its quality feature q. To a
+picture that q knows for clean hardly anything is done. Where q tells a severity, each degradation has a margin for a
+mild and one for a strong case, and what is between them is interpolated. No multiply-add of a convolution is added, and
+a single degradation can be folded into the host (:func:`quac_plugins.fuse`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SEVERITIES = (2.0, 4.0)
 
 
 class Mixture(nn.Module):
-    """How much of each margin an image gets; one for all places of a host, computed once for each batch.
+    """How much of each margin an image gets; one for all places of a host, computed once for each batch outside graphs.
 
     Args:
         quality_channels: Q.
@@ -50,7 +50,7 @@ class Mixture(nn.Module):
         self.gate = Gate(quality_channels, experts + 1, told)
         self.severity = severity
         self.given: Tensor | None = None
-        self._latest: tuple[Tensor, Tensor] | None = None  # of one batch: q, and what was made of it
+        self._latest: tuple[Tensor, tuple[bool, bool], Tensor] | None = None  # q, the modes, and what was made of q
 
     def forward(self, q: Tensor, afresh: bool = True) -> Tensor:
         """(B, K·S) of q (B, Q), at least float32; each row sums to at most one.
@@ -59,15 +59,20 @@ class Mixture(nn.Module):
             q: quality features.
             afresh: compute it; else what was computed last, if it was of this very q.
         """
-        if not in_graph() and not afresh:
-            latest = self._latest
-            if latest is not None and latest[0] is q:
-                return latest[1]
-        with full_precision(q):
-            shares = spread(self.gate(q).softmax(dim=1)[:, 1:], self.severities(q))
-        if not in_graph() and not shares.requires_grad:
-            self._latest = q, shares
+        if in_graph():
+            return self._of(q)
+        mode, latest = (torch.is_grad_enabled(), torch.is_inference_mode_enabled()), self._latest
+        if not afresh and latest is not None and latest[0] is q and latest[1] == mode:
+            return latest[2]
+        shares = self._of(q)
+        # what has a gradient belongs to one graph: it is made anew at each place
+        self._latest = None if shares.requires_grad else (q, mode, shares)
         return shares
+
+    def _of(self, q: Tensor) -> Tensor:
+        q = q.to(self.gate.fc1.weight.device)
+        with full_precision(q):
+            return spread(self.gate(q).softmax(dim=1)[:, 1:], self.severities(q))
 
     def severities(self, q: Tensor) -> Tensor | None:
         """(B,) severities in q (B, Q), if it tells one."""
@@ -112,8 +117,6 @@ class Margin(FDM):
 
     Attributes:
         table: (K·S, 2·C), or (1, 2·C) where there is a single margin: scales less one, then shifts.
-        writes_over: the layer before makes its result anew and keeps no hold of it, so that without gradients it is
-            written over: new memory costs more than the arithmetic.
         observer: called with the margin and the features in place of all this, while statistics are taken.
 
     Example:
@@ -133,7 +136,6 @@ class Margin(FDM):
         self.layer = site.name
         self.image_size: Any = None
         self.context: QualityContext | None = None
-        self.writes_over = False
         self.observer: Callable[[Margin, Tensor], Tensor] | None = None
         rows = experts * mixture.kept if mixture is not None else 1
         self.table = nn.Parameter(torch.zeros(rows, 2 * site.channels))
@@ -170,7 +172,7 @@ class Margin(FDM):
                 f"the margin after {self.layer!r} got features of {x.shape[0]} images, but quality features of "
                 f"{q.shape[0]}"
             )
-        return mixture(q.to(x.device), afresh=self.mixture is not None)
+        return mixture(q, afresh=self.mixture is not None).to(x.device)
 
     def forward(
         self, x: Tensor, onto: Tensor | None = None, weight: Tensor | None = None, grid: Grid | None = None
@@ -199,9 +201,7 @@ class Margin(FDM):
         if axis == 1 and not x.is_contiguous():  # channels_last
             y = torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None])
         elif axis == 1:  # three times as fast as the same in one operation, which torch does not vectorize here
-            over = self.writes_over and not torch.is_grad_enabled() and not in_graph()
-            y = x.mul_(scale[:, :, None, None]) if over else x * scale[:, :, None, None]
-            y.add_(shift[:, :, None, None])
+            y = (x * scale[:, :, None, None]).add_(shift[:, :, None, None])
         else:
             last = (-1, *(1,) * (x.ndim - 2), site.channels)
             y = torch.addcmul(shift.view(last), x, scale.view(last))

@@ -250,7 +250,8 @@ def _norms(model: nn.Module, places: list[_Place]) -> list[_Place]:
         if is_norm(module):
             activates = isinstance(getattr(module, "act", None), nn.Module) and "drop" in module._modules
             behind[f"{name}.drop" if activates else name] = module
-    found = [place for place in places if place.site.name in behind]
+    # what normalizes the images themselves is no norm of features
+    found = [place for place in places if place.site.name in behind and place.feature.layers]
     return found or [place for place in places if isinstance(modules[place.site.name], nn.Conv2d)]
 
 

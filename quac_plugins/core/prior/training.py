@@ -74,6 +74,7 @@ class Fit:
         recipe, share: see there.
         scaled: parameters that what is fitted is proportional to; see :meth:`Fit._set_strength`.
         during: entered while the student runs on these degraded pictures in a step.
+        rows: which rows of the scaled parameters are fitted, bool; the others stay. None: all.
         front: what maps the features at the first site to the repaired ones, if it needs nothing else. Then the near
             part runs on features that are computed once, on crops of them; else the host runs up to the first site.
     """
@@ -92,6 +93,7 @@ class Fit:
         front: nn.Module | None = None,
         scaled: Sequence[nn.Parameter] = (),
         during: Callable[[np.ndarray], contextlib.AbstractContextManager[None]] | None = None,
+        rows: Tensor | None = None,
     ):
         self.parameters, self.pictures, self.recipe, self.share = parameters, pictures, recipe, share or Share()
         self.device = next(iter(parameters.values())).device
@@ -104,7 +106,7 @@ class Fit:
         self._looks = 0  # since the best
         self._running: list[float] = []  # losses since the last look
         self.stopped: str | None = None
-        self.scaled, self.strength = list(scaled), 1.0
+        self.scaled, self.rows, self.strength = list(scaled), rows, 1.0
         self.comparison = Comparison(
             model, teacher, sites, deep, normalize, pictures, recipe, self.device, front, during
         )
@@ -184,10 +186,16 @@ class Fit:
         if self.scaled and self.untouched < self.best:
             of_scaled = {id(parameter) for parameter in self.scaled}
             self.best_state = {
-                name: torch.zeros_like(parameter) if id(parameter) in of_scaled else parameter.detach().clone()
+                name: self._times(parameter.detach().clone(), 0.0 if id(parameter) in of_scaled else 1.0)
                 for name, parameter in self.parameters.items()
             }
             self.best = self.untouched
+
+    def _times(self, value: Tensor, strength: float) -> Tensor:
+        """What is fitted of a scaled parameter, times a number."""
+        if strength == 1 or self.rows is None:
+            return value * strength
+        return torch.where(self.rows.to(value.device)[:, None], value * strength, value)
 
     def _set_strength(self) -> float:
         """Scale what is added to what brings the logits of the held-out images nearest to the teacher's.
@@ -207,7 +215,7 @@ class Fit:
             chosen = min(distances, key=lambda s: distances[s]) if strength is None else strength
             with torch.no_grad(), self._autocast():
                 for parameter, value in zip(self.scaled, whole, strict=True):
-                    parameter.copy_(value * chosen)
+                    parameter.copy_(self._times(value, chosen))
                 if strength is not None:
                     distances[strength] = self.comparison.logits_distance(held)
         return chosen

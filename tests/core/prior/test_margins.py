@@ -147,7 +147,6 @@ def test_graphs_copies_and_files_compute_the_same(name, real, tmp_path):
 
 
 def test_what_others_hold_is_not_written_over(real):
-    """Without gradients a margin writes over the result of its norm, which nobody else has."""
     for name in ("test_resnet", "test_efficientnet"):
         model, images = host(name), images_of(real)[:1]
         first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
@@ -155,7 +154,6 @@ def test_what_others_hold_is_not_written_over(real):
         first.register_forward_hook(lambda module, args, y, held=held: held.append((y, y.clone())))
         filled(model)
         held.clear()
-        assert any(margin.writes_over for margin in margins_of(model))
         with quac.quality_of(model, told("fog")):
             expected = model(images)
             with torch.no_grad():
@@ -180,6 +178,25 @@ def test_half_precision_and_checkpointing(real):
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(recomputed, plain)
     assert all(bool(gradient.any()) for gradient in gradients[0])
+
+
+def test_shares_with_gradients_and_without_are_not_mixed_up(real):
+    """One q, given once: what one pass has kept is not what the next needs."""
+    model, images, gradients = filled(host()), images_of(real)[:1], []
+    gate = margins_of(model)[0].shared.gate
+    with torch.no_grad():
+        gate.fc2.weight.normal_(std=0.1)
+    for first in (None, torch.no_grad, torch.inference_mode):
+        with quac.quality_of(model, told("fog")):
+            if first is not None:
+                with first():
+                    model(images)
+            gate.zero_grad()
+            model(images).square().sum().backward()
+        gradients.append(gate.fc2.bias.grad.clone())
+    assert bool(gradients[0].any())
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0])
 
 
 def test_threads_do_not_see_each_others_shares(real):
@@ -214,10 +231,22 @@ def test_one_degradation_is_folded_into_the_host(name, real):
 
 
 def test_what_cannot_be_folded_is_left_alone():
-    model = filled(host())
-    with pytest.raises(ValueError, match="cannot be folded: BatchNorm2d is training"):
-        quac.fuse(model.train(), "fog")
-    assert margins_of(model)
+    tied = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)).eval()
+    tied[3].weight, tied[3].bias = tied[1].weight, tied[1].bias
+    for model, site, message in (
+        (host().train(), "norms", "BatchNorm2d is training"),
+        (tied, "norms", "BatchNorm2d shares its weight with another layer"),
+        (host("test_nfnet"), "norms", "ScaledStdConv2d is neither a norm nor a convolution"),
+        (host("test_efficientnet"), "bn1", "BatchNormAct2d activates after its norm"),
+    ):
+        quac.inject(model, quac.PriorConfig(fdm="margin", experts=EXPERTS, site=site), torch.empty(1, 3, 64, 64))
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(ValueError, match=f"cannot be folded: {message}"):
+            quac.fuse(model, "fog")
+        assert margins_of(model)
+        assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    with pytest.raises(ValueError, match="severity must be from 0 to 5"):
+        quac.fuse(filled(host()), "fog", severity=float("nan"))
 
 
 # -- statistics
@@ -264,6 +293,8 @@ def test_an_adapter_in_half_precision(real, tmp_path):
     assert {margin.table.dtype for margin in margins_of(loaded)} == {torch.float32}
     with torch.no_grad():
         torch.testing.assert_close(loaded(images), model(images), atol=1e-2, rtol=1e-2)
+    with pytest.raises(ValueError, match="floating point dtype"):
+        quac.save_adapter(model, tmp_path, dtype=torch.int8)
     whole = quac.save_adapter(model, tmp_path / "whole")
     sizes = [(folder / "adapter_model.safetensors").stat().st_size for folder in (tmp_path, whole)]
     assert sizes[0] < 0.6 * sizes[1]

@@ -75,3 +75,25 @@ def test_ones_own_degradations_have_margins_of_their_own(photos, quick, build):
     table = margins_of(model)[0].table
     assert len(table) == 4
     assert np.isfinite(table.detach().numpy()).all()
+
+
+def test_margins_that_are_not_fitted_stay(photos, quick, build):
+    """One degradation after the other, also where the host alone is better and nothing of the new one is kept."""
+    model = build("test_resnet")
+    config = quac.PriorConfig(fdm="margin", experts=["contrast", "gaussian_noise", "snow"])
+    quac.fit_prior(model, photos, config=config, corruptions=["contrast"], **{**quick, "lr": 1e-2})
+    before = [margin.table.detach().clone() for margin in margins_of(model)]
+    assert any(bool(table[:2].any()) for table in before)
+    for steps in (0, 2):
+        quac.fit_prior(model, photos, corruptions=["gaussian_noise"], **{**quick, "steps": steps})
+        for table, margin in zip(before, margins_of(model), strict=True):
+            assert torch.equal(margin.table[:2], table[:2])
+            assert not bool(margin.table[4:].any())
+
+
+def test_states_of_other_photographs_are_not_used(photos, quick, build, interrupt, tmp_path):
+    interrupt(1)
+    with pytest.raises(KeyboardInterrupt):
+        quac.fit_prior(build("test_resnet"), photos[:2], corruptions="fog", checkpoint=tmp_path, **quick)
+    with pytest.raises(ValueError, match="belongs to another fit"):
+        quac.fit_prior(build("test_resnet"), photos[2:], corruptions="contrast", checkpoint=tmp_path, **quick)
