@@ -2,8 +2,8 @@
 
 In the first part of the distillation the margins are told which degradation each picture went through, so that each
 learns from its own; in the rest the gate says so, as it will in use, clean pictures among them: margins are then right
-for what the gate does, and the gate learns with them. Every margin of every place learns at once; those of degradations
-that are not fitted stay.
+for what the gate does, which itself stays as it was calibrated. Every margin of every place learns at once; those of
+degradations that are not fitted stay.
 """
 
 from __future__ import annotations

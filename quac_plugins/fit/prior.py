@@ -166,7 +166,9 @@ def fit_prior(
         everywhere = {site.name: inside[f"{site.name}.{PRIOR_NAME}"] for site in prior.sites}
         sites = _supported(prior.sites, everywhere, session, made)
         modules = {site.name: everywhere[site.name] for site in sites}
-        fitted = parameters_of(network, [f"{name}.{PRIOR_NAME}." for name in modules])
+        # the gate of margins is calibrated, not trained: it would give clean pictures away
+        of = "table" if margins else ""
+        fitted = parameters_of(network, [f"{name}.{PRIOR_NAME}.{of}" for name in modules])
         report = session.report("prior", list(modules), kinds, made, sum(p.numel() for p in fitted.values()))
         report.unfitted = [name for name in everywhere if name not in modules]
         with session.open(fitted), progress_bar(progress) as show:

@@ -86,6 +86,9 @@ def test_margins_that_are_not_fitted_stay(photos, quick, build):
     assert any(bool(table[:2].any()) for table in before)
     for steps in (0, 2):
         quac.fit_prior(model, photos, corruptions=["gaussian_noise"], **{**quick, "steps": steps})
+        gate = margins_of(model)[0].gate
+        assert not bool(gate.fc2.weight.any())  # calibrated alone: the identity's bias
+        assert not bool(gate.fc2.bias[1:].any())
         for table, margin in zip(before, margins_of(model), strict=True):
             assert torch.equal(margin.table[:2], table[:2])
             assert not bool(margin.table[4:].any())

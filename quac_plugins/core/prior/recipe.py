@@ -53,6 +53,6 @@ class Recipe:
 
 
 MARGINS = Recipe(
-    steps=700, near=0.0, batch_size=16, lr=1e-3, weight_decay=0.0, logits_weight=2.0, check_every=100, least_drift=50.0
+    steps=600, near=0.0, batch_size=16, lr=1e-3, weight_decay=0.0, logits_weight=1.0, check_every=100, least_drift=3.0
 )
 """For margins: what is fitted lies everywhere in the host, so the whole host is compared from the first step on."""
