@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quac_plugins.core.activations import ChannelActivation
-from quac_plugins.core.hooks import TAP_HOOKS, TAP_NAME
+from quac_plugins.core.hooks import TAP_HOOKS, TAP_NAME, WHOLE
 from quac_plugins.core.inject import QuACConfig
 from quac_plugins.core.inject.sites import find_sites
 from quac_plugins.core.inject.surgery import _swap, place
@@ -87,8 +87,10 @@ def _carry_out(model: nn.Module, plans: dict[str, PlannedActivation]) -> None:
         place(inside, config, find_sites(inside, seen, config.patterns)[0], seen, quality)
     context, attach = tap_for(inside, config, quality, seen)
     attach()
-    if context is not None and sized and inside is not model:  # the end of the backbone's call is not that of the pass
-        unlisten(inside, context)
+    outside = sized or inside is model
+    if context is not None and outside and context not in model.__dict__.get(WHOLE, ()):
+        # a tap that the backbone had already: the end of the backbone's call is not that of the pass
+        unlisten(model, context)
         listen(model, context)
     for module in sized:
         module.context = context
