@@ -48,8 +48,13 @@ def may_read(x: Tensor, *others: Tensor, large: bool = True) -> bool:
         others: what is read beside it.
         large: whether x has so many numbers that a kernel saves time.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # first: compilers do not know what follows
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
+    return _may_read(x, *others, large=large)
+
+
+@torch.compiler.disable  # which does not know what follows, and may meet it as a frame of its own
+def _may_read(x: Tensor, *others: Tensor, large: bool) -> bool:
     choice = kernels_choice()
     if choice == "reference" or not (large or choice == "fused") or x.dtype not in DTYPES:
         return False

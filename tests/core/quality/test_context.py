@@ -320,7 +320,9 @@ def test_only_a_part_compiled(part, cheap, photographs):
     model = build(cheap).eval()
     images = [photographs(2, 48), photographs(2, 48) * 0.3]
     expected = [model(x) for x in images]
-    model.get_submodule(part).compile(fullgraph=True, backend="aot_eager")
+    # torch 2.6 leaves a chain of torch's own class out, and compiles what is called in it piece by piece
+    whole = part != "conv1" or torch.__version__ >= (2, 7)
+    model.get_submodule(part).compile(fullgraph=whole, backend="aot_eager")
     for _ in range(2):
         for x, y in zip(images, expected, strict=True):
             torch.testing.assert_close(model(x), y, atol=1e-4, rtol=1e-4)
