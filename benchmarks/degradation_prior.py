@@ -111,8 +111,8 @@ def make_judged(job: tuple[argparse.Namespace, tuple[str, int]]) -> None:
     import torch
 
     from quac_plugins.degradations import corrupt, image_seed
-    from quac_plugins.evaluate.data import read_image
     from quac_plugins.evaluate.preprocessing import Crop, data_config
+    from quac_plugins.images import read_image
 
     torch.set_num_threads(1)
     crop = Crop(data_config(build(args)), keep_ready=True)

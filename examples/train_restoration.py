@@ -43,7 +43,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import quac_plugins as quac
 from quac_plugins.diffusers import QuACRestorationPipeline, QuACUNet2DModel
-from quac_plugins.evaluate.data import read_image
+from quac_plugins.images import read_image
 from quac_plugins.impairments import IMPAIRMENTS, Impair, impair
 
 ACTIVATIONS = ("qacon", "meta_acon", "silu")

@@ -249,7 +249,9 @@ class Corrupt:
 
 def _as_rgb(image: Any) -> np.ndarray:
     if hasattr(image, "convert") and hasattr(image, "mode"):
-        return np.asarray(image.convert("RGB"))
+        from quac_plugins.images import to_uint8
+
+        return to_uint8(image, upright=False)
     if not isinstance(image, np.ndarray):
         raise TypeError(f"expected a numpy array or a PIL image, got {type(image).__name__}")
     if image.dtype != np.uint8:

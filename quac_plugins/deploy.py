@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from quac_plugins.core.files import write_file
 from quac_plugins.core.names import unknown
-from quac_plugins.files import write_file
 
 __all__ = ["FORMATS", "Exported", "export", "pictures"]
 

@@ -11,6 +11,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from quac_plugins.core.files import write_file
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -187,9 +189,7 @@ def write_entry(path: str | Path, name: str, values: dict[str, Any]) -> None:
     text = Path(path).read_text(encoding="utf-8")
     others = re.sub(rf'\n*^\["{re.escape(name)}"\]\n(?:[^\[\n].*\n)*', "\n", text, flags=re.M)
     table = "".join(f"{key} = {_toml(value)}\n" for key, value in values.items() if value not in (None, {}))
-    beside = Path(path).with_suffix(".part")
-    beside.write_text(f'{others.rstrip()}\n\n["{name}"]\n{table}', encoding="utf-8")
-    beside.replace(path)
+    write_file(path, f'{others.rstrip()}\n\n["{name}"]\n{table}'.encode())
 
 
 def _toml(value: Any) -> str:

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 import quac_plugins as quac
 from quac_plugins.commands import app
-from quac_plugins.evaluate.data import image_files
-from quac_plugins.files import read_json, write_file
+from quac_plugins.core.files import read_json, write_file
 from quac_plugins.fit.sources import few_images
+from quac_plugins.images import image_files
 
 
 def run(*arguments):

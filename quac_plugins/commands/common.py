@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quac_plugins.files import same_file
+from quac_plugins.core.files import same_file
 from quac_plugins.parsing import numbers
 
 WRONG, UNREADABLE, INTERRUPTED = 2, 3, 130
@@ -125,8 +125,10 @@ def check_output(option: str, path: Path, inputs: Iterable[Path | None]) -> None
         if given is None or (path.exists() and not path.is_file()):  # a device is no file that could be lost
             continue
         if given.is_dir():
+            from quac_plugins.images import EXTENSIONS
+
             inside = Path(os.path.realpath(given)) in Path(os.path.realpath(path)).parents
-            if inside and path.suffix.lower() in (*_PICTURES, *_RASTERS):
+            if inside and path.suffix.lower() in EXTENSIONS:
                 raise ValueError(f"{option}: {path} would be one of the pictures in {given}; give another place")
         elif same_file(path, given):
             raise ValueError(f"{option}: {path} would replace {given}, which is needed itself; give another file")
@@ -141,7 +143,6 @@ def files_of(adapter: str | None) -> list[Path]:
 
 
 _REPORT = re.compile(rb'"(model|what)"\s*:')
-_RASTERS = (".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".gif")
 
 
 def _head(path: Path) -> bytes:

@@ -72,8 +72,8 @@ def _batch(network: nn.Module, images: Path | None, preprocessing: dict) -> Tens
     import torch
 
     from quac_plugins.deploy import pictures
-    from quac_plugins.evaluate.data import image_files, read_image
     from quac_plugins.evaluate.preprocessing import Crop, data_config
+    from quac_plugins.images import image_files, read_image
 
     config = data_config(network, **preprocessing)
     if images is None:

@@ -36,10 +36,12 @@ def predict_command(
 ) -> None:
     """Tell the most likely classes of pictures, with and without what was put in, and what their quality is."""
     with common.plain_errors(debug):
+        from quac_plugins.images import read_image
+
         common.check_outputs(json, None, inputs=[*images, base_checkpoint, checkpoint, *common.files_of(adapter)])
         looks = common.images_of(mean, std, input_size)
         kind, severity = _degradation(degrade)
-        pictures = {str(path): _degraded(_open(path), kind, severity) for path in images}
+        pictures = {str(path): _degraded(read_image(path), kind, severity) for path in images}
         import copy
 
         from quac_plugins.core.inject.record import injection_of
@@ -60,7 +62,7 @@ def predict_command(
         if json is not None:
             import json as writer
 
-            from quac_plugins.files import write_file
+            from quac_plugins.core.files import write_file
 
             write_file(json, writer.dumps(told, indent=1).encode())
 
@@ -78,14 +80,6 @@ def _degradation(spec: str | None) -> tuple[str | None, int]:
     return names[0], check_severity(int(level or 3))
 
 
-def _open(path: Path) -> Any:
-    from quac_plugins.evaluate.data import read_image
-
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no picture {path}")
-    return read_image(path)
-
-
 def _degraded(picture: Any, kind: str | None, severity: int) -> Any:
     """A picture after the corruption, which is put on at the size that most networks take."""
     if kind is None:
@@ -94,7 +88,6 @@ def _degraded(picture: Any, kind: str | None, severity: int) -> Any:
 
     from quac_plugins.degradations import corrupt
 
-    picture = picture.convert("RGB")
     scale = 256 / min(picture.size)
     if scale < 1:
         picture = picture.resize(

@@ -44,7 +44,7 @@ def restore_command(
         import torch
 
         from quac_plugins.diffusers import QuACRestorationPipeline
-        from quac_plugins.diffusers.images import pictures_of
+        from quac_plugins.images import pictures_of
 
         pipe = QuACRestorationPipeline.from_pretrained(model).to(where)
         generator = torch.Generator().manual_seed(seed)
@@ -62,22 +62,17 @@ def restore_command(
 
 def _open(path: Path) -> Any:
     """A picture the way up that its camera noted, in the colours that its profile means."""
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "is no regular file" if path.exists() else "is not there"
-        raise FileNotFoundError(f"there is no picture {path}: it {what}")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            found = ImageOps.exif_transpose(image)
-            if image.format not in _NOTED:
-                found.info.pop("exif", None)
-            if image.format != "MPO":  # a photograph with its previews
-                _tell_of_others(image, path)
-            return _in_rgb(found)
-    except Exception as error:  # decoders of broken files raise anything
-        raise OSError(f"cannot read {path}: {type(error).__name__}: {error}") from error
+    from quac_plugins.images import open_image
+
+    with open_image(path) as image:
+        found = ImageOps.exif_transpose(image)
+        if image.format not in _NOTED:
+            found.info.pop("exif", None)
+        if image.format != "MPO":  # a photograph with its previews
+            _tell_of_others(image, path)
+        return _in_rgb(found)
 
 
 def _tell_of_others(image: Any, path: Path) -> None:
@@ -121,7 +116,7 @@ def _save(image: Any, path: Path, like: Any) -> None:
     """With the colour profile of what was restored, without which its colours are others, and with its notes."""
     from PIL import Image
 
-    from quac_plugins.files import write_file
+    from quac_plugins.core.files import write_file
 
     if image.mode == "RGBA" and path.suffix.lower() in (".jpg", ".jpeg", ".bmp"):  # which have no transparency
         ground = Image.new("RGB", image.size, "white")

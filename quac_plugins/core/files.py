@@ -1,15 +1,27 @@
-"""Files that take the place of others: each at once, and those that belong together so that a reader can tell."""
+"""Files that are written: whole or not at all, into what they name, and over no file that is none of ours.
+
+Each is written beside its place, synced to the disk and renamed, so that neither a reader nor a crash sees a part of
+it; those that belong together so that a reader can tell. What a path names is what is written: a device or a pipe gets
+the bytes and stays what it is, a link leads to the file that is replaced. An error of the disk says which file it is
+about, and what to do.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
+import re
 import shutil
+import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
+
+__all__ = ["copy_files", "disk_errors", "read_json", "replacing", "same_file", "write_file"]
 
 BESIDE = ".quac-save-"  # begins the name of a folder whose files are about to take their places
 _NO_ROOM = {
@@ -18,6 +30,8 @@ _NO_ROOM = {
     errno.EFBIG: "no file may become so large here (ulimit -f)",
     errno.EROFS: "the disk can only be read",
 }
+_DESCRIPTOR = re.compile(r"/(?:dev|proc/(?:self|thread-self|\d+))/fd/(\d+)\Z")
+_STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
 _STALE = 3600  # seconds after which such a folder is one of a save that was killed
 
 
@@ -60,12 +74,14 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         left: list[Path] = []  # once the first has been moved: those whose place has still the old file
         try:
             yield beside
+            paths = sorted(beside.iterdir(), key=lambda path: path.suffix != ".safetensors")
+            for path in paths:
+                _sync(path)
             if new:
                 with contextlib.suppress(OSError):  # it has appeared meanwhile
                     beside.rename(folder)
                     return
                 folder.mkdir(exist_ok=True)
-            paths = sorted(beside.iterdir(), key=lambda path: path.suffix != ".safetensors")
             for place, path in enumerate(paths):
                 os.replace(path, folder / path.name)
                 left = paths[place + 1 :]
@@ -76,3 +92,122 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         finally:
             if not left:  # else a reader needs what is there, as after a kill
                 shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_file(path: str | os.PathLike[str], content: bytes, sync: bool = True) -> None:
+    """Write a file: a reader sees the old one or the whole new one, never a part.
+
+    It goes to a temporary file in the same folder first, which is made if it is not there. A link stays, and the file
+    that it leads to is replaced. A device, a pipe or ``/dev/stdout`` is written into.
+
+    Args:
+        path: of the file.
+        content: of the file.
+        sync: whether the bytes are on the disk before the file has its name, as what cannot be made again must be.
+
+    Raises:
+        OSError: it cannot be written; what was there is as it was.
+    """
+    with disk_errors(path):
+        descriptor = _descriptor(path)
+        if descriptor is not None:  # opened anew, a file behind it would be written over from its beginning
+            sys.stdout.flush()
+            with os.fdopen(os.dup(descriptor), "wb") as file:
+                file.write(content)
+            return
+        target = Path(os.path.realpath(path))
+        if target.exists() and not target.is_file():
+            with open(target, "wb") as file:
+                file.write(content)
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target.with_name(f".quac-{uuid.uuid4().hex}")
+        try:
+            beside.write_bytes(content)
+            if target.exists():
+                beside.chmod(target.stat().st_mode & 0o777)
+            if sync:
+                _sync(beside)
+            os.replace(beside, target)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+
+
+def copy_files(files: Iterable[Path], folder: str | os.PathLike[str], overwrite: bool = False) -> Path:
+    """Copy files into a folder, which is made if it is not there: all of them, or none.
+
+    Raises:
+        FileExistsError: another file of such a name is there, and ``overwrite`` is not given.
+        NotADirectoryError: the folder is a file.
+        OSError: they cannot be written.
+    """
+    folder, files = Path(folder), sorted(files)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, not a folder to write into")
+    for path in files:
+        there = folder / path.name
+        if there.is_dir():
+            raise IsADirectoryError(f"{there} is a folder, and {path.name} would have to go there; give another folder")
+        if os.path.lexists(there) and not overwrite and not _equal(path, there):
+            raise FileExistsError(
+                f"{there} is there already, and is another file; give another folder, or --overwrite (overwrite=True)"
+            )
+    with replacing(folder) as beside:
+        for path in files:
+            shutil.copyfile(path, beside / path.name)
+    return folder
+
+
+def read_json(path: str | os.PathLike[str], most: int = 256 << 20, what: str = "") -> Any:
+    """What a JSON file holds; a file of someone else's can be wrong, and no more.
+
+    Args:
+        path: of the file.
+        most: bytes that it may have.
+        what: how errors begin.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is too large, not UTF-8, no JSON, or nested too deeply.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{what}{os.fspath(path)} is no file that is there")
+    if (size := os.path.getsize(path)) > most:
+        raise ValueError(f"{what}{os.fspath(path)} has {size} bytes, where {most} are the most that can be expected")
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        told = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{what}{os.fspath(path)} is not JSON that can be read: {told}") from error
+
+
+def same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+    """Whether two paths lead to one file, by links of either kind or by name; also to one that is not there yet."""
+    with contextlib.suppress(OSError):
+        return os.path.samefile(one, other)
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _sync(path: Path) -> None:
+    """Let the bytes of a file be on the disk before it gets its name, so that a crash leaves the old or the new one."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _descriptor(path: str | os.PathLike[str]) -> int | None:
+    """The number of the open file that a path stands for, as ``/dev/stdout`` and ``/dev/fd/3`` do."""
+    name = os.path.abspath(path)
+    for _ in range(40):
+        if name in _STANDARD:
+            return _STANDARD[name]
+        if found := _DESCRIPTOR.match(name):
+            return int(found[1])
+        if not os.path.islink(name):
+            return None
+        name = os.path.normpath(os.path.join(os.path.dirname(name), os.readlink(name)))
+    return None
+
+
+def _equal(one: Path, other: Path) -> bool:
+    return other.is_file() and one.stat().st_size == other.stat().st_size and one.read_bytes() == other.read_bytes()

@@ -1,9 +1,12 @@
-"""What is said of a name that is not among the known ones."""
+"""Names: what is said of one that is not known, and where one went that has moved."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from typing import Any
 
 
 def unknown(what: str, value: object, known: Iterable[str], nearest: Iterable[str] | None = None) -> ValueError:
@@ -24,3 +27,21 @@ def unknown(what: str, value: object, known: Iterable[str], nearest: Iterable[st
     close = difflib.get_close_matches(str(value), list(known if nearest is None else nearest), n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     return ValueError(f"{what} {value!r}{hint} Known: {', '.join(known)}")
+
+
+def moved(module: str, **places: str) -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a module whose names have moved: each gives what it gave, with a warning.
+
+    Args:
+        module: its name.
+        **places: name → the module where it is now.
+    """
+
+    def __getattr__(name: str) -> Any:
+        if name not in places:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        message = f"{module}.{name} has moved to {places[name]}.{name}, and will be gone from here in the next version"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        return getattr(import_module(places[name]), name)
+
+    return __getattr__

@@ -17,8 +17,8 @@ from quac_plugins.core.inject import injection_of
 from quac_plugins.core.inject.surgery import unwrap
 from quac_plugins.core.quality.given import contexts_of, quality_of
 from quac_plugins.core.quality.tap import QualityTap
-from quac_plugins.diffusers.images import pictures_of
 from quac_plugins.diffusers.models import add_to_model, is_network, quac_class, with_argument
+from quac_plugins.images import pictures_of
 
 _NETWORKS = ("unet", "transformer")
 # Guidance repeats the whole batch. These repeat it whole for several images of a prompt, too, so that q may be repeated

@@ -31,12 +31,12 @@ from quac_plugins.core.inject.surgery import unwrap
 from quac_plugins.core.options import one_of, whole_number
 from quac_plugins.diffusers.callbacks import changed_by, tensor_inputs
 from quac_plugins.diffusers.existing import checked_quality, note_classes
-from quac_plugins.diffusers.images import OUTPUTS, Picture, give_back, pictures_of
 from quac_plugins.diffusers.models import QuACUNet2DModel
 from quac_plugins.diffusers.schedule import check_scheduler, schedule_of
 from quac_plugins.diffusers.tiles import tiled
 from quac_plugins.hub.networks import verified_pipeline
 from quac_plugins.hub.published import find_published
+from quac_plugins.images import OUTPUTS, Picture, give_back, pictures_of
 from quac_plugins.registry import is_published_name, published
 
 __all__ = ["QuACRestorationPipeline"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +12,7 @@ from torch import Tensor
 from quac_plugins.core.activations.base import ChannelActivation
 from quac_plugins.core.curves import activation_curves
 from quac_plugins.core.inject import injection_of
-from quac_plugins.evaluate.plot import require_matplotlib
-from quac_plugins.files import write_file
+from quac_plugins.evaluate.plot import require_matplotlib, write_figure
 
 _SHAPES = 3  # activations drawn
 _BEFORE, _AFTER = "#b5651d", "#1f6fb4"
@@ -55,9 +52,7 @@ def draw_comparison(
         _quality(figure.add_subplot(grid[1, :]), q.cpu(), injection_of(pipe.unet))
         for place, (name, y) in enumerate(curves.items()):
             _shape(figure.add_subplot(grid[2, 2 * place : 2 * place + 2]), name, y)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=Path(path).suffix.lstrip(".").lower() or "png", dpi=110)
-    write_file(path, buffer.getvalue())
+    write_figure(figure, path, 110)
 
 
 _X = torch.linspace(-4, 4, 161)

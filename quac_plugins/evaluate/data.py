@@ -1,4 +1,4 @@
-"""Which images a directory holds, of which classes, and how one of them is read.
+"""Which images a directory holds, and of which classes.
 
 Two layouts are told apart by their structure:
 
@@ -11,21 +11,20 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
+from quac_plugins.core.files import read_json
+from quac_plugins.core.names import moved
 from quac_plugins.degradations import image_seed
-from quac_plugins.files import read_json
+from quac_plugins.images import EXTENSIONS, folders_above, identity, image_files
 
-__all__ = ["CLEAN", "ImageDirectory", "Item", "image_files", "read_class_map", "read_image"]
+__all__ = ["CLEAN", "ImageDirectory", "Item", "read_class_map"]
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".ppm", ".pgm", ".bmp", ".tif", ".tiff", ".webp", ".gif"}
+__getattr__ = moved(__name__, read_image="quac_plugins.images")
 CLEAN = ("clean", 0)
 """The condition of images without corruption; a condition is a pair of corruption and severity."""
 
@@ -117,32 +116,6 @@ class ImageDirectory:
         return {condition: [i for i in items if i.key in chosen] for condition, items in self.conditions.items()}
 
 
-def read_image(path: str | os.PathLike[str], upright: bool = False) -> Image.Image:
-    """Read an image file as RGB: the first frame, transparency dropped, 16-bit grey scaled to 8 bits.
-
-    Args:
-        path: of the file.
-        upright: turn it as EXIF says; torchvision and timm, and so evaluations, do not.
-
-    Raises:
-        OSError: if the file cannot be read or decoded, whatever the decoder raised.
-    """
-    try:
-        if not Path(path).is_file():  # a pipe would be waited for
-            raise FileNotFoundError("it is not there" if not os.path.exists(path) else "it is no regular file")
-        with Image.open(path) as image:
-            image.load()
-            if upright:
-                ImageOps.exif_transpose(image, in_place=True)
-            if image.mode == "I" or image.mode.startswith("I;16"):
-                return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)).convert("RGB")
-            if image.mode == "F":
-                raise ValueError("images of floats have no agreed range")
-            return image.convert("RGB")
-    except Exception as error:  # decoders of broken files raise anything, from SyntaxError to struct.error
-        raise OSError(f"cannot read {os.fspath(path)}: {type(error).__name__}: {error}") from error
-
-
 def read_class_map(path: str | os.PathLike[str]) -> dict[str, int]:
     """Read which class index a folder has.
 
@@ -232,66 +205,11 @@ def _imagenet_c_places(root: Path) -> dict[tuple[str, int], Path]:
 def _folders(root: Path) -> list[Path]:
     """The folders in a folder, sorted; a link that leads back to it, or above it, is none of them."""
     found = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    above = _above(root)
-    circles = [str(folder) for folder in found if _identity(folder) in above]
+    above = folders_above(root)
+    circles = [str(folder) for folder in found if identity(folder) in above]
     if circles:
         warnings.warn(f"links that lead back to {root} are no folders of classes: {_some(circles)}", stacklevel=2)
     return [folder for folder in found if str(folder) not in circles]
-
-
-def image_files(folder: Path, once: bool = True) -> list[Path]:
-    """Return the image files below a folder, sorted; hidden files and folders are left out.
-
-    Links are followed, but never in circles: a folder is entered by one of the ways that lead to it. Every picture is
-    there once, under its own name before those of links to it; a picture that is linked into the folders of two
-    classes belongs to both, since each is asked for.
-
-    Args:
-        folder: where to look.
-        once: False gives a file under each of its names, where names matter, as in pairs.
-    """
-    entered = _above(folder)
-    waiting, later = deque([folder]), deque[Path]()  # links after folders, so that a picture has its own name
-    files: list[Path] = []
-    links: list[Path] = []
-    while waiting or later:
-        here = waiting.popleft() if waiting else later.popleft()
-        if here is not folder:
-            if (place := _identity(here)) in entered:
-                continue
-            entered.add(place)
-        try:
-            entries = sorted(os.scandir(here), key=lambda entry: entry.name)
-        except OSError as error:
-            warnings.warn(f"the pictures in {here} are left out, since it cannot be read: {error}", stacklevel=2)
-            continue
-        for entry in entries:
-            path = here / entry.name
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                (later if entry.is_symlink() else waiting).append(path)
-            elif path.suffix.lower() in EXTENSIONS:
-                (links if entry.is_symlink() else files).append(path)
-    found: dict[tuple[int, int] | Path, Path] = {}
-    for path in (*sorted(files), *sorted(links)):
-        found.setdefault(_identity(path) if once else path, path)
-    return sorted(found.values())
-
-
-def _above(folder: Path) -> set[tuple[int, int] | Path]:
-    """A folder and those that it is in."""
-    real = folder.resolve()
-    return {_identity(place) for place in (real, *real.parents)}
-
-
-def _identity(path: Path) -> tuple[int, int] | Path:
-    """What two names of one file or folder share; a link that leads nowhere is itself."""
-    try:
-        found = path.stat()
-    except OSError:
-        return path
-    return found.st_dev, found.st_ino
 
 
 def _some(names: list[str]) -> str:

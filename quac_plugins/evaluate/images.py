@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import Dataset
 
 from quac_plugins.degradations import corrupt, image_seed
-from quac_plugins.evaluate.data import CLEAN, Item, read_image
+from quac_plugins.evaluate.data import CLEAN, Item
+from quac_plugins.images import read_image
 
 __all__ = ["CorruptedImages", "Job", "worker_init"]
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from quac_plugins.core.files import write_file
+
 __all__ = ["unpack"]
 
 _KEYS = ("jpeg", "offsets", "labels", "classes")
@@ -49,7 +51,5 @@ def unpack(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Path
     for index, label in enumerate(labels):
         file = Path(folder) / names[label] / f"{index:05}.jpg"
         if not file.exists():
-            beside = file.with_suffix(".part")
-            beside.write_bytes(jpeg[starts[index] : ends[index]].tobytes())
-            beside.replace(file)
+            write_file(file, jpeg[starts[index] : ends[index]].tobytes(), sync=False)  # thousands, read at once
     return Path(folder)

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quac_plugins.core.files import write_file
 from quac_plugins.evaluate.labels import details_of, labels_of
 from quac_plugins.evaluate.report import EvaluationReport
-from quac_plugins.files import write_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_report", "plot_reports", "require_matplotlib"]
+__all__ = ["plot_report", "plot_reports", "require_matplotlib", "write_figure"]
 
 _CLEAN, _DARK = "#555555", "#222222"
 _SEVERITY_COLOURS = {"1": "#b7d4ea", "2": "#87b8dc", "3": "#5598c9", "4": "#2b71ac", "5": "#0b3f78"}
@@ -118,8 +118,13 @@ def _draw(
     longest = max(len(line) for text in labels for line in text.splitlines()) + 7
     ncols = max(1, min(6, len(labels), columns // longest))
     figure.legend(handles, labels, loc="outside lower center", ncols=ncols, frameon=False)
+    write_figure(figure, path)
+
+
+def write_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) -> None:
+    """Write a figure of matplotlib as PNG, SVG or PDF, as the suffix says; see :func:`write_file`."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=Path(path).suffix.lstrip(".").lower() or "png", dpi=150)
+    figure.savefig(buffer, format=Path(path).suffix.lstrip(".").lower() or "png", dpi=dpi)
     write_file(path, buffer.getvalue())
 
 

@@ -15,6 +15,7 @@ from quac_plugins.core.inject.record import injection_of, unwrap
 from quac_plugins.core.inject.surgery import remove
 from quac_plugins.core.quality.tap import QualityTap
 from quac_plugins.evaluate.preprocessing import Crop, data_config, is_bgr
+from quac_plugins.images import to_rgb
 
 __all__ = ["Prediction", "predict"]
 
@@ -58,7 +59,7 @@ def predict(
         (2, 2)
     """
     config = data_config(model, **look)
-    pixels = Crop(config, keep_ready=look.get("crop_pct") is None)(picture.convert("RGB"))
+    pixels = Crop(config, keep_ready=look.get("crop_pct") is None)(to_rgb(picture, upright=False))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     images = pixels[None].float().to(device) / 255
     if is_bgr(model):

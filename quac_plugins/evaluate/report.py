@@ -10,9 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quac_plugins.core.files import write_file
 from quac_plugins.evaluate.labels import details_of, label_of
 from quac_plugins.evaluate.outcomes import paired_rows
-from quac_plugins.files import write_file
 
 if TYPE_CHECKING:
     from rich.table import Table

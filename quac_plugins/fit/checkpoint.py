@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from quac_plugins.files import write_file
+from quac_plugins.core.files import write_file
 
 
 class Checkpoints:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quac_plugins.files import read_json, write_file
+from quac_plugins.core.files import read_json, write_file
 from quac_plugins.fit.confusion import Confusion
 
 REPORT_NAME = "fit_report.json"  # in the folder of the adapter that was fitted
@@ -110,7 +108,7 @@ class FitReport:
         Raises:
             ImportError: matplotlib is not installed.
         """
-        from quac_plugins.evaluate.plot import require_matplotlib
+        from quac_plugins.evaluate.plot import require_matplotlib, write_figure
 
         rows = len(list(self.gate.rows())) if self.gate is not None else 0
         height = max(4, 0.16 * rows + 1.5)
@@ -128,9 +126,7 @@ class FitReport:
             axes.legend(fontsize="x-small", ncols=2)
         for there in beside:
             _draw_gate(there, self.gate)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=Path(path).suffix.lstrip(".").lower() or "png", dpi=150)
-        write_file(path, buffer.getvalue())
+        write_figure(figure, path)
 
     def __str__(self) -> str:
         """A few lines."""

@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import IterableDataset
 
 from quac_plugins.degradations import image_seed
-from quac_plugins.evaluate.data import EXTENSIONS, image_files, read_image
+from quac_plugins.images import EXTENSIONS, image_files, read_image, to_uint8
 
-__all__ = ["FewImages", "few_images", "to_uint8"]
+__all__ = ["FewImages", "few_images"]
 
 
 @dataclass
@@ -85,14 +85,14 @@ def few_images(
 ) -> FewImages:
     """Read a few images from what there is, in an order that does not depend on the file system.
 
-    Files are read as `quac_plugins.evaluate.data.read_image` does, turned as their EXIF says (photographs of a phone
-    would lie on their side, also beside their partners in pairs), and sorted by name. A file that cannot be read is
+    Images are read by the rules of `quac_plugins.images`, turned as their EXIF says (photographs of a phone would lie
+    on their side, also beside their partners in pairs), and files are sorted by name. A file that cannot be read is
     left out with a warning, unless nothing remains.
 
     Args:
         images: a folder (searched with the folders in it), a file or a list of files, or of tuples (file, label); an
-            array, uint8 or float in [0, 1], of shape (H, W), (H, W, 3) or (N, H, W, 3); a tensor, likewise, of shape
-            (3, H, W) or (N, 3, H, W); a PIL image; a list, a torch Dataset or any iterable of these or of tuples
+            array, uint8, uint16 or float in [0, 1], of shape (H, W), (H, W, 3) or (N, H, W, 3); a tensor, likewise, of
+            shape (3, H, W) or (N, 3, H, W); a PIL image; a list, a torch Dataset or any iterable of these or of tuples
             (image, label). Of a Dataset with a length only the chosen items are asked for.
         pairs: a tuple (degraded, clean), each as ``images``. Two folders are matched by the paths below them without
             extension; everything else by order.
@@ -152,67 +152,6 @@ def few_images(
         labels=known if len(known) == len(found) else None,
         unreadable=sorted(unreadable),
     )
-
-
-def to_uint8(image: Any, where: str) -> np.ndarray:
-    """Return one image as uint8 of shape (H, W, 3) in RGB.
-
-    Args:
-        image: an array of shape (H, W), (H, W, 1) or (H, W, 3), a tensor of shape (H, W), (1, H, W) or (3, H, W), both
-            uint8 or float in [0, 1]; or a PIL image.
-        where: how messages name the image.
-
-    Raises:
-        TypeError: if it is something else, or of another dtype.
-        ValueError: if its shape or range is another.
-
-    Example:
-        >>> to_uint8(torch.ones(3, 2, 5), "mine").shape, to_uint8(np.full((1, 1), 0.2), "mine").tolist()
-        ((2, 5, 3), [[[51, 51, 51]]])
-    """
-    if isinstance(image, Image.Image):
-        return _from_pil(image, where)
-    if isinstance(image, torch.Tensor):
-        expected = "a tensor must have the shape (H, W), (1, H, W) or (3, H, W)"
-        tensor = image.detach().cpu()
-        array = (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-        fits = array.ndim == 2 or (array.ndim == 3 and array.shape[0] in (1, 3))
-        array = np.moveaxis(array, 0, -1) if fits and array.ndim == 3 else array
-    elif isinstance(image, np.ndarray):
-        expected = "an array must have the shape (H, W), (H, W, 1) or (H, W, 3), channels last and without alpha"
-        array = image
-        fits = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3))
-    else:
-        raise TypeError(
-            f"{where} is of type {type(image).__name__}; expected an array, a tensor or a PIL image, alone or in a "
-            "tuple (image, label)"
-        )
-    if not fits or 0 in array.shape:
-        raise ValueError(f"{where} has the shape {tuple(image.shape)}; {expected}")
-    if np.issubdtype(array.dtype, np.floating):
-        low, high = float(array.min()), float(array.max())
-        if not (low >= -_ROUNDING and high <= 1 + _ROUNDING):  # also NaN
-            raise ValueError(
-                f"{where} has values from {low:.4g} to {high:.4g}; images of floats must be in [0, 1]: give them "
-                "without normalization, and values in 0..255 as uint8"
-            )
-        array = (array.clip(0, 1) * 255).round().astype(np.uint8)
-    if array.dtype != np.uint8:
-        raise TypeError(f"{where} is of dtype {image.dtype}; expected uint8 in 0..255 or float in [0, 1]: convert it")
-    array = array[..., None] if array.ndim == 2 else array
-    return np.array(np.broadcast_to(array, (*array.shape[:2], 3)), order="C")
-
-
-_ROUNDING = 1e-4  # what resizing in floats may leave beyond [0, 1]
-
-
-def _from_pil(image: Image.Image, where: str) -> np.ndarray:
-    if image.mode == "F":
-        raise ValueError(f"{where} is a PIL image of floats, which have no agreed range; give an array in [0, 1]")
-    if image.mode == "I" or image.mode.startswith("I;16"):  # as `read_image` scales them
-        grey = (np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
-    return np.array(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def _in_order(entries: list[_Entry] | Iterator[_Entry], limit: int | None, seed: int) -> Iterable[_Entry]:

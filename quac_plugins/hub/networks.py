@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quac_plugins.files import read_json
+from quac_plugins.core.files import read_json
 from quac_plugins.hub.fetch import fetch
 from quac_plugins.hub.verify import refuse_pickles
 

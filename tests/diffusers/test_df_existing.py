@@ -25,7 +25,7 @@ from diffusers import (
 import quac_plugins as quac
 from quac_plugins.core.quality.brisque import brisque
 from quac_plugins.diffusers import add_quac
-from quac_plugins.diffusers.images import pictures_of
+from quac_plugins.images import pictures_of
 
 VAE = {
     "block_out_channels": [16, 32],

@@ -17,8 +17,8 @@ from diffusers import (
 import quac_plugins as quac
 from quac_plugins.core.quality.brisque import brisque
 from quac_plugins.diffusers import add_quac
-from quac_plugins.diffusers.images import pictures_of
 from quac_plugins.diffusers.models import add_to_model
+from quac_plugins.images import pictures_of
 
 SHARED = {
     "num_layers": 1,

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 from skimage import data as photographs
 
-from quac_plugins.evaluate.data import CLEAN, ImageDirectory, read_class_map, read_image
+from quac_plugins.evaluate.data import CLEAN, ImageDirectory, read_class_map
+from quac_plugins.images import read_image
 
 PHOTO = Image.fromarray(photographs.astronaut()).resize((64, 48))
 

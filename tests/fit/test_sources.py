@@ -11,7 +11,8 @@ from PIL import Image
 from skimage import data
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from quac_plugins.fit.sources import few_images, to_uint8
+from quac_plugins.fit.sources import few_images
+from quac_plugins.images import to_uint8
 
 PHOTOS = {name: getattr(data, name)()[::4, ::4, :3] for name in ("astronaut", "chelsea", "coffee", "rocket")}
 
