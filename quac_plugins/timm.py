@@ -9,15 +9,24 @@ from __future__ import annotations
 
 import re
 import sys
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import DefaultCfg, PretrainedCfg, _registry, load_pretrained, register_model, register_notrace_module
+from timm.models import (
+    DefaultCfg,
+    PretrainedCfg,
+    get_arch_pretrained_cfgs,
+    is_model_pretrained,
+    load_pretrained,
+    register_model,
+    register_notrace_module,
+)
 from torch import nn
 
 from quac_plugins.core.activations import ACTIVATIONS, ChannelActivation
@@ -43,7 +52,7 @@ _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 OPTIONS = ("activation", "where", "quality", "init", "norm", "reduction")
 PRIOR_OPTIONS = ("site", "fdm", "fdm_width", "fdm_act", "experts", "top_k", "freeze")
 
-# timm's register_model reads the pretrained configs of a name from this module-level table
+# timm's register_model reads the pretrained configs of a name here, in the module of its entrypoint
 default_cfgs: dict[str, Any] = {}
 __all__: list[str] = []
 
@@ -221,7 +230,7 @@ def _published(base: str, suffix: str, pretrained_cfg: Any) -> Published | None:
     tag = pretrained_cfg if isinstance(pretrained_cfg, str) else _field(pretrained_cfg, "tag")
     if pretrained_cfg is None:
         tag = _field(timm.get_pretrained_cfg(base), "tag")
-    known = timm.models.is_model_pretrained(f"{base}.{tag}")
+    known = is_model_pretrained(f"{base}.{tag}")
     return find_published(f"{base}{suffix}.{tag}", known_to_host=known) if tag else None
 
 
@@ -299,128 +308,50 @@ def _not_found(base: str, suffix: str, pretrained_cfg: Any) -> str:
 
 
 def _configs(base: str) -> DefaultCfg:
-    """The base's pretrained configs, pointing where the base's weights are."""
-    configs = getattr(sys.modules[timm.model_entrypoint(base).__module__], "default_cfgs", {}).get(base)
-    if not isinstance(configs, DefaultCfg):
-        return DefaultCfg(deque([""]), {"": PretrainedCfg()})
-    cfgs = {}
-    for tag, cfg in configs.cfgs.items():
-        if cfg.hf_hub_id == "timm/":  # timm completes this with the name it registers, which here is not the base's
-            cfg = _with(cfg, hf_hub_id=f"timm/{base}.{tag}" if tag else f"timm/{base}")
-        cfgs[tag] = cfg
-    return DefaultCfg(configs.tags, cfgs, configs.is_pretrained)
-
-
-def _with(cfg: PretrainedCfg, **changes: Any) -> PretrainedCfg:
-    """``dataclasses.replace``, which takes ten times as long."""
-    new = object.__new__(type(cfg))
-    new.__dict__ = {**cfg.__dict__, **changes}
-    return new
-
-
-def _entries(name: str, configs: DefaultCfg) -> dict[str, dict[str, Any]]:
-    """What timm's ``register_model`` writes into its tables for the configs of a name."""
-    cfgs: dict[str, PretrainedCfg] = {}
-    names = [f"{name}.{tag}" if tag else name for tag in configs.tags]
-    for full, tag in zip(names, configs.tags, strict=True):
-        cfgs[full] = _with(configs.cfgs[tag], architecture=name, tag=tag or None)
-    cfgs.setdefault(name, cfgs[names[0]])
-    return {
-        "_model_pretrained_cfgs": cfgs,
-        "_model_has_pretrained": dict.fromkeys(full for full, cfg in cfgs.items() if cfg.has_weights),
-        "_model_with_tags": {name: names},
-        "_model_default_cfgs": {name: configs},
-    }
+    """The pretrained configs of a name, which say where its weights are."""
+    named = get_arch_pretrained_cfgs(base) or {base: PretrainedCfg()}
+    cfgs = {name.partition(".")[2]: cfg for name, cfg in named.items()}
+    return DefaultCfg(deque(cfgs), cfgs, any(cfg.has_weights for cfg in cfgs.values()))
 
 
 def register() -> list[str]:
-    """Register the names with our suffixes for every name of ``timm.list_models()``; returns the new ones.
-
-    Most of the time would go into timm's copies of the configs, so it registers the names alone, and the configs are
-    written beside them, in its own tables. If these are not what they were for the first name, it does all itself.
-    """
-    module = sys.modules[__name__]
-    existing, names = set(timm.list_models()), list(__all__)
-    tables: dict[str, Any] = {}
+    """Register the names with our suffixes for every name of ``timm.list_models()``; returns the new ones."""
+    module, existing, names = sys.modules[__name__], set(timm.list_models()), list(__all__)
     new: list[str] = []
     for base in sorted(name for name in existing if not name.endswith(SUFFIXES)):
         wanted = [suffix for suffix in SUFFIXES if base + suffix not in existing]
-        if not wanted:
-            continue
-        configs = _configs(base)
+        configs = _configs(base) if wanted else DefaultCfg()
         for suffix in wanted:
-            name = base + suffix
-            entry = _entrypoint(base, suffix)
-            setattr(module, name, entry)
+            new.append(name := base + suffix)
+            default_cfgs[name] = configs
+            setattr(module, name, _entrypoint(base, suffix))
             # timm looks every name up in this list: a long one would cost more than the rest
-            vars(module)["__all__"] = [name]
-            written = _entries(name, configs)
-            if not tables:
-                default_cfgs[name] = configs
-            register_model(entry)
-            for table, entries in tables.items():
-                entries.update(written[table])
-            if not new:
-                tables = _tables(written)
-            new.append(name)
-    _add_published(published().values())
+            vars(module)["__all__"] = []
+            register_model(getattr(module, name))
+    for entry in published().values():
+        if timm.is_model(entry.architecture) and not is_model_pretrained(entry.name):  # else of a newer timm, or known
+            _add_tag(entry)
     for cls in (*ACTIVATIONS.values(), *FDMS.values(), RoutedFDM, WidthSwitch, QualityTap, SizeNote):
         register_notrace_module(cls)  # torch.fx feature extraction takes them whole
     vars(module)["__all__"] = sorted({*names, *new})
     return new
 
 
-def _add_published(entries: Iterable[Entry]) -> None:
-    """Let ``timm.list_models(pretrained=True)`` and ``timm.get_pretrained_cfg`` know the published names.
+def _add_tag(entry: Entry) -> None:
+    """Let timm know published weights of a name: one tag more behind its others, and its entrypoint registered again.
 
-    timm has no function that adds weights to a name, so they are written into its tables. A name that is not there is
-    one of a newer timm.
+    timm reads weights under a name of its own itself, and compares no hash; so they are embedded, and
+    ``quac registry check`` compares it.
     """
-    for entry in entries:
-        if not timm.is_model(entry.architecture):
-            continue
-        if entry.kind == "model":
-            cfg = pretrained_cfg_of(entry)
-        else:
-            host = base_name(entry.architecture)
-            cfg = timm.get_pretrained_cfg(f"{host}.{entry.base}" if entry.base else host) or PretrainedCfg()
-            cfg = _with(cfg, architecture=entry.architecture, tag=entry.tag)
-        _registry._model_pretrained_cfgs[entry.name] = cfg
-        _registry._model_has_pretrained.add(entry.name)
-        if entry.kind == "model" and not entry.architecture.endswith(SUFFIXES):
-            _registry._model_entrypoints[entry.architecture] = _verifying(entry.architecture)
-        tags = _registry._model_with_tags[entry.architecture]
-        if entry.name not in tags:
-            tags.append(entry.name)
-
-
-def _verifying(base: str) -> Callable[..., nn.Module]:
-    """The entrypoint of one of timm's own names that has published weights: their hash is checked, as everywhere."""
-    original = timm.model_entrypoint(base)
-    if hasattr(original, "_quac_verifies"):
-        return original
-
-    @wraps(original)
-    def create(pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: Any) -> nn.Module:
-        tag = pretrained_cfg if isinstance(pretrained_cfg, str) else _field(pretrained_cfg, "tag")
-        found = find_published(f"{base}.{tag}", known_to_host=True) if tag else None
-        if found is not None:
-            kwargs = {**found.model_args, **kwargs}
-            if pretrained:
-                file = {"file": str(found.folder() / MODEL_FILES[-1]), "source": None}
-                kwargs["pretrained_cfg_overlay"] = {**file, **(kwargs.get("pretrained_cfg_overlay") or {})}
-        return original(pretrained=pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
-
-    create._quac_verifies = True  # type: ignore[attr-defined]
-    return create
-
-
-def _tables(written: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """timm's tables, if they hold what ``register_model`` is known to write; else nothing."""
-    tables = {name: getattr(_registry, name, {}) for name in written}
-    for name, entries in written.items():
-        if any(key not in tables[name] for key in entries):
-            return {}
-        if isinstance(tables[name], dict) and any(tables[name][key] != entry for key, entry in entries.items()):
-            return {}
-    return tables
+    name, host = entry.architecture, base_name(entry.architecture)
+    entrypoint, configs = timm.model_entrypoint(name), _configs(name)
+    if entry.kind == "model":
+        cfg = pretrained_cfg_of(entry)
+    else:
+        cfg = timm.get_pretrained_cfg(f"{host}.{entry.base}" if entry.base else host) or PretrainedCfg()
+    configs.tags.extend({entry.tag} - {*configs.tags})
+    configs.cfgs[entry.tag] = cfg
+    vars(sys.modules[entrypoint.__module__]).setdefault("default_cfgs", {})[name] = configs
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", f"Overwriting {name} in registry")
+        register_model(entrypoint)

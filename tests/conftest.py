@@ -9,7 +9,7 @@ import pytest
 import torch
 from cheap_quality import channel_statistics
 from fit_fixtures import build, equal, folder, interrupt, photos, put_in, quick, snapshot  # noqa: F401
-from hub_fixtures import hub, hub_env, hub_server, hub_waits  # noqa: F401
+from hub_fixtures import hub, hub_env, hub_server, hub_waits, publish  # noqa: F401
 from skimage import data
 
 NAMES = ("astronaut", "coffee", "chelsea", "rocket")

@@ -1,4 +1,4 @@
-"""Fixtures that point the real huggingface_hub at tests/hub_server.py: hub_server, hub, hub_env, hub_waits.
+"""Fixtures that point the real huggingface_hub at tests/hub_server.py: hub_server, hub, hub_env, hub_waits, publish.
 
 What the oldest supported client (0.23.0, on requests) and a new one (2.4.0, on httpx) do differently is written down
 here, for the tests to go by; versions between the two were not looked at.
@@ -17,9 +17,12 @@ import types
 
 import huggingface_hub
 import pytest
+import timm
 from hub_server import HubServer
 from huggingface_hub import constants, file_download, hf_api
 from huggingface_hub.utils import _http
+
+from quac_plugins.timm import _add_tag
 
 NEW_CLIENT = int(huggingface_hub.__version__.split(".")[0]) >= 1
 
@@ -120,6 +123,24 @@ def hub_env(hub_server, tmp_path):
     """The whole environment of a subprocess on the test hub, with a cache of its own."""
     kept = {name: value for name, value in os.environ.items() if not _foreign(name)}
     return kept | client_environment(hub_server, tmp_path / "hub_home_of_processes")
+
+
+@pytest.fixture
+def publish():
+    """Let timm know weights as published ones, until the test ends."""
+    kept = {}
+
+    def add(*entries):
+        for entry in entries:
+            table = sys.modules[timm.model_entrypoint(entry.architecture).__module__].default_cfgs
+            kept.setdefault(entry.architecture, (table, table[entry.architecture]))
+            _add_tag(entry)
+
+    yield add
+    for name, (table, configs) in kept.items():
+        table[name] = configs
+        with pytest.warns(UserWarning, match=f"Overwriting {name} in registry"):
+            timm.models.register_model(timm.model_entrypoint(name))
 
 
 @pytest.fixture

@@ -17,8 +17,9 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 import quac_plugins as quac
 from quac_plugins import injection_of
+from quac_plugins.core.inject.fingerprint import base_name
 from quac_plugins.hub.verify import sha256_of
-from quac_plugins.registry import Entry
+from quac_plugins.registry import Entry, published
 
 BASES = ["test_resnet", "test_vit", "test_convnext", "test_efficientnet", "test_mambaout"]
 SUFFIXES = ("_qacon", "_ddp", "_qacon_ddp")
@@ -95,14 +96,15 @@ def test_registering_again_adds_nothing():
     assert {"resnet50_qacon", "resnet50_ddp"} < set(names)
 
 
-def test_timms_tables_are_written_only_where_they_are_as_they_were():
-    from quac_plugins.timm import _configs, _entries, _tables
-
-    written = _entries("test_resnet_ddp", _configs("test_resnet"))
-    assert _tables(written) == {table: getattr(timm.models._registry, table) for table in written}
-    assert not _tables({**written, "_model_of_tomorrow": {"test_resnet_ddp": 1}})
-    assert not _tables({**written, "_model_with_tags": {"test_resnet_ddp": ["test_resnet_ddp.other"]}})
-    assert not _tables(_entries("test_resnet_of_tomorrow", _configs("test_resnet")))
+def test_published_weights_are_tags_behind_those_of_timm_and_its_entrypoints_stay():
+    names = published()
+    assert set(names) <= set(timm.list_models(pretrained=True))
+    for name, entry in names.items():
+        base = base_name(entry.architecture)
+        assert timm.get_pretrained_cfg(name).tag == entry.tag
+        assert timm.get_pretrained_cfg(entry.architecture).tag == timm.get_pretrained_cfg(base).tag != entry.tag
+        assert timm.model_entrypoint(base).__module__.startswith("timm.models.")
+        assert timm.models.is_model_in_modules(base, timm.model_entrypoint(base).__module__.rpartition(".")[2])
 
 
 def test_a_name_that_is_registered_later_is_found(monkeypatch):
@@ -395,7 +397,9 @@ def test_adapter_over_pretrained_weights(weights, tmp_path, normalized):
         assert torch.equal(again.eval()(images), model.eval()(images))
 
 
-def test_an_adapter_that_the_registry_names_goes_over_the_bases_weights(weights, tmp_path, normalized, monkeypatch):
+def test_an_adapter_that_the_registry_names_goes_over_the_bases_weights(
+    weights, tmp_path, normalized, monkeypatch, publish
+):
     file, base = weights
     kwargs = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(file)}}
     model = moved(timm.create_model("test_resnet_qacon", where="all", norm="layer", **kwargs))
@@ -411,7 +415,7 @@ def test_an_adapter_that_the_registry_names_goes_over_the_bases_weights(weights,
     table = {name: Entry(name, **known, base=tag) for name, tag in names.items()}
     monkeypatch.setattr("quac_plugins.hub.published.published", lambda door="timm": table)
     monkeypatch.setattr(Entry, "folder", tmp_path / "adapter")
-    quac.timm._add_published(table.values())
+    publish(*table.values())
     images, state = normalized(2, 64), quac.adapter_state(model)
     assert len(state) > 10
     for name in ("test_resnet_qacon", "test_resnet_qacon.r160_in1k", "test_resnet_qacon.own"):

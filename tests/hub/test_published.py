@@ -22,7 +22,6 @@ from quac_plugins.evaluate.packed import unpack
 from quac_plugins.hub.check import check_registry
 from quac_plugins.hub.verify import sha256_of
 from quac_plugins.registry import Entry, published, read_entries, write_entry
-from quac_plugins.timm import _add_published
 
 VALID = {"kind": '"model"', "sha256": f'"{"a" * 64}"', "size": "12", "license": '"mit"'}
 
@@ -33,7 +32,7 @@ def toml(**changes):
 
 
 @pytest.fixture
-def registry(tmp_path, monkeypatch):
+def registry(tmp_path, monkeypatch, publish):
     """Entries and folders of a registry of its own, under the real names' code."""
     entries = {}
     for module in ("published", "check"):
@@ -43,24 +42,15 @@ def registry(tmp_path, monkeypatch):
     monkeypatch.setattr("quac_plugins.registry.data_folder", lambda name: tmp_path / name)
     monkeypatch.setattr("quac_plugins.hub.check.data_folder", lambda name: tmp_path / name)
     (tmp_path / "hub").mkdir()
-    tables = timm.models._registry
-    held = (tables._model_pretrained_cfgs, tables._model_has_pretrained, tables._model_entrypoints)
-    kept = [(t, t.copy()) for t in held]
-    tags = {name: list(tables._model_with_tags[name]) for name in tables._model_with_tags}
 
     def add(name, kind, weights, **values):
         file = tmp_path / "hub" / name / weights
         known = {"sha256": sha256_of(file), "size": file.stat().st_size, "license": "mit"}
         entries[name] = Entry(name, kind, **known, **values)
-        _add_published([entries[name]])
+        publish(entries[name])
         return entries[name]
 
-    yield tmp_path / "hub", entries, add
-    for table, before in kept:
-        table.clear()
-        table.update(before)
-    tables._model_with_tags.clear()
-    tables._model_with_tags.update(tags)
+    return tmp_path / "hub", entries, add
 
 
 def moved(model):
@@ -147,8 +137,8 @@ def test_an_adapter_over_a_published_host(over_a_host, photographs):
 
 
 def test_weights_under_a_name_of_timms_own(registry, photographs):
-    """A host without anything of ours: built with its own arguments, and its hash is checked like any other."""
-    hub, _, add = registry
+    """A host without anything of ours: timm itself builds it from its config, and reads it."""
+    hub, entries, add = registry
     host = timm.create_model("test_resnet", num_classes=10, in_chans=1).eval()
     quac.push(host, "test_resnet.grey", whole=True, dry_run=hub / "test_resnet.grey")
     entry = add(
@@ -162,8 +152,12 @@ def test_weights_under_a_name_of_timms_own(registry, photographs):
         assert timm.create_model("test_resnet", num_classes=3)(photographs(1, 64)).shape == (1, 3)
     file = hub / entry.name / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4] + b"abcd")
-    with pytest.raises(ValueError, match="SHA-256"):
-        timm.create_model(entry.name, pretrained=True)
+    entries["test_resnet.away"] = replace(entry, name="test_resnet.away", repo="me/away", revision="a" * 40)
+    entries["test_resnet.act"] = replace(entry, name="test_resnet.act", model_args={"act_layer": "gelu"})
+    problems = dict(check_registry())
+    assert "SHA-256" in problems[entry.name][0]
+    assert "compares no hash and takes repo and revision from no registry" in problems["test_resnet.away"][0]
+    assert "takes model_args act_layer from no registry" in problems["test_resnet.act"][0]
 
 
 @pytest.mark.parametrize("how", ["swapped", "cut", "missing"])
