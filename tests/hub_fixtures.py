@@ -1,9 +1,9 @@
 """Fixtures that point the real huggingface_hub at tests/hub_server.py: hub_server, hub, hub_env, hub_waits, publish.
 
-What the oldest supported client (0.23.0, on requests) and a new one (2.4.0, on httpx) do differently is written down
+What the oldest supported client (0.34.0, on requests) and a new one (2.4.0, on httpx) do differently is written down
 here, for the tests to go by; versions between the two were not looked at.
 
-ModelCard.validate and push_to_hub of 0.23 ask https://huggingface.co whatever HF_ENDPOINT says, and a token=False does
+ModelCard.validate and push_to_hub of 0.34 ask https://huggingface.co whatever HF_ENDPOINT says, and a token=False does
 not keep hf_hub_download from sending the token of the environment: tests of it go without, or without HF_TOKEN.
 """
 
@@ -31,8 +31,8 @@ _SERVER_ERRORS = {500, 502, 503, 504}
 # HEAD: only if the file is not in the cache. POST: preupload and LFS' batch and verify; never /commit/, /validate-yaml
 # and /repos/create. What asks for a repo's info is never repeated.
 RETRIED = {
-    "HEAD": {408, 429, *_SERVER_ERRORS} if NEW_CLIENT else set(),
-    "GET": {408, 429} if NEW_CLIENT else set(),
+    "HEAD": {408, 429, *_SERVER_ERRORS} if NEW_CLIENT else {429},
+    "GET": {408, 429} if NEW_CLIENT else {429},
     "POST": {408, 429, *_SERVER_ERRORS} if NEW_CLIENT else set(),
     "PUT": {408, 429, *_SERVER_ERRORS} if NEW_CLIENT else _SERVER_ERRORS,
 }
@@ -41,11 +41,6 @@ RETRIED = {
 RESUMES_AT_ONCE = NEW_CLIENT
 # What a file of another size leaves behind: nothing; or (old) such an .incomplete file, which the next call completes.
 KEEPS_WRONG_BYTES = not NEW_CLIENT
-# A token that nobody has, in a download: the error itself, or (old) a LocalEntryNotFoundError; from https:// the old
-# client would make it a RepositoryNotFoundError.
-SAYS_BAD_TOKEN = NEW_CLIENT
-# Whether a commit of files that are there already is left out.
-SKIPS_EMPTY_COMMITS = NEW_CLIENT
 
 
 def client_environment(hub, home, token="hf_good"):

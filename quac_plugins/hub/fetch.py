@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from quac_plugins.core.files import copy_files, disk_errors, read_json
 from quac_plugins.core.inject.saved import CONFIG_NAME, WEIGHTS_NAME
-from quac_plugins.hub.verify import check_cached, check_file, refuse_pickles
+from quac_plugins.hub.verify import check_cached, check_file, check_hash, refuse_pickles
 
 ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME)
 MODEL_FILES = ("config.json", "model.safetensors")  # as timm saves a whole model
@@ -55,29 +54,17 @@ def fetch(
             be reached; the message says which.
         PermissionError: the repository is gated.
         ConnectionError: the Hub answered with an error.
-        ValueError: the name is not one of a repository, a file is not what the Hub or the caller says, the Hub says
-            of a file no hash to compare it with, or the weights are a pickle.
+        ValueError: the name is not one of a repository, a file is not what the Hub or the caller says, no hash is known
+            to compare it with (offline, of a file that came with another kind of ETag), or the weights are a pickle.
     """
-    from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
-
-    commit, folder = revision, Path()
-    for name in (*files, *optional):
-        try:
-            path = _verified(repo_id, name, commit, force, token, cache_dir)
-        except LocalEntryNotFoundError as error:
-            if name in optional:
-                continue
-            raise _explained(error, repo_id, revision) from error
-        except EntryNotFoundError as error:
-            if name in optional:
-                continue
-            raise _incomplete(repo_id, commit, name, token) from error
-        except Exception as error:
-            raise _explained(error, repo_id, revision) from error
-        folder = path.parents[name.count("/")]
-        commit = folder.name  # the files of one commit belong together, whatever is pushed meanwhile
-        if name == files[-1]:
-            check_file(path, sha256, size)
+    wanted = (*files, *optional)
+    folder = _snapshot(repo_id, revision, wanted, force, token, cache_dir)
+    for name in wanted:
+        if (folder / name).is_file():
+            _verify(repo_id, folder, name, force, token, cache_dir)
+        elif name in files:
+            raise _incomplete(repo_id, revision, folder.name, name, token)
+    check_file(folder / files[-1], sha256, size)
     return folder
 
 
@@ -133,68 +120,74 @@ class _NotAnAdapter(FileNotFoundError):
     """The repository holds a whole model."""
 
 
-def _verified(
-    repo_id: str, name: str, revision: str | None, force: bool, token: str | bool | None, cache_dir: str | Path | None
+def _snapshot(
+    repo_id: str,
+    revision: str | None,
+    names: Iterable[str],
+    force: bool,
+    token: str | bool | None,
+    cache_dir: str | Path | None,
 ) -> Path:
-    """The cache's file, with the bytes that the Hub has; huggingface_hub looks at their number alone."""
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+    """The folder of one commit in the cache, with those of these files that the commit has.
+
+    Files of one commit belong together, whatever is pushed meanwhile. Of a Hub that cannot be reached it is what the
+    cache has, all of it or not.
+    """
+    from huggingface_hub import constants, snapshot_download
 
     cache = Path(cache_dir or constants.HF_HUB_CACHE)
-
-    def download(again: bool) -> Path:
-        options: Any = {"revision": revision, "force_download": again, "token": token, "cache_dir": cache}
-        with _one_at_a_time(repo_id, name, cache), disk_errors(cache):
-            return Path(hf_hub_download(repo_id, name, library_name="quac-plugins", **options))
-
-    def told() -> str | None:
-        if constants.HF_HUB_OFFLINE:
-            return None
-        return get_hf_file_metadata(hf_hub_url(repo_id, name, revision=revision), token=token).etag
-
-    path = download(force)
+    options: Any = {"revision": revision, "force_download": force, "token": token, "cache_dir": cache}
     try:
-        check_cached(path, told)
-    except ValueError:
-        if force or constants.HF_HUB_OFFLINE:
-            raise
-        check_cached(path := download(True), told)  # it may have been damaged here, and not where it comes from
-    return path
+        with disk_errors(cache):
+            found = snapshot_download(repo_id, allow_patterns=list(names), library_name="quac-plugins", **options)
+    except Exception as error:
+        raise _explained(error, repo_id, revision) from error
+    return Path(found)
 
 
-_PATIENCE = 30
-"""Seconds that one waits for another's download before both go on, with huggingface_hub's own lock between them."""
+def _verify(
+    repo_id: str, folder: Path, name: str, force: bool, token: str | bool | None, cache_dir: str | Path | None
+) -> None:
+    """See that a file has the bytes that the Hub has; huggingface_hub looks at their number alone.
 
-
-@contextlib.contextmanager
-def _one_at_a_time(repo_id: str, name: str, cache: Path) -> Iterator[None]:
-    """Let the others that want the same file wait.
-
-    Of two that fetch a file at once, huggingface_hub 0.23 lets the second take away the link that the first one was
-    given, and make it again; the first would miss the file in between.
+    The cache names files by the ETag that came with them. Where that is no hash of them, or not theirs, the Hub is
+    asked for one, and sends again what has another: it may have been damaged here, and not where it comes from.
     """
-    from filelock import FileLock
-    from huggingface_hub import constants
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.hf_api import RepoFile
 
-    if constants.HF_HUB_OFFLINE:
-        yield
-        return
-    path = cache / ".locks" / f"quac-plugins--{repo_id}--{name}.lock".replace("/", "--")
-    with contextlib.ExitStack() as held:
-        # without, in a cache that may only be read or where nothing can be locked, and if the other takes too long
-        with contextlib.suppress(OSError, NotImplementedError):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(FileLock(path, timeout=_PATIENCE, mode=0o664))
-        yield
+    path = folder / name
+    try:
+        return check_cached(path)
+    except ValueError:
+        if constants.HF_HUB_OFFLINE:
+            raise
+    try:
+        (info,) = HfApi(token=token).get_paths_info(repo_id, name, revision=folder.name)
+    except Exception as error:
+        raise _explained(error, repo_id, folder.name) from error
+    assert isinstance(info, RepoFile)
+    said: str = info.lfs.sha256 if info.lfs is not None else info.blob_id
+    try:
+        check_hash(path, said)
+    except ValueError:
+        if force:
+            raise
+        _snapshot(repo_id, folder.name, (name,), True, token, cache_dir)
+        check_hash(path, said)
 
 
-def _incomplete(repo_id: str, revision: str | None, name: str, token: str | bool | None) -> Exception:
+def _incomplete(repo_id: str, revision: str | None, commit: str, name: str, token: str | bool | None) -> Exception:
     """What a repository that lacks a file holds in its place."""
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import LocalEntryNotFoundError
 
     try:
-        names = HfApi(token=token).list_repo_files(repo_id, revision=revision)
+        names = HfApi(token=token).list_repo_files(repo_id, revision=commit)
     except Exception as error:
-        return _explained(error, repo_id, revision)
+        missing = LocalEntryNotFoundError(f"{name} is not in the cache")
+        missing.__cause__ = error
+        return _explained(missing if is_network(error) else error, repo_id, revision)
     where = f"the Hub repository {repo_id!r} (revision {revision or 'main'})"
     try:
         refuse_pickles(

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,37 +35,44 @@ def check_file(path: Path, sha256: str | None = None, size: int | None = None, s
         raise ValueError(f"{path} has the SHA-256 {found}, but {said_by} says {sha256}; {_AGAIN}")
 
 
-def check_cached(path: Path, told: Callable[[], str | None] = lambda: None) -> None:
-    """Refuse a file of the Hub's cache that is not what the Hub said it sent, or of which it said nothing.
-
-    The cache names every file by the hash that the Hub gave: SHA-256 for large files, git's for small ones. Caches
-    without links (Windows) keep no such names.
+def check_hash(path: Path, said: str) -> None:
+    """Refuse a file that is not what the Hub says it sends.
 
     Args:
-        path: in the cache.
-        told: asks the Hub for the hash, where the cache keeps none; None: it cannot be asked.
+        path: of the file.
+        said: its SHA-256 (of a large file), or git's hash (of a small one).
 
     Raises:
-        ValueError: the bytes have another hash, or there is none to compare them with.
+        ValueError: it has another hash.
     """
-    blob = path.resolve()
-    said = blob.name if blob.parent.name == "blobs" else told()
-    if said is not None and _SHA256.match(said):
-        found = sha256_of(blob)
-    elif said is not None and _SHA1.match(said):
-        found = _digest(hashlib.sha1(f"blob {blob.stat().st_size}\0".encode(), usedforsecurity=False), blob)
+    if _SHA256.match(said):
+        found = sha256_of(path)
     else:
-        what = "no hash of it is known" if said is None else f"{said!r} is neither a SHA-256 nor git's hash"
-        raise ValueError(
-            f"{path} cannot be compared with what the Hub has, since {what} (the Hub sends it as ETag; a mirror, or no "
-            "network with a cache that has no links, may not). So it is not read. Download the files by hand from "
-            "where you trust them, and give their folder"
-        )
+        found = _digest(hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False), path)
     if found != said:
         raise ValueError(
             f"{path} is damaged: its hash is {found}, and the Hub said {said}; {_AGAIN} "
             "(quac pull … --force, or force=True)"
         )
+
+
+def check_cached(path: Path) -> None:
+    """Refuse a file of the Hub's cache that is not what the Hub said it sent, or of which the cache has no hash.
+
+    The cache names every file by the ETag that the Hub sent with it, which is its hash. Mirrors may send another, and
+    caches without links (Windows) keep no such names.
+
+    Raises:
+        ValueError: the bytes have another hash, or there is none to compare them with.
+    """
+    blob = path.resolve()
+    if blob.parent.name != "blobs" or not (_SHA256.match(blob.name) or _SHA1.match(blob.name)):
+        raise ValueError(
+            f"{path} cannot be compared with what the Hub has, since the cache knows no hash of it (it keeps the ETag "
+            "that came with a file, where it can make links), and HF_HUB_OFFLINE forbids to ask. So it is not read. "
+            "Unset it, or download the files by hand from where you trust them, and give their folder"
+        )
+    check_hash(blob, blob.name)
 
 
 def refuse_pickles(names: Iterable[str], where: str, wanted: str) -> None:

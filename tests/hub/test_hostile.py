@@ -54,12 +54,19 @@ def test_a_hash_in_any_of_its_forms_is_compared(form, hub, adapter):
 
 
 @pytest.mark.parametrize("name", [CONFIG_NAME, WEIGHTS_NAME])
-@pytest.mark.parametrize("form", ['"{}-gzip"', '"0123456789abcdef0123456789abcdef"', '"of another kind"'])
-def test_what_cannot_be_compared_is_not_read(form, name, hub, adapter):
+@pytest.mark.parametrize("form", ['"{}-gzip"', f'"{"0123456789abcdef" * 2}"', f'"{"0123456789abcdef" * 4}"', '"other"'])
+def test_an_etag_that_is_no_hash_is_not_believed_and_the_hub_is_asked(form, name, hub, adapter, monkeypatch):
     hub.add(REPO, adapter)
     hub.tag(name, form)
-    with pytest.raises(ValueError, match=r"cannot be compared .* neither a SHA-256 nor git's hash.*not read"):
-        quac.load_adapter(host(), REPO)
+    folder = fetch(REPO)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == adapter
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"cannot be compared .* no hash of it.*not read|is damaged"):
+        fetch(REPO)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    hub.replace(REPO, name, b"odd" + adapter[name][3:])
+    with pytest.raises(ValueError, match=r"is damaged: its hash is .* and the Hub said"):
+        fetch(REPO, force=True)
 
 
 def test_without_any_hash_nothing_is_read(hub, adapter):
@@ -78,7 +85,7 @@ def test_a_cache_without_links_asks_the_hub(hub, adapter, monkeypatch):
     fetch(REPO)  # fetched again
     assert path.read_bytes() == adapter[WEIGHTS_NAME]
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"cannot be compared .* no hash of it is known"):
+    with pytest.raises(ValueError, match=r"cannot be compared .* knows no hash of it"):
         fetch(REPO)
 
 

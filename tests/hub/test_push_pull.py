@@ -8,13 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from filelock import FileLock
 from hub_fixtures import client_of_this_process
 from huggingface_hub import constants
 from safetensors.torch import save_file
@@ -236,7 +236,7 @@ def test_a_repository_that_holds_something_else(host, hub):
 
 def test_who_may_not_read_is_told(host, hub):
     hub.add("you/hidden", {"a": b"b"}, private=True)
-    hub.add("you/gated", {"a": b"b"}, gated=True)
+    hub.add("you/gated", {CONFIG_NAME: b"{}"}, gated=True)
     with pytest.raises(FileNotFoundError, match=r"no repository http.*you/hidden, or it is private.*hf auth login"):
         quac.load_adapter(host(), "you/hidden")
     with pytest.raises(PermissionError, match=r"you/gated is gated: ask for access"):
@@ -329,7 +329,6 @@ def test_two_processes_pull_at_once(host, hub, hub_env, tmp_path):
 
 
 def test_what_one_was_given_another_does_not_take_away(host, hub):
-    """The old client makes a link again after it waited for another download; the other would miss it in between."""
     quac.push(with_prior(host), REPO)
     hub.delay(path=WEIGHTS_NAME, seconds=0.5)
 
@@ -342,13 +341,22 @@ def test_what_one_was_given_another_does_not_take_away(host, hub):
     assert first == second
 
 
-def test_a_download_that_does_not_end_is_not_waited_for(host, hub, monkeypatch):
-    quac.push(with_prior(host), REPO)
-    found = fetch(REPO)
-    monkeypatch.setattr("quac_plugins.hub.fetch._PATIENCE", 0.1)
-    (lock,) = (Path(constants.HF_HUB_CACHE) / ".locks").glob(f"quac-plugins--*{WEIGHTS_NAME}.lock")
-    with FileLock(lock):
-        assert fetch(REPO) == found
+def test_files_are_of_one_commit_whatever_is_pushed_meanwhile(host, hub):
+    commit = quac.push(with_prior(host), REPO).commit
+    sent = hub.files(REPO)
+    hub.delay(path=f"/resolve/{commit}/", seconds=0.3)
+
+    def push(_):
+        return hub.add(REPO, {CONFIG_NAME: b"{}", WEIGHTS_NAME: b"new"})
+
+    with ThreadPoolExecutor(1) as other:
+        later = other.submit(lambda: (time.sleep(0.15), push(None)))
+        folder = fetch(REPO)
+        later.result()
+    assert folder.name == commit
+    assert {name: (folder / name).read_bytes() for name in (CONFIG_NAME, WEIGHTS_NAME)} == {
+        name: sent[name] for name in (CONFIG_NAME, WEIGHTS_NAME)
+    }
 
 
 def test_a_cache_that_may_only_be_read(host, hub):
