@@ -2,6 +2,7 @@ import hashlib
 import json
 import os
 import pickle
+import runpy
 import subprocess
 import sys
 
@@ -241,6 +242,17 @@ def test_without_its_packages_the_command_says_how_to_install_them(package, monk
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit, match=r'pip install "quac-plugins\[evaluate\]"'):
         cli.main()
+
+
+def test_the_command_tells_its_version_and_what_it_can(monkeypatch, capsys):
+    assert quac("--version").output == f"quac {quac_plugins.__version__}\n"
+    monkeypatch.setattr(sys, "argv", ["quac_plugins", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("quac_plugins", run_name="__main__")
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert said.startswith("Usage: quac [OPTIONS] COMMAND")
+    assert all(command.name in said for command in app.registered_commands)
 
 
 @pytest.mark.parametrize("options", [("--mean", 0.5), ("--std", 0.5), ("--mean", "nan", "--std", 1)])

@@ -6,6 +6,8 @@ files they name are wrong, 3 the results are there but some images could not be 
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from quac_plugins.commands.evaluate import evaluate_command
@@ -25,6 +27,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from quac_plugins import __version__
+
+        typer.echo(f"quac {__version__}")
+        raise typer.Exit
+
+
+_Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which, and stop.")]
+
+
+@app.callback()
+def _quac(version: _Version = False) -> None:
+    pass
+
+
 app.command("evaluate")(evaluate_command)
 app.command("fit-prior")(fit_prior_command)
 app.command("fit-qacon")(fit_qacon_command)

@@ -48,7 +48,7 @@ class Labels(TorchDispatchMode):
         self.running: list[Any] = []
         self.began = self.told = time.monotonic()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[override]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._tell()
         _refuse_apart(func, args, self.batch)
         out = _result(func, args, kwargs or {})
