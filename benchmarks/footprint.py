@@ -30,7 +30,7 @@ from torch import Tensor
 
 import quac_plugins as quac
 from quac_plugins.core.prior.features import Watch
-from quac_plugins.fit import session
+from quac_plugins.fit import photographs as drawing
 
 CORRUPTIONS = ["fog", "gaussian_noise", "jpeg_compression"]
 
@@ -114,7 +114,7 @@ def fit(args: argparse.Namespace) -> list[dict[str, Any]]:
         torch.manual_seed(0)
         model = timm.create_model("resnet50").eval()
         with (
-            timed(session, "make_draws", spent, "loading and corrupting"),
+            timed(drawing, "make_draws", spent, "loading and corrupting"),
             timed(Watch, "run", spent, "the host"),
             timed(Tensor, "backward", spent, "backward"),
         ):

@@ -15,7 +15,7 @@ import quac_plugins
 from quac_plugins.commands import app
 from quac_plugins.commands.student import build_student
 from quac_plugins.core.inject.surgery import injection_of
-from quac_plugins.core.prior.training import Fit
+from quac_plugins.fit.loop import Fit
 
 FILES = ["adapter_config.json", "adapter_model.safetensors", "fit_report.json"]
 QUICK = ["--input-size", 64, "--views", 1, "--draws", 3, "--steps", 4, "--batch-size", 4, "--device", "cpu"]

@@ -68,7 +68,7 @@ def evaluate_command(
 
         from quac_plugins.evaluate import evaluate
         from quac_plugins.evaluate.model import build_model
-        from quac_plugins.evaluate.processes import is_main_process
+        from quac_plugins.processes import is_main_process
 
         torch.manual_seed(seed)
         given: dict[str, Any] = {

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import tempfile
 import warnings
+from collections.abc import Callable
+from dataclasses import fields, replace
 from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,6 +21,8 @@ from quac_plugins.parsing import key_values, numbers
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from quac_plugins.fit import Data
 
 STATES = ".fit"  # inside the adapter's folder, while a fit is unfinished
 
@@ -42,7 +48,9 @@ Corruptions = Annotated[
     str | None,
     typer.Option(help="Names, groups (noise, blur, weather, digital), all, extra or every; comma-separated."),
 ]
-Severity = Annotated[str, typer.Option(help="1 to 5; several, comma-separated, are mixed.")]
+Severity = Annotated[
+    str | None, typer.Option(help="1 to 5; several, comma-separated, are mixed. Default: 3; all for margins.")
+]
 Limit = Annotated[int | None, typer.Option(min=1, help="At most so many images.")]
 Views = Annotated[int | None, typer.Option(min=1, help="Crops and flips of each image.")]
 Draws = Annotated[int | None, typer.Option(min=1, help="Degraded pictures of each view and corruption.")]
@@ -64,7 +72,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an adapter
 Curve = Annotated[Path | None, typer.Option(help="Draw the held-out loss here: .png, .svg, .pdf, ….")]
 
 
-def fit_prior_command(
+def _shared(
     model: Name,
     out: Out,
     images: Images = None,
@@ -76,12 +84,55 @@ def fit_prior_command(
     num_classes: common.NumClasses = None,
     adapter: Adapter = None,
     corruptions: Corruptions = None,
-    severity: Annotated[
-        str | None, typer.Option(help="1 to 5; several, comma-separated, are mixed. Default: all for margins, else 3.")
-    ] = None,
+    severity: Severity = None,
     limit: Limit = None,
     views: Views = None,
     draws: Draws = None,
+    deep: Deep = None,
+    steps: Steps = None,
+    lr: Rate = None,
+    batch_size: BatchSize = None,
+    held_out: HeldOut = 0.2,
+    seed: Seed = 0,
+    mean: common.Mean = None,
+    std: common.Std = None,
+    input_size: common.InputSize = None,
+    crop_pct: common.CropPct = None,
+    interpolation: common.Interpolation = None,
+    device: common.Device = None,
+    amp: AmpOption = Amp.no,
+    num_workers: common.NumWorkers = 0,
+    resume: Resume = True,
+    overwrite: Overwrite = False,
+    json: common.Json = None,
+    plot: Curve = None,
+    debug: common.Debug = False,
+) -> None:
+    """The options of both commands."""
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """A command with the options of both, which its function gets together as ``given``, and with its own."""
+    shared = inspect.signature(_shared, eval_str=True).parameters
+    own = dict(inspect.signature(function, eval_str=True).parameters)
+    del own["given"]
+
+    def command(**options: Any) -> None:
+        given = SimpleNamespace(**{name: options.pop(name) for name in shared})
+        with common.plain_errors(given.debug):
+            _check(given, options.get("class_map"))
+            function(given, **options)
+
+    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*shared.values(), *own.values())]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    command.__doc__ = function.__doc__
+    return command
+
+
+@_command
+def fit_prior_command(
+    given: Any,
     site: Annotated[
         list[str] | None, typer.Option(help="After which layers: norms, auto, stages, a name, a glob. May be repeated.")
     ] = None,
@@ -99,81 +150,30 @@ def fit_prior_command(
         ),
     ] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Modules that an image is sent to, if routed.")] = None,
-    deep: Deep = None,
-    steps: Steps = None,
-    lr: Rate = None,
-    batch_size: BatchSize = None,
-    held_out: HeldOut = 0.2,
-    seed: Seed = 0,
-    mean: common.Mean = None,
-    std: common.Std = None,
-    input_size: common.InputSize = None,
-    crop_pct: common.CropPct = None,
-    interpolation: common.Interpolation = None,
-    device: common.Device = None,
-    amp: AmpOption = Amp.no,
-    num_workers: common.NumWorkers = 0,
-    resume: Resume = True,
-    overwrite: Overwrite = False,
-    json: common.Json = None,
-    plot: Curve = None,
-    debug: common.Debug = False,
 ) -> None:
     """Fit a degradation prior inside a frozen network on a few photographs, and save it as an adapter.
 
     Runs on several GPUs or processes with: torchrun --nproc-per-node N -m quac_plugins.cli fit-prior …
     """
-    from quac_plugins.degradations import corruption_names
-
-    with common.plain_errors(debug):
-        _check(out, images, pairs, corruptions, overwrite)
-        inputs = [images, *(pairs or ()), base_checkpoint, checkpoint, *common.files_of(adapter)]
-        common.check_outputs(json, plot, inputs=[*inputs, *common.files_of(str(out))])
-        if routed is False and top_k is not None:
-            raise ValueError("--top-k is for a routed prior, and --single asks for one module")
-        if routed and pairs is not None:
-            raise ValueError("--routed needs corruptions to tell apart, and --pairs bring none")
-        prior: dict[str, Any] = _given(site=_one_or_several(site), fdm=fdm, fdm_act=fdm_act, top_k=top_k)
-        said = [*prior, *(["routed" if routed else "single"] if routed is not None else [])]
-        options = key_values(model_kwargs or [])
-        other = {"fdm", "fdm_act", "fdm_width", "top_k"} & {*prior, *options}
-        if not other and prior.get("site", options.get("site", "norms")) == "norms":
-            prior["fdm"] = "margin"  # what any of these says is of other modules
-        names = corruption_names("all" if corruptions is None else corruptions) if pairs is None else []
-        if routed or (routed is None and len(names) > 1):
-            prior["experts"] = names
-        looks = common.images_of(mean, std, input_size)
-        network = build_student(
-            model, {"prior"}, adapter=adapter, prior=prior, said=said, model_kwargs=key_values(model_kwargs or []),
-            seed=seed, base_checkpoint=base_checkpoint, checkpoint=checkpoint, pretrained=pretrained,
-            num_classes=num_classes, **looks,
-        )  # fmt: skip
-        _fit(
-            "fit_prior", network, images, limit=limit,
-            out=out, overwrite=overwrite, resume=resume, json=json, plot=plot, steps=steps, lr=lr,
-            batch_size=batch_size, amp=amp.value, deep=_deep(deep), severity=numbers(severity, int, "--severity"),
-            views=views, draws=draws, held_out=held_out, seed=seed, crop_pct=crop_pct, interpolation=interpolation,
-            device=common.checked_device(device), num_workers=num_workers, pairs=pairs,
-            corruptions=corruptions, **looks,
-        )  # fmt: skip
+    if routed is False and top_k is not None:
+        raise ValueError("--top-k is for a routed prior, and --single asks for one module")
+    if routed and given.pairs is not None:
+        raise ValueError("--routed needs corruptions to tell apart, and --pairs bring none")
+    prior: dict[str, Any] = _said(site=_one_or_several(site), fdm=fdm, fdm_act=fdm_act, top_k=top_k)
+    said = [*prior, *(["routed" if routed else "single"] if routed is not None else [])]
+    options = key_values(given.model_kwargs or [])
+    other = {"fdm", "fdm_act", "fdm_width", "top_k"} & {*prior, *options}
+    if not other and prior.get("site", options.get("site", "norms")) == "norms":
+        prior["fdm"] = "margin"  # what any of these says is of other modules
+    data = _data(given)
+    if routed or (routed is None and len(data.names) > 1):
+        prior["experts"] = data.names
+    _fit("fit_prior", _student(given, {"prior"}, prior=prior, said=said), data, given)
 
 
+@_command
 def fit_qacon_command(
-    model: Name,
-    out: Out,
-    images: Images = None,
-    pairs: Pairs = None,
-    base_checkpoint: common.BaseCheckpoint = None,
-    checkpoint: common.Checkpoint = None,
-    pretrained: common.Pretrained = None,
-    model_kwargs: common.ModelKwargs = None,
-    num_classes: common.NumClasses = None,
-    adapter: Adapter = None,
-    corruptions: Corruptions = None,
-    severity: Severity = "3",
-    limit: Limit = None,
-    views: Views = None,
-    draws: Draws = None,
+    given: Any,
     labels: Annotated[
         bool, typer.Option("--labels", help="The images lie in folders of classes: learn from their labels too.")
     ] = False,
@@ -182,100 +182,78 @@ def fit_qacon_command(
     with_prior: Annotated[
         bool, typer.Option("--with-prior", help="Fit the degradation prior too; one is put in if there is none.")
     ] = False,
-    deep: Deep = None,
-    steps: Steps = None,
-    lr: Rate = None,
-    batch_size: BatchSize = None,
-    held_out: HeldOut = 0.2,
-    seed: Seed = 0,
-    mean: common.Mean = None,
-    std: common.Std = None,
-    input_size: common.InputSize = None,
-    crop_pct: common.CropPct = None,
-    interpolation: common.Interpolation = None,
-    device: common.Device = None,
-    amp: AmpOption = Amp.no,
-    num_workers: common.NumWorkers = 0,
-    resume: Resume = True,
-    overwrite: Overwrite = False,
-    json: common.Json = None,
-    plot: Curve = None,
-    debug: common.Debug = False,
 ) -> None:
     """Distil a network into its quality-adaptive activations on degraded photographs, and save them as an adapter.
 
     Options of the activations go into --model-kwargs: activation=qswish,where=all. Runs on several GPUs or processes
     with: torchrun --nproc-per-node N -m quac_plugins.cli fit-qacon …
     """
-    with common.plain_errors(debug):
-        _check(out, images, pairs, corruptions, overwrite)
-        inputs = [images, *(pairs or ()), base_checkpoint, checkpoint, class_map, *common.files_of(adapter)]
-        common.check_outputs(json, plot, inputs=[*inputs, *common.files_of(str(out))])
-        if labels and images is None:
-            raise ValueError("--labels needs --images, a folder of folders of classes")
-        looks = common.images_of(mean, std, input_size)
-        network = build_student(
-            model, {"quac", "prior"} if with_prior else {"quac"}, adapter=adapter,
-            model_kwargs=key_values(model_kwargs or []), seed=seed, base_checkpoint=base_checkpoint,
-            checkpoint=checkpoint, pretrained=pretrained, num_classes=num_classes, **looks,
-        )  # fmt: skip
-        source: Any = images
-        extra: dict[str, Any] = {"with_prior": with_prior}
-        if labels and images is not None:
-            source, limit = labelled_files(images, network, limit, seed, class_map), None
-            extra["label_weight"] = label_weight
-        _fit(
-            "fit_qacon", network, source, limit=limit,
-            out=out, overwrite=overwrite, resume=resume, json=json, plot=plot, steps=steps, lr=lr,
-            batch_size=batch_size, amp=amp.value, deep=_deep(deep), severity=numbers(severity, int, "--severity"),
-            views=views, draws=draws, held_out=held_out, seed=seed, crop_pct=crop_pct, interpolation=interpolation,
-            device=common.checked_device(device), num_workers=num_workers, pairs=pairs,
-            corruptions=corruptions, **looks, **extra,
-        )  # fmt: skip
+    if labels and given.images is None:
+        raise ValueError("--labels needs --images, a folder of folders of classes")
+    data = _data(given)
+    network = _student(given, {"quac", "prior"} if with_prior else {"quac"})
+    if labels:
+        files = labelled_files(given.images, network, given.limit, given.seed, class_map)
+        data = replace(data, images=files, limit=None)
+    _fit("fit_qacon", network, data, given, with_prior=with_prior, label_weight=label_weight if labels else None)
 
 
-def _fit(
-    kind: str,
-    network: nn.Module,
-    images: Any,
-    *,
-    out: Path,
-    overwrite: bool,
-    resume: bool,
-    json: Path | None,
-    plot: Path | None,
-    deep: Any,
-    **options: Any,
-) -> None:
+def _data(given: Any) -> Data:
+    """What the fit learns from, as the options say."""
+    from quac_plugins.fit import Data
+
+    read = vars(given) | common.images_of(given.mean, given.std, given.input_size)
+    read["severity"] = numbers(given.severity, int, "--severity")
+    names = {field.name for field in fields(Data)}
+    return Data(**_said(**{name: value for name, value in read.items() if name in names}))
+
+
+def _student(given: Any, wanted: set[str], **prior: Any) -> nn.Module:
+    names = ("adapter", "seed", "base_checkpoint", "checkpoint", "pretrained", "num_classes")
+    return build_student(
+        given.model,
+        wanted,
+        model_kwargs=key_values(given.model_kwargs or []),
+        **{name: getattr(given, name) for name in names},
+        **common.images_of(given.mean, given.std, given.input_size),
+        **prior,
+    )
+
+
+def _fit(kind: str, network: nn.Module, data: Data, given: Any, **options: Any) -> None:
     """Fit, write the adapter and its report, and print it."""
     import quac_plugins
-    from quac_plugins.evaluate.processes import is_main_process
+    from quac_plugins.processes import is_main_process
 
-    states, main = out / STATES, is_main_process()
+    states, main = given.out / STATES, is_main_process()
     if not main:
         warnings.simplefilter("ignore")  # the first process says the same
-    elif not resume:
+    elif not given.resume:
         for state in states.glob("fit-*.pt"):  # and nothing else that may lie there
             state.unlink()
         with contextlib.suppress(OSError):
             states.rmdir()
+    deep = None if given.deep == ["none"] else _one_or_several(given.deep) or "stages"
+    options |= {"steps": given.steps, "lr": given.lr, "batch_size": given.batch_size, "amp": given.amp.value}
+    device = common.checked_device(given.device)
     try:
-        report = getattr(quac_plugins, kind)(network, images, checkpoint=states, deep=deep, **_given(**options))
+        fit = getattr(quac_plugins, kind)
+        report = fit(network, data, checkpoint=states, deep=deep, device=device, **_said(**options))
     except KeyboardInterrupt:
         if main and any(states.glob("fit-*.pt")):
             typer.echo("interrupted; the same command goes on from where it was", err=True)
         raise typer.Exit(common.INTERRUPTED) from None
     if main:
-        _save(network, out, states)
+        _save(network, given.out, states)
         from quac_plugins.fit.report import REPORT_NAME
 
         typer.echo(str(report))
         common.tell_unreadable(report.unreadable)
-        report.to_json(out / REPORT_NAME)
-        if json is not None:
-            report.to_json(json)
-        if plot is not None:
-            report.plot(plot)
+        report.to_json(given.out / REPORT_NAME)
+        if given.json is not None:
+            report.to_json(given.json)
+        if given.plot is not None:
+            report.plot(given.plot)
     if report.diverged:
         if main:
             typer.echo("the loss was not finite: the adapter holds the best state before; try a lower --lr", err=True)
@@ -298,13 +276,12 @@ def _save(network: nn.Module, out: Path, states: Path) -> None:
         raise OSError(f"{error}; {kept}") from error
 
 
-def _check(
-    out: Path, images: Path | None, pairs: tuple[Path, Path] | None, corruptions: str | None, overwrite: bool
-) -> None:
+def _check(given: Any, class_map: Path | None) -> None:
     """Refuse before the work what would be refused after it."""
+    images, pairs, out = given.images, given.pairs, given.out
     if (images is None) == (pairs is None):
         raise ValueError(f"give either --images or --pairs, got {'neither' if images is None else 'both'}")
-    if pairs is not None and corruptions is not None:
+    if pairs is not None and given.corruptions is not None:
         raise ValueError("--pairs are degraded already: leave --corruptions out")
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out: {out} is a file, not a folder")
@@ -312,18 +289,17 @@ def _check(
     from quac_plugins.fit.report import REPORT_NAME
 
     there = [name for name in (CONFIG_NAME, WEIGHTS_NAME, REPORT_NAME) if (out / name).exists()]
-    if there and not overwrite:
+    if there and not given.overwrite:
         raise FileExistsError(f"{out} holds {there[0]} already; give another folder, or --overwrite")
     common.check_folder(out)
+    inputs = [images, *(pairs or ()), given.base_checkpoint, given.checkpoint, class_map]
+    inputs += [*common.files_of(given.adapter), *common.files_of(str(out))]
+    common.check_outputs(given.json, given.plot, inputs=inputs)
 
 
-def _given(**options: Any) -> dict[str, Any]:
+def _said(**options: Any) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value is not None}
 
 
 def _one_or_several(values: list[str] | None) -> str | list[str] | None:
     return values[0] if values is not None and len(values) == 1 else values or None
-
-
-def _deep(values: list[str] | None) -> str | list[str] | None:
-    return None if values == ["none"] else _one_or_several(values) or "stages"

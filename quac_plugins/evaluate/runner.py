@@ -21,8 +21,8 @@ from quac_plugins.evaluate.images import CorruptedImages, Job, worker_init
 from quac_plugins.evaluate.network import describe_network
 from quac_plugins.evaluate.outcomes import NAN, UNREAD, interleaved, judge, name_of, outcomes_of, scores_of
 from quac_plugins.evaluate.preprocessing import Crop, data_config, is_bgr, sources_of
-from quac_plugins.evaluate.processes import gather, is_main_process, process_group
 from quac_plugins.evaluate.report import EvaluationReport, software_versions
+from quac_plugins.processes import is_main_process, process_group
 
 __all__ = ["evaluate"]
 
@@ -119,9 +119,9 @@ def evaluate(
     directory = ImageDirectory(data, num_classes, class_map)
     conditions = _conditions(directory, corruptions, severities, clean)
     chosen = directory.limited(limit, seed)
-    with process_group() as (rank, world_size), _as_it_was(model, device) as where:
+    with process_group() as processes, _as_it_was(model, device) as where:
         autocast = _autocast_dtype(amp, where)
-        shares = {c: chosen[c if directory.is_imagenet_c else CLEAN][rank::world_size] for c in conditions}
+        shares = {c: list(processes.share(chosen[c if directory.is_imagenet_c else CLEAN])) for c in conditions}
         jobs = _jobs(shares, apply=not directory.is_imagenet_c)
         images = CorruptedImages(jobs, Crop(config, keep_ready=crop_pct is None), config["input_size"][-2:], seed)
         loader = DataLoader(
@@ -134,7 +134,7 @@ def evaluate(
         )
         rows = {c: np.full((len(share), 2), UNREAD, dtype=np.int32) for c, share in shares.items()}
         unreadable = _judge_all(model, loader, jobs, rows, config, where, _autocast(autocast, where), progress)
-        parts = gather((rows, unreadable), world_size)
+        parts = processes.gather((rows, unreadable))
         device = _device(where)
     found = {c: interleaved([part[0][c] for part in parts]) for c in conditions}
     total = {c: scores_of(found[c]) for c in conditions}

@@ -1,4 +1,4 @@
-"""What a fit is good for, without labels: how often a degraded picture gets the class that the clean one gets."""
+"""What a fit is good for, without labels: how often a degraded picture gets the clean one's class; and its cost."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 from quac_plugins.core.quality.degradation import CLEAN
 from quac_plugins.fit.gate import Drawn
+from quac_plugins.fit.student import Student
 
 _BATCH = 16
 
 
-def agreement(session: Any, drawn: Drawn) -> dict[str, dict[str, Any]]:
+def agreement(student: Student, drawn: Drawn) -> dict[str, dict[str, Any]]:
     """Share of the pictures whose predicted class is that of the untouched host on the clean picture.
 
     Args:
-        session: :class:`quac_plugins.fit.session.Session`, with what was fitted in its final state.
+        student: :class:`quac_plugins.fit.student.Student`, open, with what was fitted in its final state.
         drawn: pictures of images that were not fitted on.
 
     Returns:
@@ -26,10 +27,10 @@ def agreement(session: Any, drawn: Drawn) -> dict[str, dict[str, Any]]:
         network, and ``n``, the number of pictures. Empty for networks that do not return logits (B, classes).
     """
     clean = drawn.view == np.arange(len(drawn.view))
-    told = _classes(session, session.teacher, drawn.pictures[clean])
+    told = _classes(student, student.teacher, drawn.pictures[clean])
     if told is None:
         return {}
-    before, after = (_classes(session, net, drawn.pictures) for net in (session.teacher, session.model))
+    before, after = (_classes(student, net, drawn.pictures) for net in (student.teacher, student.model))
     found = {}
     for kind in dict.fromkeys(drawn.kind.tolist()):
         here = drawn.kind == kind
@@ -42,15 +43,30 @@ def agreement(session: Any, drawn: Drawn) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _classes(session: Any, network: nn.Module, pictures: np.ndarray) -> Any:
+def _classes(student: Student, network: nn.Module, pictures: np.ndarray) -> Any:
     """The predicted classes (N,); None if the network returns no logits."""
     found = []
     with torch.no_grad():
         for start in range(0, len(pictures), _BATCH):
-            batch = torch.from_numpy(np.ascontiguousarray(pictures[start : start + _BATCH])).to(session.device)
-            logits = network(session.normalize(batch))
+            logits = network(student.images(pictures[start : start + _BATCH]))
             features = getattr(network, "num_classes", None) == 0  # of a host of timm without its classifier
             if features or not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
                 return None
             found.append(logits.argmax(1).cpu().numpy())
     return np.concatenate(found)
+
+
+def multiply_adds(student: Student) -> float | None:
+    """Multiply-adds of what was put in over the host's, for one image (torch's counter)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    image = student.images(np.zeros((1, *student.photographs.size, 3), dtype=np.uint8))
+    counts = []
+    try:
+        for network in (student.model, student.teacher):
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                network(image)
+            counts.append(counter.get_total_flops())
+    except Exception:  # operations that it does not know; a finished fit is not to be lost over it
+        return None
+    return counts[0] / counts[1] - 1 if counts[1] else None

@@ -65,11 +65,6 @@ class Draws:
     def __len__(self) -> int:
         return len(self.degraded)
 
-    @property
-    def nbytes(self) -> int:
-        """The bytes of the pictures."""
-        return self.clean.nbytes + self.degraded.nbytes
-
 
 def make_draws(
     few: FewImages,
@@ -81,7 +76,6 @@ def make_draws(
     draws: int = 1,
     clean_share: float = 0.0,
     degrade: Degrade | None = None,
-    augment: bool = True,
     seed: int = 0,
     workers: int = 0,
     crop: Callable[[Image.Image], torch.Tensor] | None = None,
@@ -103,7 +97,6 @@ def make_draws(
             the same size: an array, uint8 or float in [0, 1], a float or uint8 tensor (3, h, w), or a PIL image. It is
             given ``rng``, a seeded `numpy.random.Generator`, if it has a parameter of this name; the global generators
             of Python, numpy and torch are seeded for the call and put back after it.
-        augment: False means the first view alone, whatever ``views`` is.
         seed: of everything random.
         workers: processes that degrade; 0 means this one. The result is the same.
         crop: makes the first view: PIL image → uint8 tensor (3, h, w), as `quac_plugins.evaluate.preprocessing.Crop`.
@@ -135,7 +128,6 @@ def make_draws(
             raise ValueError(f"{what} must be at least {least}, got {value}")
     if not 0 <= clean_share < 1:
         raise ValueError(f"clean_share must be at least 0 and below 1, got {clean_share}")
-    views = views if augment else 1
     keys = [f"{name}\0{view}" for name in few.names for view in range(views)]
     if few.degraded is not None:
         kinds, tasks = ["pairs"], [_Task(view, 0, 0, 0) for view in range(len(keys))]

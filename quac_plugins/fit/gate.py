@@ -24,6 +24,8 @@ from quac_plugins.core.quality.degradation import CLEAN
 from quac_plugins.core.quality.tap import QualityTap
 from quac_plugins.degradations import SEVERITIES
 from quac_plugins.fit.confusion import Confusion
+from quac_plugins.fit.photographs import Photographs
+from quac_plugins.fit.student import Student
 
 _LEARNED = 400  # pictures of each kind that a gate is fitted on, over all severities: many more than an expert needs,
 _CALIBRATED = 60  # or calibrated on where it needs no fit,
@@ -49,7 +51,7 @@ class Drawn:
         view: int64 (N,): the index of the clean picture that each is made of.
         kind: (N,) names of degradations, or ``"clean"``.
         severity: int64 (N,).
-        image: int64 (N,): of which of the session's images each is.
+        image: int64 (N,): of which of the photographs each is.
     """
 
     pictures: np.ndarray
@@ -63,12 +65,12 @@ class Drawn:
         return torch.tensor([experts.index(kind) + 1 if kind in experts else 0 for kind in self.kind.tolist()])
 
 
-def draw(session: Any, kinds: list[str], images: list[int], wanted: int) -> Drawn:
+def draw(photographs: Photographs, kinds: list[str], images: list[int], wanted: int) -> Drawn:
     """About so many pictures of each kind and as many clean ones, of all severities."""
     if len(images) > wanted:  # evenly spread
         images = [images[place * len(images) // wanted] for place in range(wanted)]
     views = min(_MOST_VIEWS, math.ceil(wanted / len(images)))
-    found = session.draws(kinds, 0.0, 1, views=views, severities=SEVERITIES, images=images)
+    found = photographs.draws(kinds, 0.0, 1, views=views, severities=SEVERITIES, images=images)
     image = np.asarray(images)[found.image]
     clean = len(found.clean)
     return Drawn(
@@ -81,21 +83,21 @@ def draw(session: Any, kinds: list[str], images: list[int], wanted: int) -> Draw
 
 
 def fit_gate(
-    session: Any, modules: dict[str, nn.Module], kinds: list[str], experts: list[str], seed: int
+    student: Student, modules: dict[str, nn.Module], kinds: list[str], experts: list[str]
 ) -> dict[str, Tensor]:
     """Fit and calibrate the gate that all sites share; its state dict.
 
     Args:
-        session: :class:`quac_plugins.fit.session.Session`.
+        student: :class:`quac_plugins.fit.student.Student`, open.
         modules: the priors by site.
         kinds: degradations whose experts are fitted.
         experts: names of all experts, in their order.
-        seed: of first weights, noise and folds.
     """
+    photographs, seed = student.photographs, student.photographs.data.seed
     routed = routed_of(modules)
     fresh = _fresh(copy.deepcopy(routed[0].gate))
-    drawn = draw(session, kinds, session.train, _LEARNED if fresh.needs_fit else _CALIBRATED)
-    q, target = quality(session, routed[0], drawn.pictures), drawn.choices(experts)
+    drawn = draw(photographs, kinds, photographs.train, _LEARNED if fresh.needs_fit else _CALIBRATED)
+    q, target = quality(student, routed[0], drawn.pictures), drawn.choices(experts)
     gate, logits = (_learned if fresh.needs_fit else _as_told)(fresh, q, target, drawn.image, seed)
     with torch.no_grad():
         gate.fc2.bias[0] += _raise_of_identity(logits, target)
@@ -113,13 +115,13 @@ def routed_of(modules: dict[str, nn.Module]) -> list[Any]:
     return [m for m in modules.values() if isinstance(m, RoutedFDM) or (isinstance(m, Margin) and m.gate is not None)]
 
 
-def judge_gate(session: Any, gate: Any, drawn: Drawn, kinds: list[str], experts: list[str]) -> Confusion:
+def judge_gate(student: Student, gate: Any, drawn: Drawn, kinds: list[str], experts: list[str]) -> Confusion:
     """How often the gate inside a model sends pictures of each kind and severity where first.
 
     An expert that was never fitted is the identity, and counts as such.
     """
     with torch.no_grad():
-        q = quality(session, gate, drawn.pictures).to(next(gate.gate.parameters()).device)
+        q = quality(student, gate, drawn.pictures).to(next(gate.gate.parameters()).device)
         answers = gate.gate(q).argmax(1).cpu().numpy()
     answers[np.isin(answers, [place for place in range(1, len(experts) + 1) if not gate.is_trained(place - 1)])] = 0
     counts: dict[str, dict[str, list[int]]] = {}
@@ -127,22 +129,22 @@ def judge_gate(session: Any, gate: Any, drawn: Drawn, kinds: list[str], experts:
         for severity in sorted(set(drawn.severity[drawn.kind == kind].tolist())):
             here = answers[(drawn.kind == kind) & (drawn.severity == severity)]
             counts.setdefault(kind, {})[str(severity)] = np.bincount(here, minlength=len(experts) + 1).tolist()
-    return Confusion([IDENTITY, *experts], counts, held_out=bool(session.held))
+    return Confusion([IDENTITY, *experts], counts, held_out=bool(student.photographs.held))
 
 
-def judged_pictures(session: Any, kinds: list[str]) -> Drawn:
+def judged_pictures(photographs: Photographs, kinds: list[str]) -> Drawn:
     """Pictures of the images held out; of the only one, where there is no other."""
-    return draw(session, kinds, session.held or session.train, _JUDGED)
+    return draw(photographs, kinds, photographs.held or photographs.train, _JUDGED)
 
 
-def quality(session: Any, module: Any, pictures: np.ndarray) -> Tensor:
+def quality(student: Student, module: Any, pictures: np.ndarray) -> Tensor:
     """(N, Q) float32 on the CPU, of pictures (N, H, W, 3) uint8, as the tap of the prior computes it."""
-    tap = next(m for m in session.model.modules() if isinstance(m, QualityTap) and m.context is module.context)
+    tap = next(m for m in student.model.modules() if isinstance(m, QualityTap) and m.context is module.context)
     parts = []
     with torch.no_grad():
         for start in range(0, len(pictures), 32):
-            batch = torch.from_numpy(np.ascontiguousarray(pictures[start : start + 32])).to(session.device)
-            parts.append(tap.quality(tap.to_rgb(session.normalize(batch))).float().cpu())
+            images = student.images(pictures[start : start + 32])
+            parts.append(tap.quality(tap.to_rgb(images)).float().cpu())
     return torch.cat(parts)
 
 

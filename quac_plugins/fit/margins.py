@@ -18,11 +18,9 @@ from torch import nn
 
 from quac_plugins.core.prior.margins import SEVERITIES, Margin, spread
 from quac_plugins.core.prior.matching import match
-from quac_plugins.core.prior.recipe import Recipe
-from quac_plugins.core.prior.training import Fit
-from quac_plugins.fit.checkpoint import Checkpoints
-from quac_plugins.fit.report import FitReport
-from quac_plugins.fit.session import digest_of
+from quac_plugins.fit.loop import Fit, run_stage
+from quac_plugins.fit.photographs import digest_of
+from quac_plugins.fit.student import Student
 
 STATISTICS = "statistics"
 _ENOUGH = 32  # pictures of each degradation that statistics are taken of, where there are fewer photographs
@@ -33,30 +31,30 @@ _MIDDLE = 3.0  # severity of degradations that have none
 
 
 def fit_margins(
-    session: Any, modules: dict[str, nn.Module], deeper: Any, parameters: dict[str, nn.Parameter], kinds: list[str],
-    experts: list[str], per_view: int, clean_share: float | None, recipe: Recipe, keep: Checkpoints,
-    report: FitReport, show: Any,
-) -> None:  # fmt: skip
+    student: Student,
+    modules: dict[str, nn.Module],
+    parameters: dict[str, nn.Parameter],
+    experts: list[str],
+    per_view: int,
+) -> None:
     """Fit the margins of these degradations, those of others staying as they are.
 
     Args:
-        session: :class:`quac_plugins.fit.session.Session`, open.
+        student: open.
         modules: the margins by site.
-        deeper: places whose features are compared.
         parameters: of the margins, by name.
-        kinds: the degradations.
         experts: names of all margins, in their order; empty: there is a single one.
         per_view: degraded pictures of each view and degradation.
-        clean_share: of all pictures; None: a tenth.
-        recipe, keep, report, show: as for every fit.
     """
+    photographs, recipe, keep = student.photographs, student.recipe, student.keep
+    kinds, clean_share = photographs.data.kinds, photographs.data.clean_share
     margins = [module for module in modules.values() if isinstance(module, Margin)]
-    draws = session.draws(kinds, _CLEAN if clean_share is None else clean_share, per_view)
-    pictures = session.pictures(draws)
+    draws = photographs.draws(kinds, _CLEAN if clean_share is None else clean_share, per_view)
+    pictures = photographs.split(draws)
     of = f"{digest_of(pictures)} {kinds}" if keep.folder is not None else ""
-    start = session.of_main(lambda: keep.load(STATISTICS, of))
+    start = student.processes.of_main(lambda: keep.load(STATISTICS, of))
     if start is None:
-        _statistics(session, margins, kinds, experts, show)
+        _statistics(student, margins, experts)
         state = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
         keep.save(STATISTICS, state, of)
     else:
@@ -78,7 +76,7 @@ def fit_margins(
                 chosen[row, experts.index(name)] = 1
         severity = torch.from_numpy(draws.severity[indices]).float()
         severity[severity == 0] = _MIDDLE
-        given = spread(chosen, severity if mixture.severity is not None else None).to(session.device)
+        given = spread(chosen, severity if mixture.severity is not None else None).to(student.device)
         mixture.given = given
         try:
             yield
@@ -90,31 +88,26 @@ def fit_margins(
     for place in [experts.index(kind) for kind in kinds] if experts else [0]:
         kept = mixture.kept if mixture is not None else 1
         rows[place * kept : (place + 1) * kept] = True
-    fit = Fit(
-        session.model, session.teacher, parameters, [], deeper, session.normalize, pictures, recipe, session.share,
-        scaled=tables, during=told, rows=rows,
-    )  # fmt: skip
-    column = rows.to(session.device)[:, None]
+    fit = Fit(student.compare(pictures, during=told), parameters, student.processes, scaled=tables, rows=rows)
+    column = rows.to(student.device)[:, None]
     hooks = [table.register_hook(lambda gradient: gradient * column) for table in tables]
     try:
-        session.fit("margins", fit, keep, report, show)
+        run_stage(student, "margins", fit)
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _statistics(session: Any, margins: Sequence[Margin], kinds: list[str], experts: list[str], show: Any) -> None:
+def _statistics(student: Student, margins: Sequence[Margin], experts: list[str]) -> None:
     """Every margin from the statistics of its degradation."""
-    views = min(_MOST_VIEWS, max(1, round(_ENOUGH / len(session.train))))
+    photographs, kinds = student.photographs, student.photographs.data.kinds
+    views = min(_MOST_VIEWS, max(1, round(_ENOUGH / len(photographs.train))))
     mixture = margins[0].shared
     kept = mixture.kept if mixture is not None else 1
 
     def draws(of: list[str], severity: float | None) -> Any:
-        levels = [int(severity)] if severity is not None and kept > 1 else session.severities or None
-        return session.draws(of, 0.0, 1, views=views, severities=levels, images=session.train)
-
-    def normalize(pictures: np.ndarray) -> torch.Tensor:
-        return session.normalize(torch.from_numpy(np.ascontiguousarray(pictures)).to(session.device))
+        levels = [int(severity)] if severity is not None and kept > 1 else photographs.data.severities or None
+        return photographs.draws(of, 0.0, 1, views=views, severities=levels, images=photographs.train)
 
     def degraded() -> Iterator[tuple[int, np.ndarray]]:
         for place, kind in enumerate(kinds if experts else [""]):
@@ -125,6 +118,6 @@ def _statistics(session: Any, margins: Sequence[Margin], kinds: list[str], exper
                 rows = np.arange(len(drawn.clean)) * (len(drawn) // len(drawn.clean))
                 rows += np.arange(len(rows)) % (len(drawn) // len(drawn.clean))
                 yield first + offset, drawn.degraded[rows]
-            show(STATISTICS, place + 1, len(kinds), 0.0)
+            student.show(STATISTICS, place + 1, len(kinds), 0.0)
 
-    match(session.model, list(margins), draws(kinds[:1], SEVERITIES[0]).clean, degraded(), normalize)
+    match(student.model, list(margins), draws(kinds[:1], SEVERITIES[0]).clean, degraded(), student.images)

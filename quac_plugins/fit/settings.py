@@ -17,7 +17,6 @@ def recipe_with(recipe: Recipe | None, given: dict[str, Any], seed: int, device:
     """The recipe with single settings in place of its own; ValueError for one that it has not."""
     if recipe is not None and not isinstance(recipe, Recipe):
         raise TypeError(f"recipe must be a Recipe, got {type(recipe).__name__}; single settings go by name (steps=200)")
-    whole_number("seed", seed, 0)
     made = recipe or Recipe()
     known = set(asdict(made))
     unknown = sorted(set(given) - known)

@@ -14,13 +14,11 @@ from torch import nn
 
 from quac_plugins.core.inject import injection_of
 from quac_plugins.core.inject.adapter import adapter_state, is_fresh, load_adapter_state
-from quac_plugins.core.options import named, one_of, whole_number
-from quac_plugins.degradations import check_severity, corruption_names
-from quac_plugins.evaluate.preprocessing import square_or_not
-from quac_plugins.fit import Recipe, fit_prior
+from quac_plugins.core.options import named, one_of
+from quac_plugins.fit import Data, Recipe, fit_prior
 from quac_plugins.fit.settings import recipe_with
 
-_WHOLE = {"limit": 1, "views": 1, "draws": 1, "num_workers": 0}  # options that are whole numbers, from
+_OF_DATA, _OF_RECIPE = ({field.name for field in fields(kind)} for kind in (Data, Recipe))
 
 
 @HOOKS.register_module(force=True)
@@ -43,20 +41,16 @@ class FitPriorHook(Hook):
     priority = "VERY_LOW"  # after checkpoints and their kin
 
     def __init__(self, images: Any, limit: int | None = None, refit: bool = False, **options: Any):
-        known = [*inspect.signature(fit_prior).parameters, *(field.name for field in fields(Recipe))]
+        known = {*inspect.signature(fit_prior).parameters, *_OF_DATA, *_OF_RECIPE} - {"model", "images", "settings"}
         for name in options:
             with named(f"FitPriorHook.{name}"):
-                one_of("option", name, [key for key in known if key not in ("model", "images", "settings")])
-        given = {"limit": limit, **options}
-        for name, value in given.items():
+                one_of("option", name, sorted(known))
+        for name, value in {"limit": limit, **options}.items():
             with named(f"FitPriorHook.{name}"):
-                _check(name, value)
-        with named("FitPriorHook.corruptions"):
-            corruption_names(options.get("corruptions") or ())
-        with named("FitPriorHook.severity"):
-            severity = options.get("severity", 3)
-            for level in severity if isinstance(severity, (list, tuple)) else [severity]:
-                check_severity(level)
+                if name in _OF_DATA - {"mean", "std"}:  # which go together
+                    Data(**{name: value})
+                elif name in _OF_RECIPE:
+                    recipe_with(None, {name: value}, 0, torch.device("cuda"))  # where all precisions are known
         self.refit = refit
         self.images, self.limit, self.options = images, limit, options
         self.report: Any = None
@@ -86,16 +80,6 @@ class FitPriorHook(Hook):
         runner.logger.info(f"degradation prior fitted: {self.report}")
         for average in (ema for hook in runner.hooks if (ema := getattr(hook, "ema_model", None)) is not None):
             load_adapter_state(_holder(average), adapter_state(model))  # which is what is evaluated
-
-
-def _check(name: str, value: Any) -> None:
-    """ValueError or TypeError for a value of an option that cannot be."""
-    if name in {field.name for field in fields(Recipe)}:
-        recipe_with(None, {name: value}, 0, torch.device("cuda"))  # where all kinds of precision are known
-    elif value is not None and name in _WHOLE:
-        whole_number(name, value, _WHOLE[name])
-    elif value is not None and name == "input_size":
-        square_or_not(value)
 
 
 def _holder(model: nn.Module) -> nn.Module:

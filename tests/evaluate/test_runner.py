@@ -1,7 +1,4 @@
 import random
-import subprocess
-import sys
-import textwrap
 
 import numpy as np
 import pytest
@@ -14,7 +11,7 @@ from torch import nn
 
 import quac_plugins as quac
 from quac_plugins.degradations import corrupt, image_seed
-from quac_plugins.evaluate import EvaluationReport, evaluate
+from quac_plugins.evaluate import evaluate
 
 SOURCES = ["astronaut", "chelsea", "coffee", "rocket", "camera", "coins", "moon", "hubble_deep_field"]
 TIMED = ("seconds",)
@@ -157,32 +154,6 @@ def test_networks_of_one_name_are_told_apart(root):
         model.layer1[0].act1.p1 += 1
     third = evaluate(model, root, limit=2).to_dict()["network"]
     assert third["inside"]["sha256"] != second["network"]["inside"]["sha256"]
-
-
-def test_two_processes_give_what_one_gives(root, tmp_path):
-    torch.save(network(), tmp_path / "network.pt")
-    script = tmp_path / "run.py"
-    script.write_text(
-        textwrap.dedent(f"""
-        import torch
-        from quac_plugins.evaluate import evaluate
-        from quac_plugins.evaluate.processes import is_main_process
-
-        model = torch.load({str(tmp_path)!r} + "/network.pt", weights_only=False)
-        main = is_main_process()
-        report = evaluate(model, {str(root)!r}, corruptions="fog,impulse_noise", severities=(2, 5), limit=9)
-        assert not torch.distributed.is_initialized()
-        report.to_json({str(tmp_path)!r} + ("/main.json" if main else "/other.json"))
-        """)
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    expected = results(evaluate(network(), root, corruptions="fog,impulse_noise", severities=(2, 5), limit=9))
-    assert expected["unreadable"]
-    assert 0 < expected["clean"]["top1"] < 100
-    for name in ("main.json", "other.json"):
-        assert results(EvaluationReport.from_json(tmp_path / name)) == expected
 
 
 def test_everything_is_left_as_it_was(root):

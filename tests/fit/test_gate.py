@@ -12,7 +12,9 @@ from quac_plugins.core.hooks import PRIOR_NAME
 from quac_plugins.core.inject.surgery import injection_of
 from quac_plugins.core.prior.routed import Gate
 from quac_plugins.core.quality.degradation import KINDS
+from quac_plugins.fit.data import Data
 from quac_plugins.fit.gate import _raise_of_identity, draw
+from quac_plugins.fit.photographs import Photographs
 from quac_plugins.fit.report import FitReport
 
 EXPERTS = ["fog", "gaussian_noise"]
@@ -101,11 +103,9 @@ def test_the_shipped_gate_serves_few_photographs_and_the_report_is_of_what_is_sa
         for row in report.gate.counts[kind].values():
             counted += row
         assert counted.sum() == report.agreement[kind]["n"]
-    from quac_plugins.fit.session import Data, Session
-
-    data = Data(list(large), corruptions=EXPERTS, views=1, input_size=128)
-    session = Session(loaded, data, None, 240, injection_of(loaded).prior.config)
-    drawn = draw(session, EXPERTS, session.held, 60)
+    data = Data(images=list(large), corruptions=EXPERTS, views=1, input_size=128)
+    read = Photographs(loaded, data, injection_of(loaded).prior.config, wanted=240)
+    drawn = draw(read, EXPERTS, read.held, 60)
     answers = sent(loaded, drawn.pictures)
     for kind, level, row in report.gate.rows():
         here = answers[(drawn.kind == kind) & (drawn.severity == int(level))]

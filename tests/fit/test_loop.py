@@ -12,12 +12,13 @@ from torch import nn
 import quac_plugins as quac
 from quac_plugins.core.inject.surgery import injection_of
 from quac_plugins.core.inject.trace import trace
-from quac_plugins.core.prior import comparison, training
-from quac_plugins.core.prior.comparison import Pictures
+from quac_plugins.core.prior import comparison
+from quac_plugins.core.prior.comparison import Comparison, Pictures
 from quac_plugins.core.prior.features import Watch, channel_statistics
 from quac_plugins.core.prior.recipe import Recipe
 from quac_plugins.core.prior.sites import find_prior_sites
-from quac_plugins.core.prior.training import Fit, Share
+from quac_plugins.fit.loop import Fit
+from quac_plugins.processes import ALONE, Processes
 
 SIZE = 64
 QUICK = {"steps": 12, "near": 0.5, "check_every": 3, "batch_size": 4, "near_batch": 4, "lr": 1e-2}
@@ -52,7 +53,7 @@ def make_fit(
     pictures,
     model=None,
     deep="stages",
-    share=None,
+    processes=ALONE,
     front=False,
     seed=1,
     seen=None,
@@ -73,10 +74,10 @@ def make_fit(
     module = model.get_submodule(f"{sites[0].name}.quac_prior")
     recipe = Recipe(**{**QUICK, "seed": recipe_seed, **settings})
     last = [p for site in sites for p in model.get_submodule(f"{site.name}.quac_prior").body[-1].parameters()]
-    return Fit(
-        model, teacher, parameters, sites, deeper, normalize, pictures, recipe, share,
-        front=module if front else None, scaled=last if scale else (),
-    )  # fmt: skip
+    comparison = Comparison(
+        model, teacher, sites, deeper, normalize, pictures, recipe, torch.device("cpu"), module if front else None
+    )
+    return Fit(comparison, parameters, processes, last if scale else ())
 
 
 def state(fit):
@@ -367,16 +368,15 @@ def test_shares_add_up_to_the_whole(pictures, front, step):
     """The gradients of shares, averaged, are those of one process."""
     options = {"front": front, "batch_size": 5, "near_batch": 5, "near_crop": 16, "logits_weight": 0.0}
 
+    class Apart(Processes):
+        average = average_gradients = lambda self, what: what
+
     def gradients(rank, world_size):
-        fit = make_fit(pictures, share=Share(rank, world_size), **options)
+        fit = make_fit(pictures, processes=Apart(rank, world_size), **options)
         fit.step = step
         fit.optimizer.step = lambda *_: None
-        training._average_gradients, usual = (lambda *_: None), training._average_gradients
-        try:
-            fit.recipe.clip = 1e9
-            fit._one_step()
-        finally:
-            training._average_gradients = usual
+        fit.recipe.clip = 1e9
+        fit._one_step()
         return {name: p.grad for name, p in fit.parameters.items()}
 
     whole, first, second = gradients(0, 1), gradients(0, 2), gradients(1, 2)
@@ -387,16 +387,6 @@ def test_shares_add_up_to_the_whole(pictures, front, step):
             continue
         mean = (first[name] + second[name]) / 2
         assert torch.allclose(mean, gradient, atol=1e-6 * float(gradient.abs().max()) + 1e-7, rtol=1e-3), name
-
-
-def test_averaging_skips_what_has_no_gradient_anywhere():
-    parameters = [nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(1))]
-    parameters[0].grad = torch.full((2, 3), 2.0)
-    parameters[2].grad = torch.full((1,), 4.0)
-    training._average_gradients(parameters, Share(0, 2, lambda tensor: tensor / 2))
-    assert parameters[0].grad.tolist() == [[1.0] * 3] * 2
-    assert parameters[1].grad is None
-    assert parameters[2].grad.tolist() == [2.0]
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc", "tokens"])

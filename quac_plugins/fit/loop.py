@@ -1,4 +1,4 @@
-"""Fitting what was put into a host so that it computes on degraded images what the untouched host does on clean ones.
+"""The loop of a fit: what was put into a host learns to compute on degraded images what the host does on clean ones.
 
 The same loop serves a prior and quality-adaptive activations: a student (the host with what was put in), a teacher (the
 host as it was), places where their features are compared, and pictures in pairs. It knows no files and no corruptions.
@@ -16,30 +16,24 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quac_plugins.core.prior.comparison import Comparison, Pictures, batches
-from quac_plugins.core.prior.recipe import Recipe
-from quac_plugins.core.prior.sites import PriorSite
+from quac_plugins.core.prior.comparison import Comparison, batches
+from quac_plugins.fit.photographs import digest_of
+from quac_plugins.processes import ALONE, Processes
+
+if TYPE_CHECKING:
+    from quac_plugins.fit.student import Student
 
 _LOOKED_AT = 96  # held-out pictures, at most
 _STRENGTHS = (1.0, 0.75, 0.5, 0.25)
 _SAFE_STRENGTHS = (0.75, 0.5)  # where the pictures held out are of so few images that what they say is chance
 _FEW = 4
-
-
-@dataclass
-class Share:
-    """This process's part of a fit that several share: rank, how many, and how to average tensors over all."""
-
-    rank: int = 0
-    world_size: int = 1
-    average: Callable[[Tensor], Tensor] = field(default=lambda tensor: tensor)
 
 
 @dataclass
@@ -65,40 +59,26 @@ class Fit:
     """One fit: see the module's docstring.
 
     Args:
-        model: the student; stays in eval mode while it is fitted.
-        teacher: the host as it was.
+        comparison: of student and teacher, on pictures; the student stays in eval mode.
         parameters: what is fitted, by name in the student.
-        sites: where the prior is; the first is compared in the near part. Empty: there is no near part.
-        deep: later places whose features are compared.
-        normalize: uint8 (B, H, W, 3) on any device → what the host takes.
-        recipe, share: see there.
+        processes: those that share the work.
         scaled: parameters that what is fitted is proportional to; see :meth:`Fit._set_strength`.
-        during: entered while the student runs on these degraded pictures in a step.
         rows: which rows of the scaled parameters are fitted, bool; the others stay. None: all.
-        front: what maps the features at the first site to the repaired ones, if it needs nothing else. Then the near
-            part runs on features that are computed once, on crops of them; else the host runs up to the first site.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        teacher: nn.Module,
+        comparison: Comparison,
         parameters: dict[str, nn.Parameter],
-        sites: list[PriorSite],
-        deep: list[PriorSite],
-        normalize: Callable[[Tensor], Tensor],
-        pictures: Pictures,
-        recipe: Recipe,
-        share: Share | None = None,
-        front: nn.Module | None = None,
+        processes: Processes = ALONE,
         scaled: Sequence[nn.Parameter] = (),
-        during: Callable[[np.ndarray], contextlib.AbstractContextManager[None]] | None = None,
         rows: Tensor | None = None,
     ):
-        self.parameters, self.pictures, self.recipe, self.share = parameters, pictures, recipe, share or Share()
-        self.device = next(iter(parameters.values())).device
-        self.optimizer = torch.optim.AdamW(self._groups(), lr=recipe.lr)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
+        self.comparison, self.parameters, self.processes = comparison, parameters, processes
+        self.pictures, self.recipe, self.device = comparison.pictures, comparison.recipe, comparison.device
+        self.loss, self.near_steps = comparison.loss, comparison.near_steps
+        self.optimizer = torch.optim.AdamW(self._groups(), lr=self.recipe.lr)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.recipe.amp == "fp16")
         self.step, self.best_step, self.best = 0, 0, math.inf
         self.best_state = self._state()
         self.curve: list[dict[str, Any]] = []
@@ -107,10 +87,6 @@ class Fit:
         self._running: list[float] = []  # losses since the last look
         self.stopped: str | None = None
         self.scaled, self.rows, self.strength = list(scaled), rows, 1.0
-        self.comparison = Comparison(
-            model, teacher, sites, deep, normalize, pictures, recipe, self.device, front, during
-        )
-        self.loss, self.near_steps = self.comparison.loss, self.comparison.near_steps
 
     def close(self) -> None:
         """Take the hooks off student and teacher."""
@@ -225,7 +201,7 @@ class Fit:
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(self.step)
         indices = self._draw(self.step)
-        own = np.array_split(indices, self.share.world_size)[self.share.rank]
+        own = np.array_split(indices, self.processes.world_size)[self.processes.rank]
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.device)
         if len(own):
@@ -233,14 +209,13 @@ class Fit:
                 # a share of the mean over the whole batch: shares may differ by one picture
                 crop = np.random.default_rng([self.recipe.seed, self.step, 1])
                 loss = self.loss(own, near, crop)
-                loss = loss * (len(own) * self.share.world_size / len(indices))
+                loss = loss * (len(own) * self.processes.world_size / len(indices))
             self.scaler.scale(loss).backward()
-        value = float(self.share.average(loss.detach().clone()))
+        value = float(self.processes.average(loss.detach()))
         if not math.isfinite(value):
             return value
         parameters = list(self.parameters.values())
-        if self.share.world_size > 1:
-            _average_gradients(parameters, self.share)
+        self.processes.average_gradients(parameters)
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(parameters, self.recipe.clip)
         self.scaler.step(self.optimizer)
@@ -260,12 +235,12 @@ class Fit:
     def _look(self) -> None:
         """Note the loss on the pictures that judge, and whether it is the best."""
         chosen = self._judges
-        own = list(batches(chosen.tolist(), self.recipe.batch_size))[self.share.rank :: self.share.world_size]
+        own = self.processes.share(list(batches(chosen.tolist(), self.recipe.batch_size)))
         total = torch.zeros(1, dtype=torch.float64)
         with torch.no_grad(), self._autocast():
             for batch in own:
                 total += float(self.loss(np.array(batch), near=self.comparison.near_only)) * len(batch)
-        held = float(self.share.average(total)) * self.share.world_size / len(chosen)
+        held = float(self.processes.average(total)) * self.processes.world_size / len(chosen)
         entry = {
             "step": self.step,
             "loss": float(np.mean(self._running)) if self._running else None,
@@ -322,14 +297,29 @@ def _spread(indices: np.ndarray, most: int) -> np.ndarray:
     return indices[np.linspace(0, len(indices) - 1, most).round().astype(int)]
 
 
-def _average_gradients(parameters: list[nn.Parameter], share: Share) -> None:
-    """One exchange for all gradients; a parameter that has none in any process keeps none, as with one process."""
-    has = torch.tensor([float(p.grad is not None) for p in parameters])
-    moved = [p for p, any_has in zip(parameters, share.average(has).tolist(), strict=True) if any_has]
-    for parameter in moved:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    flat = share.average(torch.cat([p.grad.flatten() for p in moved if p.grad is not None]))
-    for parameter, part in zip(moved, flat.split([p.numel() for p in moved]), strict=True):
-        assert parameter.grad is not None
-        parameter.grad.copy_(part.view_as(parameter))
+def run_stage(student: Student, stage: str, fit: Fit) -> None:
+    """Run one stage, going on where an earlier run was interrupted, and note in the report what became of it."""
+    keep, show = student.keep, student.show
+    of = digest_of(fit.pictures) if keep.folder is not None else ""
+    try:
+        state = student.processes.of_main(lambda: keep.load(stage, of))
+        if state is not None:
+            try:
+                fit.load_state_dict(state)
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise keep.damaged(stage, error) from error
+        outcome = fit.run(
+            progress=lambda step, loss: show(stage, step, fit.recipe.steps, loss),
+            checkpoint=lambda: keep.save(stage, fit.state_dict(), of),
+        )
+    finally:
+        fit.close()
+    keep.save(stage, fit.state_dict(), of)
+    student.report.stages[stage] = {
+        "curve": outcome.curve,
+        "best_step": outcome.best_step,
+        "first": outcome.untouched,
+        "best": fit.best if math.isfinite(fit.best) else math.nan,
+        "stopped": outcome.stopped,
+        "strength": outcome.strength,
+    }

@@ -1,0 +1,140 @@
+"""What a fit learns from, as users say it: where photographs come from, how they are degraded, how they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from quac_plugins.core.options import whole_number
+from quac_plugins.degradations import check_severity, corruption_names
+from quac_plugins.evaluate.preprocessing import square_or_not
+from quac_plugins.fit.draws import Degrade, own_degradations
+from quac_plugins.fit.settings import number_from
+
+__all__ = ["Data", "data_with"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Data:
+    """The photographs of a fit, how they are degraded, and how the host takes them.
+
+    :func:`quac_plugins.fit_prior` and :func:`quac_plugins.fit_qacon` take one in place of photographs, and each of its
+    fields by name.
+
+    Attributes:
+        images: clean photographs in RGB, of any sizes from 32 pixels on: a folder, files, arrays (H, W, 3) of uint8 or
+            of floats in [0, 1], tensors (3, H, W) likewise, PIL images, or a Dataset of these or of (image, label).
+        pairs: (degraded, clean), each as ``images``, in place of them. Two folders are matched by the paths below
+            them without extension, everything else by order.
+        degrade: your own degradation, uint8 (H, W, 3) → the same, or several by name (``{"rain": function}``), which a
+            routed prior has experts for. They take the corruptions' place, or go beside those that are named.
+        corruptions: names or sets of :func:`quac_plugins.degradations.corruption_names`. None: the names of a routed
+            prior's experts, else all 15; none beside ``degrade`` or ``pairs``.
+        severity: of the corruptions, 1 to 5, or several, which are mixed. None: all of them for margins, else 3.
+            Margins that are chosen by a quality function that tells severities begin from statistics at severities 2
+            and 4 in any case.
+        limit: at most so many images, chosen by the seed.
+        views: crops and flips of each image; the first is the whole of it. None: so many that a fit has enough.
+        draws: degraded pictures of each view and corruption. None: likewise.
+        clean_share: share of undegraded pictures among those that one module is fitted on, from 0 to below 1. None:
+            none for one FDM for one corruption, else a tenth.
+        held_out: share of the images, above 0 and below 1, that are not fitted on but judge when to stop.
+        seed: of everything that is drawn, from 0 on.
+        num_workers: processes that degrade; 0: this one alone. The pictures are the same.
+        mean, std: of the host's normalization, in [0, 1], one number or one a channel; both or neither. None, as for
+            the three below: the host's own.
+        input_size: of the host's images in pixels: a side, (H, W) or (3, H, W).
+        crop_pct: side of the crop over the side of the resized image, in (0, 1].
+        interpolation: of the resizing: ``"bilinear"``, ``"bicubic"``, ….
+
+    Raises:
+        ValueError: a field is out of range, a name is unknown, or two fields exclude each other. What can only be said
+            of a host, or with the photographs read, is raised by the fit.
+
+    Example:
+        >>> import numpy as np
+        >>> photographs = np.zeros((3, 64, 64, 3), dtype=np.uint8)
+        >>> data = Data(images=photographs, corruptions="fog,contrast", degrade={"dark": lambda image: image // 4})
+        >>> data.kinds, data.severities, Data(pairs=("hazy/", "clear/")).kinds
+        (['fog', 'contrast', 'dark'], [3], ['pairs'])
+        >>> Data(images=photographs, held_out=2)
+        Traceback (most recent call last):
+        ...
+        ValueError: held_out must be above 0 and below 1, got 2
+    """
+
+    images: Any = None
+    pairs: Any = None
+    degrade: Degrade | None = None
+    corruptions: str | Sequence[str] | None = None
+    severity: int | Sequence[int] | None = None
+    limit: int | None = None
+    views: int | None = None
+    draws: int | None = None
+    clean_share: float | None = None
+    held_out: float = 0.2
+    seed: int = 0
+    num_workers: int = 0
+    mean: Any = None
+    std: Any = None
+    input_size: Any = None
+    crop_pct: float | None = None
+    interpolation: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "views", "draws"):
+            if getattr(self, name) is not None:
+                whole_number(name, getattr(self, name))
+        for name in ("seed", "num_workers"):
+            whole_number(name, getattr(self, name), 0)
+        if not number_from(0, self.held_out) or not 0 < self.held_out < 1:
+            raise ValueError(f"held_out must be above 0 and below 1, got {self.held_out!r}")
+        if self.clean_share is not None and not (number_from(0, self.clean_share) and self.clean_share < 1):
+            raise ValueError(f"clean_share must be at least 0 and below 1, got {self.clean_share!r}")
+        if self.pairs is not None and (self.corruptions is not None or self.degrade is not None):
+            raise ValueError("give either pairs, which are degraded already, or corruptions and degrade, not both")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std go together; give both or neither")
+        if self.input_size is not None:
+            square_or_not(self.input_size)
+        if not self.kinds:
+            raise ValueError("no corruptions to fit on: give names, such as corruptions=['fog'], or degrade, or pairs")
+        self.severities  # noqa: B018 - what it raises
+
+    @property
+    def own(self) -> dict[str, Callable[..., Any]]:
+        """The user's own degradations by name."""
+        return own_degradations(self.degrade)
+
+    @property
+    def names(self) -> list[str]:
+        """The corruptions."""
+        by_default = "all" if self.pairs is None and self.degrade is None else ()
+        return corruption_names(by_default if self.corruptions is None else self.corruptions)
+
+    @property
+    def kinds(self) -> list[str]:
+        """All degradations: the corruptions, then the user's own; or ``["pairs"]``."""
+        return [*self.names, *self.own] if self.pairs is None else ["pairs"]
+
+    @property
+    def severities(self) -> list[int]:
+        """Of the corruptions; 3 unless said otherwise, and none where there are no corruptions."""
+        severity = 3 if self.severity is None else self.severity
+        levels = list(severity) if isinstance(severity, Iterable) else [severity]
+        return [check_severity(level) for level in levels] if self.names else []
+
+
+def data_with(images: Any, given: dict[str, Any]) -> tuple[Data, dict[str, Any]]:
+    """The data of a fit, from photographs or a :class:`Data` and single fields by name; the other settings beside it.
+
+    Example:
+        >>> data, others = data_with(Data(images="few/", seed=3), {"limit": 5, "steps": 200})
+        >>> data.images, data.seed, data.limit, others
+        ('few/', 3, 5, {'steps': 200})
+    """
+    names = {field.name for field in fields(Data)}
+    single = {name: value for name, value in given.items() if name in names}
+    others = {name: value for name, value in given.items() if name not in names}
+    return replace(images, **single) if isinstance(images, Data) else Data(images=images, **single), others

@@ -1,0 +1,129 @@
+"""The photographs of a fit: read once, split, and drawn from, as the host takes its images."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from quac_plugins.core.options import QualityOptions
+from quac_plugins.core.prior.comparison import Pictures
+from quac_plugins.evaluate.preprocessing import Crop, data_config, is_bgr
+from quac_plugins.fit.data import Data
+from quac_plugins.fit.draws import Draws, held_out, make_draws
+from quac_plugins.fit.sources import few_images
+
+
+class Photographs:
+    """The photographs that a :class:`Data` names, and pictures drawn from them at the size that a host takes.
+
+    Args:
+        model: the host, unwrapped.
+        data: which photographs.
+        config: of what is fitted, which may know the normalization of its host.
+        wanted: how many degraded pictures a fit aims at.
+        most_views: of an image, unless the user says how many.
+
+    Attributes:
+        few: the images, read.
+        train, held: indices of those that are fitted on, and of those that judge.
+        views: of each image.
+        settings: timm's data config of the host, with what the user gives.
+        size: (height, width) of what the host takes.
+        crop: PIL image → uint8 tensor (3, height, width).
+    """
+
+    def __init__(self, model: nn.Module, data: Data, config: QualityOptions, wanted: int, most_views: int = 12):
+        self.model, self.data = model, data
+        # what is to be put in may know the images of its host
+        mean, std = (data.mean, data.std) if data.mean is not None else (config.mean, config.std)
+        self.settings = data_config(
+            model,
+            mean=mean,
+            std=std,
+            input_size=data.input_size,
+            crop_pct=data.crop_pct,
+            interpolation=data.interpolation,
+        )
+        self.size: tuple[int, int] = tuple(self.settings["input_size"][-2:])
+        self.crop = Crop(self.settings, keep_ready=data.crop_pct is None)
+        self.few = few_images(data.images, pairs=data.pairs, limit=data.limit, seed=data.seed)
+        self.train, self.held = held_out(len(self.few), data.held_out, data.seed)
+        if not self.held:
+            warnings.warn("of one image none can be held out: what is kept is the best on that image", stacklevel=3)
+        # about as many pictures whatever the number of images and corruptions; at least one of each
+        per_image = wanted / max(1, len(self.few))
+        self.views = data.views or int(min(most_views, max(2, per_image)))
+
+    def per_view(self, wanted: float) -> int:
+        """How many degraded pictures each view gets, so that there are about as many as wanted."""
+        return max(1, round(wanted / (self.views * len(self.few))))
+
+    def draws(
+        self,
+        kinds: list[str],
+        clean_share: float,
+        draws: int | None,
+        views: int | None = None,
+        severities: Sequence[int] | None = None,
+        images: Sequence[int] | None = None,
+    ) -> Draws:
+        """Pictures of some of the degradations (of the pairs, where these are given) and images.
+
+        By default of all images, at the user's severities. Other corruptions may be named than those of the fit.
+        """
+        own = self.data.own
+        return make_draws(
+            self.few if images is None else self.few.only(images),
+            self.size,
+            corruptions=[kind for kind in kinds if kind not in own and kind != "pairs"],
+            severities=severities or self.data.severities,
+            views=views or self.views,
+            draws=(self.data.draws if severities is None else None) or draws or 1,
+            clean_share=clean_share,
+            degrade={kind: own[kind] for kind in kinds if kind in own} or None,
+            seed=self.data.seed,
+            workers=self.data.num_workers,
+            crop=self.crop,
+        )
+
+    def split(self, draws: Draws) -> Pictures:
+        """The draws, split by image into those that are fitted on and those held out."""
+        image = np.asarray(draws.image)[draws.view]
+        held = np.isin(image, self.held)
+        labels = None if self.few.labels is None else np.asarray(self.few.labels)[np.asarray(draws.image)]
+        return Pictures(
+            draws.clean,
+            draws.degraded,
+            np.asarray(draws.view),
+            np.flatnonzero(~held),
+            np.flatnonzero(held),
+            labels,
+            np.asarray(draws.image),
+        )
+
+    def normalize(self, pictures: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) in RGB → what the host takes."""
+        mean, std = (pictures.new_tensor(self.settings[key], dtype=torch.float32) for key in ("mean", "std"))
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        if is_bgr(self.model):
+            pictures = pictures.flip(-1)
+        images = ((pictures.float() / 255 - mean) / std).permute(0, 3, 1, 2)
+        return images.to(dtype).contiguous(memory_format=torch.channels_last)
+
+    def images(self, pictures: np.ndarray, device: torch.device) -> Tensor:
+        """uint8 (B, H, W, 3) in RGB → what the host takes, on the device."""
+        return self.normalize(torch.from_numpy(np.ascontiguousarray(pictures)).to(device))
+
+
+def digest_of(pictures: Pictures) -> str:
+    """A hash of pictures, and of which are for what."""
+    digest = hashlib.sha256()
+    for array in (pictures.clean, pictures.degraded, pictures.view, pictures.train, pictures.held, pictures.labels):
+        if array is not None:
+            digest.update(f"{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,345 @@
+"""The network of a fit, opened for it: what is put in, the untouched host as its teacher, and everything put back."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from quac_plugins.core.inject.adapter import adapter_state, is_fresh, load_adapter_state
+from quac_plugins.core.inject.config import QuACConfig
+from quac_plugins.core.inject.fingerprint import fingerprint
+from quac_plugins.core.inject.images import SETTINGS, Images
+from quac_plugins.core.inject.surgery import Injection, inject, injection_of, remove, take_prior, unwrap
+from quac_plugins.core.inject.trace import Trace, trace
+from quac_plugins.core.options import QualityOptions
+from quac_plugins.core.parts import tensor_names
+from quac_plugins.core.prior.comparison import Comparison, Pictures
+from quac_plugins.core.prior.config import PriorConfig
+from quac_plugins.core.prior.recipe import Recipe
+from quac_plugins.core.prior.sites import PriorSite, find_prior_sites
+from quac_plugins.evaluate.preprocessing import check_tap, taps_of
+from quac_plugins.fit.checkpoint import Checkpoints
+from quac_plugins.fit.photographs import Photographs
+from quac_plugins.fit.progress import progress_bar
+from quac_plugins.fit.report import FitReport
+from quac_plugins.fit.settings import recipe_with
+from quac_plugins.processes import Processes
+
+_START = "start"  # the stage whose state is what a fit began with
+
+
+class Student:
+    """What is fitted, and all that its fit goes by: the parts of a fit take it and read what they need.
+
+    Args:
+        model: the host with what is fitted inside, or to be put in; unwrapped.
+        photographs: what it learns from.
+        recipe: how; None: as a recipe says by default.
+        settings: of the recipe, by name, in place of its own.
+        device: where; None: where the model is.
+        processes: those that share the work.
+
+    Attributes:
+        recipe: with the settings.
+        teacher: while it is open, the untouched host; else the model.
+        deeper: places whose features are compared, while it is open.
+        report: of what is done.
+        keep: the states in a folder.
+        show: called with the stage, the step, its steps and the loss.
+    """
+
+    report: FitReport
+    keep: Checkpoints
+
+    def __init__(
+        self,
+        model: nn.Module,
+        photographs: Photographs,
+        recipe: Recipe | None,
+        settings: dict[str, Any],
+        device: str | torch.device | None,
+        processes: Processes,
+    ):
+        self.model, self.photographs, self.processes = model, photographs, processes
+        self.home = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.device = self.home if device is None else torch.device(device)
+        self.recipe = recipe_with(recipe, settings, photographs.data.seed, self.device)
+        if self.recipe.label_weight and photographs.few.labels is None:
+            weight = f"label_weight={self.recipe.label_weight}"
+            raise ValueError(f"{weight} needs labels: give a Dataset of (image, label)")
+        self.teacher: nn.Module = model
+        self.deeper: list[PriorSite] = []
+        self.show: Any = lambda stage, step, steps, loss: None
+        self._seen = Trace()
+        self._half: torch.dtype | None = None  # of a host of half precision, while it is open in float32
+
+    def put_in(self, config: QuACConfig | PriorConfig) -> None:
+        """Inject into the host, by the seed alone, with this normalization unless the host says the same itself."""
+        mean, std = (self.photographs.settings[key] for key in ("mean", "std"))
+        own = getattr(self.model, "pretrained_cfg", None) or getattr(self.model, "default_cfg", None) or {}
+        known = isinstance(own, dict) and "mean" in own and (tuple(own["mean"]), tuple(own["std"])) == (mean, std)
+        if config.mean is None and not known:
+            config = replace(config, mean=tuple(mean), std=tuple(std))
+        with torch.random.fork_rng(), _colour_images(self.photographs.size):
+            torch.manual_seed(self.photographs.data.seed)
+            inject(self.model, config, torch.empty(1, 3, *self.photographs.size))
+
+    def images(self, pictures: np.ndarray) -> Tensor:
+        """uint8 (B, H, W, 3) in RGB → what the host takes, on the device."""
+        return self.photographs.images(pictures, self.device)
+
+    @contextlib.contextmanager
+    def open(
+        self,
+        what: str,
+        parameters: dict[str, nn.Parameter],
+        sites: Sequence[str],
+        *,
+        deep: str | Sequence[str] | None,
+        after: PriorSite | None = None,
+        checkpoint: str | Path | None = None,
+        progress: bool = False,
+        **others: Any,
+    ) -> Iterator[FitReport]:
+        """Student in eval mode on the device, only ``parameters`` with gradients; afterwards everything as it was.
+
+        Args:
+            what: is fitted: ``"prior"`` or ``"qacon"``.
+            parameters: of it, by name.
+            sites: where it is.
+            deep: later places whose features are compared.
+            after: the first site of a prior, which those places come after.
+            checkpoint: folder of the states.
+            progress: show a bar on a terminal.
+            **others: what else makes this fit another one than the next.
+        """
+        modes = {module: module.training for module in self.model.modules()}
+        wanted = {name: p.requires_grad for name, p in self.model.named_parameters()}
+        grads = {name: p.grad for name, p in parameters.items()}
+        self.report = self._report(what, list(sites), sum(p.numel() for p in parameters.values()))
+        with (
+            torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
+            torch.compiler.set_stance("force_eager"),  # compiled code does not see hooks, which collect the features
+            progress_bar(progress) as self.show,
+        ):
+            narrow = _widened(self.model)
+            self._half = narrow[0][1] if narrow else None
+            try:
+                self.model.to(self.device).eval()
+                for parameter in self.model.parameters():
+                    parameter.requires_grad_(False)
+                for parameter in parameters.values():
+                    parameter.requires_grad_(True)
+                self.teacher = remove(copy.deepcopy(self.model)).requires_grad_(False)
+                self.teacher.eval()  # on its own: hosts whose train() returns nothing are many
+                self._check_host()
+                self.processes.same(adapter_state(self.model).values())  # whatever their seeds were
+                self.deeper = self._deep_sites(deep, after)
+                self.keep = self._checkpoints(checkpoint, what=what, deep=deep, **others)
+                yield self.report
+            finally:
+                self.teacher = self.model
+                self.model.to(self.home)
+                for tensor, dtype in narrow:
+                    tensor.data = tensor.data.to(dtype)
+                for module, mode in modes.items():
+                    module.training = mode
+                for name, parameter in self.model.named_parameters():
+                    parameter.requires_grad_(wanted[name])
+                for name, parameter in parameters.items():
+                    parameter.grad = grads[name]
+        self._finish()
+
+    def compare(self, pictures: Pictures, sites: Sequence[PriorSite] = (), **options: Any) -> Comparison:
+        """The student, with its teacher, on pictures; ``options`` are those of the class."""
+        normalize, where = self.photographs.normalize, (list(sites), self.deeper)
+        return Comparison(self.model, self.teacher, *where, normalize, pictures, self.recipe, self.device, **options)
+
+    def round_as_saved(self) -> None:
+        """Round what was put in to the precision that a host of half precision keeps it in, before it is judged."""
+        if self._half is not None:
+            for tensor in adapter_state(self.model).values():
+                if tensor.is_floating_point():
+                    tensor.copy_(tensor.to(self._half))
+
+    def _check_host(self) -> None:
+        """Refuse what could only give wrong numbers: other images than the host's, other hosts in other processes."""
+        with _colour_images(self.photographs.size):
+            self._seen = trace(self.teacher, torch.empty(1, 3, *self.photographs.size))
+        for tap in taps_of(self.model):
+            check_tap(tap, self.photographs.settings)
+        if self.processes.world_size > 1 and len(set(self.processes.gather(fingerprint(self.model)))) > 1:
+            raise ValueError("the processes hold hosts of different weights: seed them alike, or load the weights")
+
+    def _deep_sites(self, deep: str | Sequence[str] | None, after: PriorSite | None) -> list[PriorSite]:
+        """The later places whose features are compared: those that come after the first site of a prior.
+
+        Raises:
+            ValueError: a name is that of no place, or all of them come before the prior.
+        """
+        if deep is None:
+            return []
+        patterns = [deep] if isinstance(deep, str) else list(deep)
+        first = [after.name] if after is not None else []
+        try:
+            found = find_prior_sites(self.teacher, self._seen, [*first, *patterns])
+        except ValueError as error:
+            raise ValueError(str(error).replace("site=", "deep=")) from None
+        if after is None:
+            return found
+        names = [site.name for site in found]
+        place = names.index(after.name)
+        early = [name for name in names[:place] if name in patterns]
+        if early:
+            raise ValueError(f"deep={deep!r}: {', '.join(early)} comes before the prior, which is after {after.name!r}")
+        return found[place:]
+
+    def _checkpoints(self, folder: str | Path | None, **others: Any) -> Checkpoints:
+        """The states in a folder, which one process writes. A fit that goes on begins with what it began with."""
+        if folder is None:
+            return Checkpoints(None, {})
+        record = injection_of(self.model) or Injection()
+        forget = record.kept.pop(str(folder), None)
+        if forget is not None:  # the states of an earlier fit of this model, with whose result this one begins
+            forget()
+        configs = [record.config, record.prior.config if record.prior is not None else None]
+        key = {
+            "host": fingerprint(self.model),
+            "configs": [config.to_dict() for config in configs if config is not None],
+            "start": self._start(),
+            "recipe": asdict(self.recipe),
+            "images": self.photographs.settings,
+            **others,
+        }
+        keep = Checkpoints(folder, key, writes=self.processes.rank == 0)
+        start = self.processes.of_main(lambda: keep.load(_START))
+        if start is None:
+            keep.save(_START, {name: tensor.detach().cpu() for name, tensor in adapter_state(self.model).items()})
+        else:
+            load_adapter_state(self.model, start)
+        return keep
+
+    def _start(self) -> str:
+        """A hash of all that was put in; "fresh" while it changes nothing, so that how it was drawn does not matter."""
+        record = injection_of(self.model) or Injection()
+        if record.prior is None or is_fresh(self.model):
+            picture = self.photographs.crop(Image.fromarray(self.photographs.few.clean[0]))
+            images = self.images(picture.permute(1, 2, 0)[None].numpy())
+            with torch.no_grad():
+                ours, theirs = (tree_leaves(network(images)) for network in (self.model, self.teacher))
+            tensors = [(a, b) for a, b in zip(ours, theirs, strict=True) if isinstance(a, Tensor)]
+            if all(torch.equal(a, b) for a, b in tensors):
+                return "fresh"
+        digest = hashlib.sha256()
+        for name, tensor in sorted(adapter_state(self.model).items()):
+            content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(name.encode() + content.numpy().tobytes())
+        return digest.hexdigest()
+
+    def _report(self, what: str, sites: list[str], parameters: int) -> FitReport:
+        photographs = self.photographs
+        options = {"views": photographs.views, "severities": photographs.data.severities, "device": str(self.device)}
+        return FitReport(
+            what=what,
+            sites=sites,
+            kinds=photographs.data.kinds,
+            images={"all": len(photographs.few), "held": len(photographs.held)},
+            parameters=parameters,
+            unreadable=photographs.few.unreadable,
+            recipe={**asdict(self.recipe), **options},
+            seed=photographs.data.seed,
+        )
+
+    def _finish(self) -> None:
+        """Note with what was fitted on which images, and let the states lie until ``save_adapter`` has written it."""
+        record = injection_of(self.model)
+        assert record is not None
+        if self.keep.folder is not None:
+            record.kept[str(self.keep.folder)] = self.keep.clear
+        known = self.photographs.settings
+        settings = {key: known[key] for key in SETTINGS if key in known} | {"input_size": list(self.photographs.size)}
+        normalization = tuple(known["mean"]), tuple(known["std"])
+        record.images = replace(record.images or Images(), normalization=normalization, settings=settings)
+        if record.changed is not None:
+            record.changed(self.model)
+
+
+def check_fit(model: nn.Module, config: QualityOptions | None, kind: type) -> None:
+    """TypeError for a model, or a config, of another kind than a fit takes."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module, got {type(model).__name__}; timm.create_model(name) makes one")
+    if config is not None and not isinstance(config, kind):
+        raise TypeError(f"config must be a {kind.__name__}, got {type(config).__name__}")
+
+
+def parameters_of(model: nn.Module, prefixes: Sequence[str]) -> dict[str, nn.Parameter]:
+    """Parameters that were put in, by name, without those of the host's own activations that they keep."""
+    record, name_of = injection_of(model) or Injection(), tensor_names(unwrap(model))
+    found = [(name_of(name), parameter) for name, parameter in unwrap(model).named_parameters()]
+    return {n: p for n, p in found if n.startswith(tuple(prefixes)) and record.name_in_host(n) is None}
+
+
+@contextlib.contextmanager
+def unharmed(model: nn.Module) -> Iterator[None]:
+    """On any error, interruptions included, what was put in is as it was before, or out again if it was not there.
+
+    Inside, gradients are taken and nothing is cast, whatever the caller has switched.
+    """
+    with contextlib.ExitStack() as modes:
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(torch.enable_grad())
+        for kind in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+            modes.enter_context(torch.autocast(kind, enabled=False))
+        with _put_back(model):
+            yield
+
+
+@contextlib.contextmanager
+def _put_back(model: nn.Module) -> Iterator[None]:
+    before = injection_of(model)
+    had_prior = before is not None and before.prior is not None
+    state = {name: tensor.clone() for name, tensor in adapter_state(model).items()} if before is not None else {}
+    try:
+        yield
+    except BaseException:
+        now = injection_of(model)
+        if now is not None and before is None:
+            remove(model)
+        elif now is not None:
+            if now.prior is not None and not had_prior:
+                take_prior(model)
+            load_adapter_state(model, state)
+        raise
+
+
+@contextlib.contextmanager
+def _colour_images(size: tuple[int, int]) -> Iterator[None]:
+    """Say of a host that does not run on photographs that it cannot be fitted; ValueError."""
+    try:
+        yield
+    except RuntimeError as error:
+        shape = f"(B, 3, {size[0]}, {size[1]})"
+        said = str(error).partition(" Give images it takes")[0]
+        raise ValueError(
+            f"only hosts that take colour images, here {shape}, can be fitted (input_size gives another size): {said}"
+        ) from None
+
+
+def _widened(model: nn.Module) -> list[tuple[Tensor, torch.dtype]]:
+    """Give a host of half precision float32 for the time of a fit, whose small steps it would lose; what was what."""
+    half = (torch.float16, torch.bfloat16)
+    narrow = [(t, t.dtype) for t in (*model.parameters(), *model.buffers()) if t.dtype in half]
+    for tensor, _ in narrow:
+        tensor.data = tensor.data.float()
+    return narrow
