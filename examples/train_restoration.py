@@ -2,7 +2,7 @@
 
     python examples/train_restoration.py --data DIR/train --val DIR/val --out restorer                 # Q-ACON
     python examples/train_restoration.py --data DIR/train --val DIR/val --activation silu --out twin    # without
-    accelerate launch examples/train_restoration.py --config restoration_large --mixed-precision bf16 --num-workers 8 …
+    torchrun --nproc-per-node 8 examples/train_restoration.py --config restoration_large --mixed-precision bf16 …
 
 ``restoration_large`` is meant for a large GPU, where it has not been run yet. Its 2,500 steps are 0.41 TFLOP each (13
 GFLOP a patch), so that 0.7 TFLOP/s are enough for 25 minutes; two CPU cores, at 6 s a step, need four hours. With
@@ -24,6 +24,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -33,8 +34,6 @@ from typing import Any
 import numpy as np
 import piq
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
 from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -45,9 +44,11 @@ import quac_plugins as quac
 from quac_plugins.diffusers import QuACRestorationPipeline, QuACUNet2DModel
 from quac_plugins.images import read_image
 from quac_plugins.impairments import IMPAIRMENTS, Impair, impair
+from quac_plugins.processes import ALONE, Processes, is_main_process, process_group
 
 ACTIVATIONS = ("qacon", "meta_acon", "silu")
 SEVERITIES = (1, 3, 5)
+STATE = "state.pt"  # in a folder of --work
 KINDS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
@@ -158,8 +159,8 @@ class Progress:
     from.
     """
 
-    def __init__(self, steps: int, minutes: float | None, started: float):
-        self.steps, self.minutes, self.started = steps, minutes, started
+    def __init__(self, steps: int, minutes: float | None, started: float, processes: Processes = ALONE):
+        self.steps, self.minutes, self.started, self.processes = steps, minutes, started, processes
         self.step, self.time = 0, 0.0
 
     def seconds(self) -> float:
@@ -170,7 +171,7 @@ class Progress:
         """Before the step, counted from 0."""
         self.step = step
         if self.minutes is not None:
-            self.time = broadcast_object_list([self.seconds() / (60 * self.minutes)])[0]
+            self.time = self.processes.of_main(self.seconds) / (60 * self.minutes)
 
     @property
     def part(self) -> float:
@@ -194,92 +195,105 @@ class Progress:
         self.started -= state["seconds"]
 
 
-def train(args: argparse.Namespace, accelerator: Accelerator, started: float) -> tuple[Any, EMAModel]:
-    set_seed(args.seed)
+def train(args: argparse.Namespace, processes: Processes, device: torch.device, started: float) -> tuple[Any, EMAModel]:
+    torch.manual_seed(args.seed)
     unet = build(args)
     if args.start is not None:
         unet.load_state_dict(type(unet).from_pretrained(args.start / "unet").state_dict())
+    unet.to(device)
     pipe = QuACRestorationPipeline(unet, FlowMatchEulerDiscreteScheduler(shift=args.shift))
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr, weight_decay=0.0)
-    progress = Progress(args.steps, args.max_minutes, started)
+    progress = Progress(args.steps, args.max_minutes, started, processes)
     count = args.steps * args.batch_size
     patches = Patches(photographs(args.data), args.patch, count, args.seed, args.degradations, args.clean)
-    loader = DataLoader(patches, args.batch_size // accelerator.num_processes, num_workers=args.num_workers)
     ema = EMAModel(unet.parameters(), decay=args.ema_decay, use_ema_warmup=True, power=0.75)
-    model, optimizer, loader = accelerator.prepare(unet, optimizer, loader)
-    ema.to(accelerator.device)
-    accelerator.register_for_checkpointing(ema, progress)
-    network = torch.compile(model) if args.compile else model
-    first = resume(args, accelerator)
-    loader = accelerator.skip_first_batches(loader, first) if first else loader
-    began, total, done = time.perf_counter(), torch.zeros((), device=accelerator.device), first
+    parameters = list(unet.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=0.0)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.mixed_precision == "fp16")
+    mixed = {"dtype": torch.float16 if scaler.is_enabled() else torch.bfloat16, "enabled": args.mixed_precision != "no"}
+    kept = {"unet": unet, "ema": ema, "progress": progress, "optimizer": optimizer, "scaler": scaler}
+    network = torch.compile(unet) if args.compile else unet
+    first = resume(args, kept)
+    ema.to(device)
+    # of each batch every process takes its part, as one process has them all
+    own = np.split(np.arange(args.batch_size), processes.world_size)[processes.rank]
+    batches = ((step * args.batch_size + own).tolist() for step in range(first, args.steps))
+    loader = DataLoader(patches, batch_sampler=batches, num_workers=args.num_workers)
+    began, total, done = time.perf_counter(), torch.zeros((), device=device), first
     for step, (clean, degraded) in enumerate(loader, first):
         progress(step)
         if progress.part == 1:
             break
+        clean, degraded = clean.to(device), degraded.to(device)
         generator = torch.Generator().manual_seed(step + 1000003 * args.seed)
         part = 1.0 if args.start is not None else progress.part
-        times = draw_times(len(clean) * accelerator.num_processes, part, args.shift, generator)
-        times = times.chunk(accelerator.num_processes)[accelerator.process_index].to(clean)  # as one process has them
-        with accelerator.autocast():
+        times = draw_times(args.batch_size, part, args.shift, generator)[own].to(clean)
+        with torch.autocast(device.type, **mixed):
             loss = loss_of(network, clean, degraded, pipe.quality_of, times, args.loss)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.scale(loss).backward()
+        processes.average_gradients(parameters)
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * progress.rate()
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
-        ema.step(unet.parameters())
+        ema.step(parameters)
         total += loss.detach()  # read now and then, since a GPU would be waited for
         done = step + 1
         log, keep = done % args.log_every == 0, done % args.checkpoint_every == 0 or done == args.steps
         judge = args.val is not None and done % args.validate_every == 0
-        if log or keep or judge:
-            check(total)
+        mean = check(processes, total) if log or keep or judge else math.nan
         if log:
             speed = (done - first) / (time.perf_counter() - began)
-            loss = float(total) / args.log_every
-            accelerator.print(f"step {done}: loss {loss:.4f}, {speed:.2f} steps/s", file=sys.stderr)
+            say(f"step {done}: loss {mean / args.log_every:.4f}, {speed:.2f} steps/s")
             total.zero_()
         if keep:
-            save(args, accelerator, done)
-        if judge and accelerator.is_main_process:
-            ema.store(unet.parameters())
-            ema.copy_to(unet.parameters())
+            save(args, kept, done)
+        if judge and processes.rank == 0:
+            ema.store(parameters)
+            ema.copy_to(parameters)
             validate(
                 args, QuACRestorationPipeline(unet.eval(), FlowMatchEulerDiscreteScheduler(shift=args.shift)), done
             )
-            ema.restore(unet.parameters())
+            ema.restore(parameters)
             unet.train()
     if done == 0:
         raise SystemExit(f"no step could be taken in --max-minutes {args.max_minutes:g}: the start took longer")
     if done < args.steps:
-        accelerator.print(f"step {done} of {args.steps}: --max-minutes {args.max_minutes:g} are over", file=sys.stderr)
-        check(total)
+        say(f"step {done} of {args.steps}: --max-minutes {args.max_minutes:g} are over")
+        check(processes, total)
         if done > first and not keep:
-            save(args, accelerator, done)
+            save(args, kept, done)
     return unet, ema
 
 
-def check(total: Tensor) -> None:
-    if not math.isfinite(total):
+def say(text: str) -> None:
+    if is_main_process():
+        print(text, file=sys.stderr)
+
+
+def check(processes: Processes, total: Tensor) -> float:
+    """The mean over all processes."""
+    mean = float(processes.average(total))
+    if not math.isfinite(mean):
         raise SystemExit("the loss is not finite: take a smaller --lr")
+    return mean
 
 
-def save(args: argparse.Namespace, accelerator: Accelerator, done: int) -> None:
+def save(args: argparse.Namespace, kept: dict[str, Any], done: int) -> None:
     """Beside, then renamed: a folder that is there is whole."""
+    if not is_main_process():
+        return
     folder = args.work / f"step-{done}"
-    accelerator.save_state(str(folder.with_suffix(".part")))
-    accelerator.wait_for_everyone()  # each process writes its random state there
-    if accelerator.is_main_process:
-        (folder.with_suffix(".part") / "args.json").write_text(json.dumps(fixed(args)), encoding="utf-8")
-        os.replace(folder.with_suffix(".part"), folder)
-        for old in args.work.glob("step-*"):
-            if old.suffix != ".part" and old.is_dir() and int(old.name.partition("-")[2]) < done:
-                for file in sorted(old.rglob("*"), reverse=True):
-                    file.unlink() if file.is_file() else file.rmdir()
-                old.rmdir()
-    accelerator.wait_for_everyone()
+    part = folder.with_suffix(".part")
+    part.mkdir(parents=True, exist_ok=True)
+    torch.save({name: one.state_dict() for name, one in kept.items()}, part / STATE)
+    (part / "args.json").write_text(json.dumps(fixed(args)), encoding="utf-8")
+    os.replace(part, folder)
+    for old in args.work.glob("step-*"):
+        if old.suffix != ".part" and old.is_dir() and int(old.name.partition("-")[2]) < done:
+            shutil.rmtree(old)
 
 
 def fixed(args: argparse.Namespace) -> dict[str, Any]:
@@ -291,18 +305,20 @@ def fixed(args: argparse.Namespace) -> dict[str, Any]:
     return {"data": args.data.name, "config": config, "start": start, **chosen}
 
 
-def resume(args: argparse.Namespace, accelerator: Accelerator) -> int:
+def resume(args: argparse.Namespace, kept: dict[str, Any]) -> int:
     """The number of steps that were done."""
     folders = [f for f in args.work.glob("step-*") if f.is_dir() and f.suffix != ".part"]
     if not folders:
         return 0
     latest = max(folders, key=lambda folder: int(folder.name.partition("-")[2]))
     was = json.loads((latest / "args.json").read_text(encoding="utf-8"))
-    if was != (now := fixed(args)):
+    if was != (now := fixed(args)) or not (latest / STATE).is_file():
         differ = [f"--{key.replace('_', '-')} was {was[key]!r}" for key in was if key in now and was[key] != now[key]]
         reason = ", ".join(differ) or "made by another version of this script"
         raise SystemExit(f"{latest} is of another run: {reason}; give another --work")
-    accelerator.load_state(str(latest))
+    states = torch.load(latest / STATE, map_location="cpu", weights_only=True)
+    for name, one in kept.items():
+        one.load_state_dict(states[name])
     return int(latest.name.partition("-")[2])
 
 
@@ -425,8 +441,6 @@ def main() -> None:
     args.work = args.work or args.out.with_name(f"{args.out.name}-work")
     if args.scores is not None and args.val is None:
         parser.error("--scores needs --val")
-    several = "LOCAL_RANK" in os.environ and not torch.cuda.is_available()  # which accelerate must be told
-    accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=several)
     if not 0 < args.lr < math.inf:
         parser.error(f"--lr must be above 0, got {args.lr}")
     if not 0 <= args.ema_decay < 1:
@@ -440,28 +454,39 @@ def main() -> None:
         parser.error(f"--clean must be a share from 0 to 1, got {args.clean}")
     if not 0 < args.shift < math.inf:
         parser.error(f"--shift must be above 0, got {args.shift}")
-    if args.batch_size % accelerator.num_processes:
-        parser.error(f"--batch-size must be a multiple of the {accelerator.num_processes} processes")
     if args.max_minutes is not None and not 0 < args.max_minutes < math.inf:
         parser.error(f"--max-minutes must be above 0, got {args.max_minutes}")
-    if args.val is not None and accelerator.is_main_process:
-        photographs(args.val)  # what cannot be read is said before the work, not after it
-    unet, ema = train(args, accelerator, started)
-    if accelerator.is_main_process:
-        ema.copy_to(unet.parameters())
-        pipe = QuACRestorationPipeline(unet.eval(), FlowMatchEulerDiscreteScheduler(shift=args.shift))
-        if args.store_fp16:
-            pipe.unet.half()
-        pipe.save_pretrained(args.out)
-        if args.scores is not None and args.val is not None:
-            pipe.unet.float()  # as it is loaded
-            pictures = [middle(picture, args.score_crop) for picture in photographs(args.val)]
-            found = {
-                "args": fixed(args),
-                "1 steps": scores(pipe, pictures, 1),
-                "10 steps": scores(pipe, pictures, 10, (3,)),
-            }
-            args.scores.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    count = torch.cuda.device_count()
+    device = torch.device(f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}" if count else "cpu")
+    if count:
+        torch.cuda.set_device(device)
+    apart = 0 < int(os.environ.get("LOCAL_WORLD_SIZE", "0")) <= count  # a GPU each
+    with process_group(nccl=apart) as processes:
+        if args.batch_size % processes.world_size:
+            parser.error(f"--batch-size must be a multiple of the {processes.world_size} processes")
+        if args.val is not None and processes.rank == 0:
+            photographs(args.val)  # what cannot be read is said before the work, not after it
+        unet, ema = train(args, processes, device, started)
+    if is_main_process():
+        finish(args, unet, ema)
+
+
+def finish(args: argparse.Namespace, unet: Any, ema: EMAModel) -> None:
+    """Write the pipeline and its scores."""
+    ema.copy_to(unet.parameters())
+    pipe = QuACRestorationPipeline(unet.eval(), FlowMatchEulerDiscreteScheduler(shift=args.shift))
+    if args.store_fp16:
+        pipe.unet.half()
+    pipe.save_pretrained(args.out)
+    if args.scores is not None and args.val is not None:
+        pipe.unet.float()  # as it is loaded
+        pictures = [middle(picture, args.score_crop) for picture in photographs(args.val)]
+        found = {
+            "args": fixed(args),
+            "1 steps": scores(pipe, pictures, 1),
+            "10 steps": scores(pipe, pictures, 10, (3,)),
+        }
+        args.scores.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

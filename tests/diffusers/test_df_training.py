@@ -10,11 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-import accelerate
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from PIL import Image
@@ -43,16 +41,10 @@ def photos(tmp_path):
     return folder
 
 
-def forget():
-    """What accelerate keeps for a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-
-
 @pytest.fixture
 def run(tmp_path, photos, monkeypatch, capsys):
     """The script, in this process or by a launcher: the weights that four steps end with, or what it says instead."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.delenv("QUAC_DATA", raising=False)
 
     def script(name, *more, launcher=(), threads=None, fails=False):
@@ -70,7 +62,6 @@ def run(tmp_path, photos, monkeypatch, capsys):
             )
             assert done.returncode == 0, done.stderr[-3000:]
         else:
-            forget()
             with monkeypatch.context() as patch:
                 patch.setattr(sys, "argv", command)
                 if fails:
@@ -81,8 +72,7 @@ def run(tmp_path, photos, monkeypatch, capsys):
                 runpy.run_path(str(SCRIPT), run_name="__main__")
         return load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors")
 
-    yield script
-    forget()
+    return script
 
 
 def interrupt_the_third(patch):
@@ -139,8 +129,6 @@ def test_the_rate_falls_over_the_steps_as_that_of_diffusers():
 
 def test_the_rate_falls_over_the_minutes_where_they_end_first(monkeypatch):
     """A clock of its own: a step takes three seconds, so that 2 minutes are 40 steps, 2 of them for the warm-up."""
-    forget()
-    accelerate.PartialState(cpu=True)
     now = [1000.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     done = progress(steps=10**6, minutes=2, started=1000.0)
@@ -157,7 +145,6 @@ def test_the_rate_falls_over_the_minutes_where_they_end_first(monkeypatch):
     later.load_state_dict({"seconds": 60.0})
     later(20)
     assert later.part == pytest.approx(0.5)
-    forget()
 
 
 LIMITED = ("--steps", 10**6, "--checkpoint-every", 10**6, "--log-every", 10**6, "--max-minutes", 60)
