@@ -56,7 +56,8 @@ class Pointwise(nn.Conv2d):
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, C', 1, 1)."""
-        return F.linear(z.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None]
+        z = F.linear(z.flatten(1), self.weight.flatten(1), self.bias)
+        return z.view(*z.shape, 1, 1)  # several None in an index are several operations
 
 
 class DrivenActivation(ChannelActivation):
@@ -134,7 +135,7 @@ class DrivenActivation(ChannelActivation):
                 "norm='layer', 'group' or 'none' (timm.create_model(…, norm='layer')), or model.eval()"
             )
         dtype = z.dtype
-        z = _saturate(self.fc1(z[:, :, None, None]), dtype)
+        z = _saturate(self.fc1(z.view(*z.shape, 1, 1)), dtype)
         z = _saturate(self.fc2(_saturate(self.bn1(z), dtype)), dtype)
         return torch.sigmoid(self.bn2(z)).flatten(1)
 
@@ -152,7 +153,7 @@ class DrivenActivation(ChannelActivation):
 
     def head(self, h: Tensor) -> Tensor:
         """The numbers of h, (B, numbers·C)."""
-        return h if self.fc3 is None else self.fc3(h[:, :, None, None]).flatten(1)
+        return h if self.fc3 is None else self.fc3(h.view(*h.shape, 1, 1)).flatten(1)
 
     def quality_for(self, x: Tensor, q: Tensor | None) -> Tensor:
         """The given q or the tap's, checked and with one row for every row of x: (B, Q)."""

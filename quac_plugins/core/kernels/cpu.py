@@ -169,21 +169,22 @@ template <class E, bool ROWS, bool START> struct Line {
     return host > BELOW ? slope + slope_of(x, host) : slope;
   }
 
-  inline void both(const T* g, const T* x, T* by_x, V* sum, S* sums, int64_t i, int64_t count) {
+  // sum: V, or for columns where they are kept, `apart` as the coefficients
+  template <class Sum> C10_ALWAYS_INLINE void both(
+      const T* g, const T* x, T* by_x, Sum* sum, int64_t i, int64_t count) {
     V part[E::PARTS], grad = in(g + i, count);  // loads fill up with zeros
     if (!ROWS) pick(i, count);
     out(grad * derivative(in(x + i, count), part), by_x + i, count);
     for (int64_t p = 0; p < E::PARTS; ++p)
-      if (ROWS) sum[p] = sum[p] + grad * part[p];
-      else (V::loadu(sums + p * apart + i, count) + grad * part[p]).store(sums + p * apart + i, count);
+      if constexpr (ROWS) sum[p] = sum[p] + grad * part[p];
+      else (V::loadu(sum + p * apart + i, count) + grad * part[p]).store(sum + p * apart + i, count);
   }
 
-  // the sums of rows are kept in `sum`, those of columns are added to `sums`, as far apart as the coefficients
-  void backward(const T* g, const T* x, T* by_x, int64_t n, V* sum, S* sums) {
+  template <class Sum> void backward(const T* g, const T* x, T* by_x, int64_t n, Sum* sum) {
     if (ROWS) pick(0, W);
     int64_t i = 0;
-    for (; i + W <= n; i += W) both(g, x, by_x, sum, sums, i, W);
-    if (i < n) both(g, x, by_x, sum, sums, i, n - i);
+    for (; i + W <= n; i += W) both(g, x, by_x, sum, i, W);
+    if (i < n) both(g, x, by_x, sum, i, n - i);
   }
 };
 
@@ -196,12 +197,16 @@ struct Given {
   int64_t many, host, batch, rows, n, threads;  // many: a bit for each parameter that has a number for each b
   int64_t channels, all;
   const S* parameter(int64_t k, int64_t b) const { return theta[k] + (many >> k & 1 ? b * channels : 0); }
+  // where those of a row begin among (B, count, C) numbers
+  int64_t first(int64_t r, int64_t count, bool by_rows) const {
+    return r / rows * count * channels + (by_rows ? r % rows : 0);
+  }
 };
 
 template <class E, bool ROWS, bool START> static void forward(const Given& d, const S* coef, const V* start) {
 #pragma omp parallel for num_threads(d.threads)
   for (int64_t r = 0; r < d.batch * d.rows; ++r) {
-    Line<E, ROWS, START> line{coef + (ROWS ? r : r / d.rows * d.n), d.all, start, d.host};
+    Line<E, ROWS, START> line{coef + d.first(r, E::COUNT, ROWS), d.channels, start, d.host};
     line.forward(d.x + r * d.n, d.below + r * d.n, d.y + r * d.n, d.n);
   }
 }
@@ -210,27 +215,25 @@ template <class E, bool ROWS, bool START> static void backward(const Given& d, c
   if constexpr (ROWS) {
 #pragma omp parallel for num_threads(d.threads)
     for (int64_t r = 0; r < d.all; ++r) {
+      Line<E, ROWS, START> line{coef + d.first(r, E::COUNT, ROWS), d.channels, start, d.host};
       V sum[E::PARTS];
       for (V& part : sum) part = V(0);
-      Line<E, ROWS, START> line{coef + r, d.all, start, d.host};
-      line.backward(d.g + r * d.n, d.x + r * d.n, d.y + r * d.n, d.n, sum, nullptr);
-      for (int64_t p = 0; p < E::PARTS; ++p) sums[p * d.all + r] = total(sum[p]);
+      line.backward(d.g + r * d.n, d.x + r * d.n, d.y + r * d.n, d.n, sum);
+      for (int64_t p = 0; p < E::PARTS; ++p) sums[d.first(r, E::PARTS, ROWS) + p * d.channels] = total(sum[p]);
     }
-    return;
-  }
-  const int64_t chunks = (d.rows + CHUNK - 1) / CHUNK, width = E::PARTS * d.all;
-  std::vector<S> found(chunks * width, S(0));
+  } else {
+    const int64_t chunks = (d.rows + CHUNK - 1) / CHUNK, width = E::PARTS * d.n;
+    std::vector<S> found(d.batch * chunks * width, S(0));
 #pragma omp parallel for num_threads(d.threads)
-  for (int64_t task = 0; task < d.batch * chunks; ++task) {
-    const int64_t b = task / chunks, k = task % chunks;
-    Line<E, ROWS, START> line{coef + b * d.n, d.all, start, d.host};
-    for (int64_t r = b * d.rows + k * CHUNK; r < b * d.rows + std::min((k + 1) * CHUNK, d.rows); ++r)
-      line.backward(
-          d.g + r * d.n, d.x + r * d.n, d.y + r * d.n, d.n, nullptr, found.data() + k * width + b * d.n);
+    for (int64_t task = 0; task < d.batch * chunks; ++task) {
+      const int64_t b = task / chunks, k = task % chunks;
+      Line<E, ROWS, START> line{coef + b * E::COUNT * d.n, d.n, start, d.host};
+      for (int64_t r = b * d.rows + k * CHUNK; r < b * d.rows + std::min((k + 1) * CHUNK, d.rows); ++r)
+        line.backward(d.g + r * d.n, d.x + r * d.n, d.y + r * d.n, d.n, found.data() + task * width);
+    }
+    for (int64_t task = 0; task < d.batch * chunks; ++task)
+      for (int64_t i = 0; i < width; ++i) sums[task / chunks * width + i] += found[task * width + i];
   }
-  std::fill(sums, sums + width, S(0));
-  for (int64_t k = 0; k < chunks; ++k)
-    for (int64_t i = 0; i < width; ++i) sums[i] += found[k * width + i];
 }
 
 template <class E, bool START> static void activate(const Given& d, bool by_rows, bool back) {
@@ -246,7 +249,7 @@ template <class E, bool START> static void activate(const Given& d, bool by_rows
   };
   each([&](int64_t b, int64_t i, int64_t count) {
     E::coefficients(t, c);
-    for (int64_t k = 0; k < E::COUNT; ++k) c[k].store(coef.data() + k * d.all + b * d.channels + i, count);
+    for (int64_t k = 0; k < E::COUNT; ++k) c[k].store(coef.data() + (b * E::COUNT + k) * d.channels + i, count);
   });
   if (START) {
     for (int64_t k = 0; k < E::COUNT; ++k) t[k] = V(S(d.start[k]));
@@ -258,7 +261,7 @@ template <class E, bool START> static void activate(const Given& d, bool by_rows
   else backward<E, false, START>(d, coef.data(), start, sums.data());
   for (int64_t k = 0; k < E::COUNT; ++k) std::fill(d.by[k], d.by[k] + (d.many >> k & 1 ? d.all : d.channels), S(0));
   each([&](int64_t b, int64_t i, int64_t count) {
-    for (int64_t p = 0; p < E::PARTS; ++p) s[p] = V::loadu(sums.data() + p * d.all + b * d.channels + i, count);
+    for (int64_t p = 0; p < E::PARTS; ++p) s[p] = V::loadu(sums.data() + (b * E::PARTS + p) * d.channels + i, count);
     E::gather(s, t, c);
     for (int64_t k = 0; k < E::COUNT; ++k) {
       S* by = d.by[k] + (d.parameter(k, b) - d.theta[k]) + i;

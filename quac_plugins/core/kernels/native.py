@@ -37,6 +37,11 @@ def kernels_choice() -> str:
     return choice
 
 
+def in_graph() -> bool:
+    """Whether a graph is made, by any thread: it gets the plain expression."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def may_read(x: Tensor, *others: Tensor, large: bool = True) -> bool:
     """Whether a kernel may read the memory of these tensors, and is to.
 
@@ -48,13 +53,11 @@ def may_read(x: Tensor, *others: Tensor, large: bool = True) -> bool:
         others: what is read beside it.
         large: whether x has so many numbers that a kernel saves time.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    return _may_read(x, *others, large=large)
+    return not in_graph() and _reads(x, *others, large=large)
 
 
-@torch.compiler.disable  # which does not know what follows, and may meet it as a frame of its own
-def _may_read(x: Tensor, *others: Tensor, large: bool) -> bool:
+def reads(x: Tensor, *others: Tensor, large: bool = True) -> bool:
+    """As :func:`may_read`, for functions that compilers do not enter."""
     choice = kernels_choice()
     if choice == "reference" or not (large or choice == "fused") or x.dtype not in DTYPES:
         return False
@@ -63,6 +66,9 @@ def _may_read(x: Tensor, *others: Tensor, large: bool) -> bool:
     if not _OWN.issuperset(map(type, tensors)) or device.type not in ("cpu", "cuda"):
         return False
     return {t.device for t in tensors} == {device} and not hides_memory(*tensors)
+
+
+_reads = torch.compiler.disable(reads)  # compilers do not know it, and may meet it as a frame of its own
 
 
 class WrongNumbersError(Exception):

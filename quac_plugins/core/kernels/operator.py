@@ -1,6 +1,6 @@
 """Activations and means, each by one call; what computes them is asked here and nowhere else.
 
-A kernel, where it may read the tensors (:func:`native.may_read`): in C++ on a CPU (:mod:`cpu`), in Triton on a GPU
+A kernel, where it may read the tensors (:func:`native.reads`): in C++ on a CPU (:mod:`cpu`), in Triton on a GPU
 (:mod:`gpu`). It makes y = below + f(x; θ) − f(x; θ⁰) in one pass over x, of any strides (those that it does not know
 are copied), half precision in float32; and keeps x and θ alone for backward, which is one pass as well.
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from quac_plugins.core.kernels import plain
 from quac_plugins.core.kernels.forms import FORMS
 from quac_plugins.core.kernels.layouts import WIDE, Kernels, Layout, layout_of
-from quac_plugins.core.kernels.native import WrongNumbersError, built_or_none, may_read
+from quac_plugins.core.kernels.native import WrongNumbersError, built_or_none, in_graph, reads
 
 LARGE = {"cpu": 1 << 14, "cuda": 1 << 20}
 """Numbers from which on a kernel takes less time than the operations in its place."""
@@ -58,8 +58,7 @@ def activate(
         >>> activate(torch.ones(2, 3, 4, 4), [torch.zeros(1, 3, 1, 1)], plain.swish).unique().item()
         0.5
     """
-    given = () if isinstance(below, str) else (below,)
-    if equation in FORMS and may_read(x, *theta, *given, large=x.numel() >= LARGE.get(x.device.type, 0)):
+    if equation in FORMS and not in_graph():
         y = _fused(x, theta, equation, dim % x.ndim, start, below)
         if y is not None:
             return y
@@ -68,7 +67,7 @@ def activate(
 
 def means(x: Tensor, dim: int = 1) -> Tensor:
     """Over all but batch and channels: (B, C), at least float32; see :func:`plain.global_average`."""
-    if may_read(x, large=x.numel() >= LARGE.get(x.device.type, 0)):
+    if not in_graph():
         found = _fused_means(x, dim % x.ndim)
         if found is not None:
             return found
@@ -139,8 +138,10 @@ def _try(kernels: Kernels, device: str, dtype: torch.dtype) -> None:
 def _fused(
     x: Tensor, theta: Sequence[Tensor], equation: Any, channel: int, start: tuple[float, ...], below: Tensor | str
 ) -> Tensor | None:
-    kernels = kernels_of(x.device.type, x.dtype)
     given = () if isinstance(below, str) else (below,)
+    if not reads(x, *theta, *given, large=x.numel() >= LARGE.get(x.device.type, 0)):
+        return None
+    kernels = kernels_of(x.device.type, x.dtype)
     if kernels is None or [(t.dtype, t.shape) for t in given] != [(x.dtype, x.shape)] * len(given):
         return None
     rows = [_in_rows(p, x, channel) for p in theta]
@@ -196,7 +197,7 @@ class _Activate(torch.autograd.Function):
         x, *theta = ctx.saved_tensors
         tensors = (grad, x, *theta)
         same = [(t.dtype, t.shape) for t in tensors] == ctx.forms  # hooks and .data may have put something else there
-        if same and not torch.is_grad_enabled() and may_read(x, grad, *theta):
+        if same and not torch.is_grad_enabled() and reads(x, grad, *theta):
             by_x, by_theta = _run(grad, x, [p.resolve_neg().contiguous() for p in theta], ctx.below, ctx.options)
         else:
             by_x, *by_theta = _again(grad, x, theta, ctx.below, ctx.options)
@@ -217,10 +218,14 @@ def _again(grad: Tensor, x: Tensor, theta: Sequence[Tensor], below: str, options
 
 @torch.compiler.disable
 def _fused_means(x: Tensor, channel: int) -> Tensor | None:
+    if not reads(x, large=x.numel() >= LARGE.get(x.device.type, 0)):
+        return None
     kernels = kernels_of(x.device.type, x.dtype)
     if kernels is None or kernels.means is None:
         return None
-    return _Means.apply(x, channel, kernels.means)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Means.apply(x, channel, kernels.means)
+    return kernels.means(*_dense(x, channel))
 
 
 class _Means(torch.autograd.Function):

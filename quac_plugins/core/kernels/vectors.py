@@ -52,28 +52,18 @@ template <class U> static inline void out(const V& found, U* y, int64_t count = 
   }
 }
 
-#if defined(CPU_CAPABILITY_AVX512)
-constexpr float LOWEST = -104.f;  // its exponential is zero: here below the denormal numbers
-#else
-constexpr float LOWEST = -88.f;  // there with 2^-127, which the shift makes zero
-#endif
-
-// without a call, as that of V::exp() would be, which empties the registers: 2 ulp, by Cody and Waite's reduction
+// without a call, as that of V::exp() would be, which empties the registers: to 2 ulp between 2^-126 and 2^127
 template <class U, class V = at::vec::Vectorized<U>> static inline V fast_exp(const at::vec::Vectorized<U>& x) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   if constexpr (std::is_same_v<U, float>) {
-    V in = at::vec::clamp(x, V(LOWEST), V(89.f));  // NaN stays
-    V n = (in * V(1.44269504088896341f)).round();
-    V r = at::vec::fmadd(n, V(-1.42860677e-06f), at::vec::fmadd(n, V(-0.693145752f), in));
-    V p = at::vec::fmadd(V(1.f / 720), r, V(1.f / 120));
-    p = at::vec::fmadd(at::vec::fmadd(p, r, V(1.f / 24)), r, V(1.f / 6));
-    p = at::vec::fmadd(at::vec::fmadd(p, r, V(0.5f)) * r, r, r) + V(1.f);
-#if defined(CPU_CAPABILITY_AVX512)
-    return _mm512_scalef_ps(p, n);
-#else
-    using I = at::vec::Vectorized<int32_t>;  // 2^n; of 128 it is infinity
-    return p * at::vec::cast<float>((at::vec::convert_to_int_of_same_size(n) + I(127)) << I(23));
-#endif
+    using I = at::vec::Vectorized<int32_t>;
+    const V in = at::vec::clamp(x, V(-88.f), V(89.f)), shift(12582912.f + 127);  // NaN stays
+    const V bits = at::vec::fmadd(in, V(1.44269504088896341f), shift);  // n + 127 in the last ones, n of 2^n e^r
+    const V r = at::vec::fmadd(bits - shift, V(-0.693147182f), in);  // n ln(2) is not rounded
+    V p = at::vec::fmadd(V(8.2902961e-3f), r, V(4.1898031e-2f));  // to 1e-7
+    p = at::vec::fmadd(at::vec::fmadd(p, r, V(1.6667637e-1f)), r, V(4.9999149e-1f));
+    p = at::vec::fmadd(at::vec::fmadd(p, r, V(9.9999971e-1f)), r, V(1.f));
+    return p * at::vec::cast<float>(at::vec::cast<int32_t>(bits) << I(23));
   }
 #endif
   return x.exp();
