@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from quac_plugins.core.files import write_file
+from quac_plugins.core.host.facts import facts_of
 from quac_plugins.core.names import unknown
 
 __all__ = ["FORMATS", "Exported", "export", "pictures"]
@@ -71,7 +72,7 @@ def export(
         format: ``"onnx"`` (one file; for onnxruntime and others), ``"torch-export"`` (for `torch.export.load` and
             AOTInductor) or ``"torchscript"`` (for `torch.jit.load`). None of them needs this package to run.
         example: images (B, C, H, W) as the model takes them, normalized; photographs say most. By default
-            :func:`pictures` of the size in the model's ``pretrained_cfg``.
+            :func:`pictures` of the size that the model says.
         dynamic_batch: whether the file takes any number of images.
         dynamic_size: whether it takes images of any height and width; the host must do so.
         opset: of ONNX, 18 or newer.
@@ -162,12 +163,12 @@ def _example(model: nn.Module, example: Tensor | None, batch: int) -> Tensor:
         images = example.detach().cpu()
         images = images.repeat(batch, 1, 1, 1)[:batch] if len(images) < batch else images
         return (images if images.is_floating_point() else images.float()).to(dtype)
-    cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    if not isinstance(cfg, dict) or "input_size" not in cfg:
+    facts = facts_of(model)
+    if facts.input_size is None:
         raise ValueError("the model does not say what images it takes; give example=, images (B, C, H, W)")
-    channels, height, width = cfg["input_size"]
+    channels, height, width = facts.input_size
     images = pictures(batch, (height, width), channels)
-    mean, std = (torch.tensor(cfg.get(key, default)) for key, default in (("mean", 0.0), ("std", 1.0)))
+    mean, std = (torch.tensor(values) for values in facts.normalization or (0.0, 1.0))
     if mean.numel() in (1, channels):
         images = (images - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
     return images.to(dtype)

@@ -31,10 +31,9 @@ from torch import nn
 
 from quac_plugins.core.activations import ACTIVATIONS, ChannelActivation
 from quac_plugins.core.inject import Injection, PriorConfig, QuACConfig, inject, injection_of
-from quac_plugins.core.inject.fingerprint import base_name
 from quac_plugins.core.inject.images import same
 from quac_plugins.core.inject.surgery import WidthSwitch
-from quac_plugins.core.names import unknown
+from quac_plugins.core.names import SUFFIXES, split_name, unknown
 from quac_plugins.core.options import check_foreign
 from quac_plugins.core.prior.fdm import FDMS
 from quac_plugins.core.prior.grid import SizeNote
@@ -47,7 +46,6 @@ from quac_plugins.hub.verify import no_larger_than
 from quac_plugins.registry import Entry, published
 from quac_plugins.timm_features import whole_network
 
-SUFFIXES = ("_qacon", "_ddp", "_qacon_ddp")
 _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 OPTIONS = ("activation", "where", "quality", "init", "norm", "reduction")
 PRIOR_OPTIONS = ("site", "fdm", "fdm_width", "fdm_act", "experts", "top_k", "freeze")
@@ -343,7 +341,7 @@ def _add_tag(entry: Entry) -> None:
     timm reads weights under a name of its own itself, and compares no hash; so they are embedded, and
     ``quac registry check`` compares it.
     """
-    name, host = entry.architecture, base_name(entry.architecture)
+    name, host = entry.architecture, split_name(entry.architecture)[0]
     entrypoint, configs = timm.model_entrypoint(name), _configs(name)
     if entry.kind == "model":
         cfg = pretrained_cfg_of(entry)

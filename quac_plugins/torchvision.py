@@ -11,8 +11,24 @@ A detector is given a list of images, pads them into one tensor and gives that t
     2
 """
 
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
 from torchvision.models.detection.image_list import ImageList
 
+from quac_plugins.core.host.facts import add_reader
 from quac_plugins.core.quality.padding import let_lists_note_sizes
 
 let_lists_note_sizes(ImageList)
+
+
+@add_reader
+def read_facts(model: nn.Module) -> dict[str, Any]:
+    """How a detector's transform normalizes the images that its backbone is given."""
+    for module in model.modules():
+        mean, std = getattr(module, "image_mean", None), getattr(module, "image_std", None)
+        if isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple)):
+            return {"inner_normalization": (tuple(mean), tuple(std))}
+    return {}

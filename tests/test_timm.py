@@ -17,7 +17,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 import quac_plugins as quac
 from quac_plugins import injection_of
-from quac_plugins.core.inject.fingerprint import base_name
+from quac_plugins.core.names import split_name
 from quac_plugins.hub.verify import sha256_of
 from quac_plugins.registry import Entry, published
 
@@ -100,7 +100,7 @@ def test_published_weights_are_tags_behind_those_of_timm_and_its_entrypoints_sta
     names = published()
     assert set(names) <= set(timm.list_models(pretrained=True))
     for name, entry in names.items():
-        base = base_name(entry.architecture)
+        base = split_name(entry.architecture)[0]
         assert timm.get_pretrained_cfg(name).tag == entry.tag
         assert timm.get_pretrained_cfg(entry.architecture).tag == timm.get_pretrained_cfg(base).tag != entry.tag
         assert timm.model_entrypoint(base).__module__.startswith("timm.models.")

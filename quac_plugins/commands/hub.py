@@ -125,11 +125,11 @@ def _of_timm(name: str) -> dict[str, Any]:
     """A name that nothing of this project is published under."""
     import timm
 
-    from quac_plugins.evaluate.model import plain_name
+    from quac_plugins.core.names import split_name
 
     if not timm.is_model(name):
         raise ValueError(f"{name!r} is no model of timm, no folder and no org/name; quac list PATTERN lists names")
-    host = plain_name(name)
+    host = split_name(name)[0]
     cfg = timm.get_pretrained_cfg(host, allow_unregistered=True)
     found: dict[str, Any] = {"name": name, "kind": "architecture", "host": host}
     if cfg is not None and cfg.has_weights:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from enum import Enum
 from typing import Annotated
 
 import typer
 
 from quac_plugins.commands import common
-
-_OURS = re.compile(r"(_qacon|_ddp)(\.|$)")
 
 
 class What(str, Enum):
@@ -59,5 +56,7 @@ def _names(what: What, pretrained: bool) -> list[str]:
         return sorted(quac_plugins.FDMS)
     import timm
 
+    from quac_plugins.core.names import split_name
+
     ours = quac_plugins.registry.published()
-    return [name for name in timm.list_models(pretrained=pretrained) if _OURS.search(name) or name in ours]
+    return [name for name in timm.list_models(pretrained=pretrained) if split_name(name)[1] or name in ours]

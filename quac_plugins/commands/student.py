@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
-
-_NAME = re.compile(r"(?P<base>[^.:]+?)(?P<quac>_qacon)?(?P<prior>_ddp)?(?P<tag>\..*)?")
 
 
 def build_student(
@@ -41,14 +38,13 @@ def build_student(
     import torch
 
     from quac_plugins import PriorConfig, QuACConfig, inject, injection_of
+    from quac_plugins.core.names import split_name
     from quac_plugins.evaluate.model import build_model
     from quac_plugins.evaluate.preprocessing import data_config
     from quac_plugins.timm import OPTIONS, PRIOR_OPTIONS
 
-    found = _NAME.fullmatch(name)
-    if found is not None:
-        wanted = wanted | {what for what in ("quac", "prior") if found[what]}
-        name = found["base"] + (found["tag"] or "")
+    name, suffix = split_name(name)
+    wanted = wanted | {what for what, word in (("quac", "_qacon"), ("prior", "_ddp")) if word in suffix}
     kwargs = dict(model_kwargs or {})
     of_quac = {key: kwargs[key] for key in OPTIONS if key in kwargs} if "quac" in wanted else {}
     of_prior = {key: kwargs[key] for key in (*PRIOR_OPTIONS, "quality") if key in kwargs} if "prior" in wanted else {}

@@ -1,4 +1,4 @@
-"""Names: what is said of one that is not known, and where one went that has moved."""
+"""Names: what is said of one that is not known, what a suffix puts in, and where one went that has moved."""
 
 from __future__ import annotations
 
@@ -7,6 +7,21 @@ import warnings
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from typing import Any
+
+SUFFIXES = ("_qacon", "_ddp", "_qacon_ddp")  # of names of hosts with what this package puts in
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """The name of a host, with its tag, and the suffix that says what is put in.
+
+    Example:
+        >>> split_name("resnet50_qacon_ddp.a1_in1k"), split_name("resnet50"), split_name("hf-hub:me/model_ddp")
+        (('resnet50.a1_in1k', '_qacon_ddp'), ('resnet50', ''), ('hf-hub:me/model_ddp', ''))
+    """
+    architecture, dot, tag = name.partition(".")
+    ends = (end for end in SUFFIXES if architecture.endswith(end) and ":" not in name)
+    suffix = max(ends, key=len, default="")
+    return architecture.removesuffix(suffix) + dot + tag, suffix
 
 
 def unknown(what: str, value: object, known: Iterable[str], nearest: Iterable[str] | None = None) -> ValueError:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from quac_plugins.core.colours import CHANNEL_ORDERS
 from quac_plugins.core.names import unknown
 
 C = TypeVar("C", bound="QualityOptions")
@@ -28,6 +29,45 @@ def named(key: str) -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         raise ValueError(f"{key}: {error}") from error
+
+
+def read_options(cls: Any, given: Any, path: str, key_of: Callable[[str], str] | None = None) -> Any:
+    """A config of ours from a user's options; an error begins with the key that it is about.
+
+    Args:
+        cls: QuACConfig or PriorConfig.
+        given: its options by name, or such a config, which is returned.
+        path: where they are in the user's config; "" at its top.
+        key_of: the key of an option; by default ``PATH.NAME``.
+
+    Raises:
+        ValueError: an option is not known, of another type, or cannot be.
+
+    Example:
+        >>> from quac_plugins import QuACConfig
+        >>> read_options(QuACConfig, {"qualty": "brisque"}, "model.quac")
+        Traceback (most recent call last):
+        ValueError: model.quac.qualty: unknown option 'qualty'; did you mean 'quality'? Known: ...
+    """
+    from quac_plugins.core.quality.table import resolve_quality  # which knows what this file holds
+
+    if isinstance(given, cls):
+        return given
+    if not isinstance(given, Mapping):
+        raise ValueError(f"{path}: must be a dict of options of {cls.__name__}, got {given!r}")
+    key_of = key_of or (f"{path}.{{}}" if path else "{}").format
+    known = [field.name for field in fields(cls)]
+    for name in given:
+        with named(key_of(name)):
+            one_of("option", name, known)
+    for name, value in given.items():  # one by one, so that an error is that key's
+        with named(key_of(name)):
+            if name not in ("mean", "std"):  # which go together
+                cls(**{name: value})
+            if name == "quality":
+                resolve_quality(value)
+    with named(path or cls.__name__):
+        return cls(**given)
 
 
 def whole_number(what: str, value: Any, least: int = 1, most: int | None = None) -> None:
@@ -132,7 +172,7 @@ class QualityOptions:
 
     def check_quality(self) -> None:
         """ValueError or TypeError for a value that cannot be."""
-        one_of("channel_order", self.channel_order, ["rgb", "bgr"])
+        one_of("channel_order", self.channel_order, CHANNEL_ORDERS)
         if not isinstance(self.quality, str) and not callable(self.quality):
             raise TypeError(f"quality must be a name or a callable, got {type(self.quality).__name__}")
         if (self.mean is None) != (self.std is None):

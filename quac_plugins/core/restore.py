@@ -20,7 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from quac_plugins.core.colours import CHANNEL_ORDERS, in_order
+from quac_plugins.core.host.facts import facts_of
 from quac_plugins.core.inject.surgery import unwrap
+from quac_plugins.core.options import numbers
 from quac_plugins.core.precision import full_precision
 from quac_plugins.core.private import has_numbers
 from quac_plugins.core.quality.context import QualityContext
@@ -30,7 +33,6 @@ from quac_plugins.core.restorer_output import as_tensor
 
 QUALITIES = ("restored", "degraded")
 RESTORER_INPUTS = ("pt", "np", "pil")
-CHANNEL_ORDERS = ("rgb", "bgr")
 
 # What timm's users ask a model for, answered by the model inside. Other names are refused: a method that takes images
 # would pass the restorer by without a word.
@@ -68,7 +70,7 @@ def restore_then(
         quality: which images QuAC's quality features describe: ``"restored"``, those that the model sees, or
             ``"degraded"``, those that came in.
         mean: of the normalization that the model's images come with, one number or one for each channel.
-        std: likewise, above 0. Both or neither; None: those of QuAC's tap, else of the model's ``pretrained_cfg``, else
+        std: likewise, above 0. Both or neither; None: those of QuAC's tap, else what the model says itself, else
             images are in [0, 1].
         channel_order: ``"rgb"`` or ``"bgr"``, of the model's images; None: that of QuAC's tap, else RGB.
         restorer_input: what the restorer takes, in diffusers' words: ``"pt"``, a tensor (B, 3, H, W) in [0, 1];
@@ -175,11 +177,12 @@ class RestoreThen(nn.Module):
         self.mean: tuple[float, ...] | None
         self.std: tuple[float, ...] | None
         if mean is not None and std is not None:
-            self.mean, self.std = _numbers("mean", mean), _numbers("std", std)
+            self.mean, self.std = numbers("mean", mean), numbers("std", std)
         elif tap is not None:
             self.mean, self.std = tap.mean, tap.std
         else:
-            self.mean, self.std = _of_pretrained_cfg(model)
+            said = facts_of(model).normalization or facts_of(unwrap(model)).normalization
+            self.mean, self.std = map(numbers, ("mean", "std"), said) if said else (None, None)
         if self.mean is not None and self.std is not None:
             if len(self.mean) != len(self.std):
                 raise ValueError(f"mean and std must have as many numbers, got {self.mean} and {self.std}")
@@ -279,16 +282,14 @@ class RestoreThen(nn.Module):
                 )
         if channels == 1:
             images = images.expand(-1, 3, -1, -1)
-        elif self.channel_order == "bgr":
-            images = images.flip(1)
-        return images.clamp(0, 1)
+        return in_order(images, "rgb" if channels == 1 else self.channel_order).clamp(0, 1)
 
     def _to_host(self, images: Tensor, channels: int) -> Tensor:
         """The reverse of :meth:`_to_rgb`."""
         if channels == 1:
             images = images.mean(dim=1, keepdim=True)
-        elif self.channel_order == "bgr":
-            images = images.flip(1)
+        else:
+            images = in_order(images, self.channel_order)
         normalization = self._normalization(channels)
         if normalization is None:
             return images
@@ -401,21 +402,6 @@ def _first_of(taps: list[QualityTap], given: bool) -> QualityTap | None:
                 f"{known} and {other}. Give mean and std, or put a restorer before each part"
             )
     return taps[0]
-
-
-def _of_pretrained_cfg(model: nn.Module) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    for module in (model, unwrap(model)):
-        cfg = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None)
-        if isinstance(cfg, dict) and "mean" in cfg and "std" in cfg:
-            return _numbers("mean", cfg["mean"]), _numbers("std", cfg["std"])
-    return None, None
-
-
-def _numbers(what: str, value: float | Sequence[float]) -> tuple[float, ...]:
-    numbers = (float(value),) if isinstance(value, (int, float)) else tuple(float(v) for v in value)
-    if not numbers or not all(math.isfinite(v) for v in numbers):
-        raise ValueError(f"{what} must be a number or one for each channel, got {value!r}")
-    return numbers
 
 
 def _can_look(images: Tensor) -> bool:

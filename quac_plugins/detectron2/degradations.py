@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from detectron2.data.transforms import Augmentation, ColorTransform, NoOpTransform, Transform
 
+from quac_plugins.core.colours import in_order
 from quac_plugins.degradations import Corrupt
 
 
@@ -61,7 +62,9 @@ class CorruptImage(Augmentation):
             return NoOpTransform()
         # the transform may be applied again, and is then the same: what is drawn depends on this seed and the pixels
         made = Corrupt(self.corruptions, self.severities, int(rng.random() * 2**31) if self.seed is None else self.seed)
-        turn = slice(None, None, -1 if self.image_format == "BGR" else 1)
+        order = self.image_format.lower()
         return ColorTransform(
-            lambda pixels: np.ascontiguousarray(made(np.ascontiguousarray(pixels[..., turn]))[..., turn])
+            lambda pixels: np.ascontiguousarray(
+                in_order(made(np.ascontiguousarray(in_order(pixels, order, -1))), order, -1)
+            )
         )

@@ -11,7 +11,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import diffusers
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from quac_plugins.core.inject import QuACConfig, inject, injection_of
 from quac_plugins.core.inject.example import Example
-from quac_plugins.core.options import check_foreign, named, one_of
+from quac_plugins.core.options import check_foreign, named, read_options
 from quac_plugins.core.quality.given import quality_of
 from quac_plugins.diffusers.blocks import with_activations, without_activations
 from quac_plugins.diffusers.examples import example_of
@@ -205,16 +205,8 @@ def options_of(quac: QuACConfig | Mapping[str, Any] | None) -> QuACConfig:
     Raises:
         ValueError: an option is not known, or its value cannot be; the message begins with ``quac``.
     """
-    if isinstance(quac, QuACConfig):
-        quac = {field.name: getattr(quac, field.name) for field in fields(quac)}
-    if quac is not None and not isinstance(quac, Mapping):
-        raise ValueError(f"quac: must be a dict of options of QuACConfig, got {quac!r}")
-    known = [field.name for field in fields(QuACConfig)]
-    for key in quac or ():
-        with named(f"quac.{key}"):
-            one_of("option", key, known)
-    with named("quac"):
-        return QuACConfig(**{**_DEFAULTS, **(quac or {}), "tap": "given"})
+    given = _DEFAULTS if quac is None else {**_DEFAULTS, **quac} if isinstance(quac, Mapping) else quac
+    return replace(read_options(QuACConfig, given, "quac"), tap="given")
 
 
 @functools.cache

@@ -13,12 +13,12 @@ import torch
 from timm.models import load_state_dict
 from torch import nn
 
-from quac_plugins.core.inject.fingerprint import base_name
 from quac_plugins.core.inject.images import Images
 from quac_plugins.core.inject.saved import read_adapter
+from quac_plugins.core.names import split_name
 from quac_plugins.evaluate.preprocessing import per_channel, square_or_not
 
-__all__ = ["build_model", "plain_name"]
+__all__ = ["build_model"]
 
 
 def build_model(
@@ -70,7 +70,7 @@ def build_model(
         pretrained = checkpoint is None
     kwargs: dict[str, Any] = dict(model_kwargs or {})
     if adapter is not None and not set(kwargs) & {*OPTIONS, *PRIOR_OPTIONS}:
-        name = plain_name(name)
+        name = split_name(name)[0]
     if adapter is not None:
         adapter = find_adapter(adapter)
         images = read_adapter(adapter)[0].images or Images()
@@ -95,17 +95,6 @@ def build_model(
         with _explained(checkpoint, name):
             model.load_state_dict(_tensors(checkpoint), strict=True)
     return model.float().eval()
-
-
-def plain_name(name: str) -> str:
-    """The name of the host alone, with its tag.
-
-    Example:
-        >>> plain_name("resnet50_qacon_ddp.a1_in1k"), plain_name("hf-hub:me/model_ddp")
-        ('resnet50.a1_in1k', 'hf-hub:me/model_ddp')
-    """
-    architecture, dot, tag = name.partition(".")
-    return name if ":" in name else f"{base_name(architecture)}{dot}{tag}"
 
 
 def _source(path: str | os.PathLike[str], num_classes: int | None) -> dict[str, Any]:

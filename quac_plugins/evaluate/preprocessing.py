@@ -86,8 +86,8 @@ def _known(model: nn.Module) -> dict[str, Any]:
     return known
 
 
-def is_bgr(model: nn.Module) -> bool:
-    """Whether a network takes blue first, by the configs of what was put into it.
+def channel_order_of(model: nn.Module) -> str:
+    """``"rgb"`` or ``"bgr"``, the order of the images that a network takes, by the configs of what was put into it.
 
     Raises:
         ValueError: the configs disagree.
@@ -97,7 +97,7 @@ def is_bgr(model: nn.Module) -> bool:
     orders = {config.channel_order for config in configs if config is not None}
     if len(orders) > 1:
         raise ValueError("the configs of what was put in disagree about channel_order, 'rgb' or 'bgr'")
-    return orders == {"bgr"}
+    return orders.pop() if orders else "rgb"
 
 
 def taps_of(model: nn.Module) -> list[QualityTap]:

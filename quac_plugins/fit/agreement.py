@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from quac_plugins.core.host.facts import facts_of
 from quac_plugins.core.quality.degradation import CLEAN
 from quac_plugins.fit.gate import Drawn
 from quac_plugins.fit.student import Student
@@ -45,11 +46,10 @@ def agreement(student: Student, drawn: Drawn) -> dict[str, dict[str, Any]]:
 
 def _classes(student: Student, network: nn.Module, pictures: np.ndarray) -> Any:
     """The predicted classes (N,); None if the network returns no logits."""
-    found = []
+    found, features = [], facts_of(network).gives_features
     with torch.no_grad():
         for start in range(0, len(pictures), _BATCH):
             logits = network(student.images(pictures[start : start + _BATCH]))
-            features = getattr(network, "num_classes", None) == 0  # of a host of timm without its classifier
             if features or not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
                 return None
             found.append(logits.argmax(1).cpu().numpy())

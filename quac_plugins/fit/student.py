@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from quac_plugins.core.host.facts import facts_of
 from quac_plugins.core.inject.adapter import adapter_state, is_fresh, load_adapter_state
 from quac_plugins.core.inject.config import QuACConfig
 from quac_plugins.core.inject.fingerprint import fingerprint
@@ -87,9 +88,7 @@ class Student:
     def put_in(self, config: QuACConfig | PriorConfig) -> None:
         """Inject into the host, by the seed alone, with this normalization unless the host says the same itself."""
         mean, std = (self.photographs.settings[key] for key in ("mean", "std"))
-        own = getattr(self.model, "pretrained_cfg", None) or getattr(self.model, "default_cfg", None) or {}
-        known = isinstance(own, dict) and "mean" in own and (tuple(own["mean"]), tuple(own["std"])) == (mean, std)
-        if config.mean is None and not known:
+        if config.mean is None and facts_of(self.model).normalization != (mean, std):
             config = replace(config, mean=tuple(mean), std=tuple(std))
         with torch.random.fork_rng(), _colour_images(self.photographs.size):
             torch.manual_seed(self.photographs.data.seed)

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from quac_plugins.core.inject.adapter import check_adapter_files
-from quac_plugins.core.inject.fingerprint import base_name
+from quac_plugins.core.names import split_name
 from quac_plugins.evaluate.packed import unpack
 from quac_plugins.hub.card import read_metrics, spread
 from quac_plugins.hub.fetch import FILES, model_config
@@ -48,7 +48,7 @@ def _problems(entry: Entry, on_hub: bool, data: Path | None) -> Iterator[str]:
     if entry.kind != "pipeline" and not timm.is_model(entry.architecture):
         yield f"timm knows no {entry.architecture}"
         return
-    if entry.kind == "model" and base_name(entry.architecture) == entry.architecture:
+    if entry.kind == "model" and split_name(entry.architecture)[0] == entry.architecture:
         derived = ("num_classes", "in_chans", "global_pool")  # what timm knows from its own config of the weights
         others = ", ".join(sorted(set(entry.model_args) - set(derived)))
         if wrong := "repo and revision" if entry.repo is not None else others and f"model_args {others}":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quac_plugins.core.inject.fingerprint import base_name
+from quac_plugins.core.names import split_name
 from quac_plugins.hub.fetch import FILES, MODEL_FILES, fetch
 from quac_plugins.hub.verify import check_file
 from quac_plugins.registry import KINDS, Entry, published
@@ -95,7 +95,8 @@ def pretrained_cfg_of(entry: Entry) -> Any:
     import timm
     from timm.models import PretrainedCfg
 
-    architecture = timm.get_pretrained_cfg(base_name(entry.architecture), allow_unregistered=True) or PretrainedCfg()
+    host = split_name(entry.architecture)[0]
+    architecture = timm.get_pretrained_cfg(host, allow_unregistered=True) or PretrainedCfg()
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.input.items()}
     source: dict[str, Any] = {"url": "", "hf_hub_id": None, "hf_hub_filename": None, "file": None, "source": None}
     if entry.repo is None:

@@ -12,6 +12,8 @@ from mmengine.evaluator import BaseMetric
 from mmengine.registry import DATASETS, METRICS, TRANSFORMS
 from torch.utils.data import Dataset
 
+from quac_plugins.core.colours import CHANNEL_ORDERS, in_order
+from quac_plugins.core.options import one_of
 from quac_plugins.degradations import check_severity, corrupt, corruption_names, image_seed
 
 CLEAN = ("clean", 0)
@@ -48,8 +50,7 @@ class CorruptImage:
         self.severities = [check_severity(level) for level in levels]
         if isinstance(prob, bool) or not isinstance(prob, (int, float)) or not 0 <= prob <= 1:
             raise ValueError(f"prob must lie between 0 and 1, got {prob!r}")
-        if channel_order not in ("bgr", "rgb"):
-            raise ValueError(f"channel_order must be 'bgr' or 'rgb', got {channel_order!r}")
+        one_of("channel_order", channel_order, CHANNEL_ORDERS)
         self.prob, self.channel_order, self.seed = prob, channel_order, seed
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
@@ -62,9 +63,8 @@ class CorruptImage:
         name, severity, seed = self._draw(results, key)
         results["corruption"], results["severity"] = name, severity
         if severity:
-            turned = image[..., ::-1] if self.channel_order == "bgr" else image
-            made = corrupt(np.ascontiguousarray(turned), name, severity, seed)
-            results["img"] = np.ascontiguousarray(made[..., ::-1] if self.channel_order == "bgr" else made)
+            made = corrupt(np.ascontiguousarray(in_order(image, self.channel_order, -1)), name, severity, seed)
+            results["img"] = np.ascontiguousarray(in_order(made, self.channel_order, -1))
         return results
 
     def _draw(self, results: dict[str, Any], key: str) -> tuple[str, int, int]:

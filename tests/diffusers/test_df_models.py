@@ -317,7 +317,7 @@ def test_a_network_without_an_example_says_how_to_give_one():
     ("quac_options", "message"),
     [
         ({"wher": "all"}, r"quac\.wher: unknown option 'wher'; did you mean 'where'"),
-        ({"norm": "btach"}, "quac: unknown norm 'btach'"),
+        ({"norm": "btach"}, r"quac\.norm: unknown norm 'btach'"),
         ({"where": "nowhere.*"}, r"quac: where=.*matches no activation"),
         ("all", "quac: must be a dict of options"),
     ],

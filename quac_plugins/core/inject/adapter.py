@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from quac_plugins.core.hooks import PRIOR_NAME
+from quac_plugins.core.host.facts import facts_of
 from quac_plugins.core.inject.bounds import bound_problems
 from quac_plugins.core.inject.compare import (
     differences,
@@ -29,7 +30,7 @@ from quac_plugins.core.inject.compare import (
 from quac_plugins.core.inject.config import QuACConfig
 from quac_plugins.core.inject.example import Example
 from quac_plugins.core.inject.fingerprint import describe_host, same_weights
-from quac_plugins.core.inject.images import in_words, said_by_host, same
+from quac_plugins.core.inject.images import in_words, same
 from quac_plugins.core.inject.record import (
     Injection,
     PriorInjection,
@@ -252,7 +253,11 @@ def _check_images(model: nn.Module, saved: Saved) -> None:
     if saved.images is None:
         return
     record, wanted = injection_of(model), saved.images.normalization
-    here = record.images.host if record is not None and record.images is not None else said_by_host(unwrap(model))
+    here = (
+        record.images.host
+        if record is not None and record.images is not None
+        else facts_of(unwrap(model)).normalization
+    )
     if here is None or same(here, wanted) or (saved.images.host is not None and same(here, saved.images.host)):
         return
     mean, std = wanted or ((0.0,), (1.0,))
@@ -353,7 +358,7 @@ def _with_normalization(model: nn.Module, saved: Saved, config: C) -> C:
     """The config, with the adapter's normalization unless it says one or the host says the same."""
     if saved.images is None or config.mean is not None or config.tap == "given":
         return config
-    if same(saved.images.normalization, said_by_host(unwrap(model))):
+    if same(saved.images.normalization, facts_of(unwrap(model)).normalization):
         return config
     mean, std = saved.images.normalization or ((0.0,), (1.0,))
     return replace(config, mean=mean, std=std)  # type: ignore[type-var]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from quac_plugins.core.host.facts import facts_of
 
 
 class TakenApart(Exception):
@@ -63,14 +64,10 @@ def in_words(model: nn.Module, part: tuple[str, tuple[int, ...]] | None) -> str:
     name, shape = part
     plain = all(word.isidentifier() for word in name.split("."))
     where = f"model.{name}" if plain else f"model.get_submodule({name!r})"
-    mean, std = (_first(model, attribute) for attribute in ("image_mean", "image_std"))
-    normalized = f"mean={mean}, std={std}" if mean and std else "mean=…, std=… that normalize them"
+    known = facts_of(model).inner_normalization
+    mean, std = ([round(float(v), 6) for v in values] for values in known or ((), ()))
+    normalized = f"mean={mean}, std={std}" if known else "mean=…, std=… that normalize them"
     return (
         f"Inject the part that is given them as one batch, {where}: quac_plugins.inject({where}, config, "
         f"example=torch.empty(1, {', '.join(map(str, shape[1:]))})), with {normalized} in the config"
     )
-
-
-def _first(model: nn.Module, attribute: str) -> list[float]:
-    values: Iterable[Any] = (getattr(module, attribute, None) for module in model.modules())
-    return next(([round(float(v), 6) for v in value] for value in values if isinstance(value, (list, tuple))), [])

@@ -8,32 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quac_plugins.core.host.facts import facts_of
 from quac_plugins.core.inject.surgery import names_in_host, unwrap
+from quac_plugins.core.names import split_name
 
-OUR_SUFFIXES = ("_qacon_ddp", "_qacon", "_ddp")
 _PRECISIONS = (torch.float16, torch.bfloat16)
-
-
-def base_name(name: str) -> str:
-    """A timm name without the suffix of what this package puts in.
-
-    Example:
-        >>> base_name("resnet50_qacon_ddp"), base_name("resnet50_ddp"), base_name("resnet50")
-        ('resnet50', 'resnet50', 'resnet50')
-    """
-    return next((name.removesuffix(suffix) for suffix in OUR_SUFFIXES if name.endswith(suffix)), name)
 
 
 def describe_host(model: nn.Module) -> dict[str, Any]:
     """Architecture, class, tag and fingerprint of a host, whatever was put into it."""
     model = unwrap(model)
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    name = cfg.get("architecture") if isinstance(cfg, dict) else None
+    facts = facts_of(model)
     cls = getattr(model, "host_class", type(model))  # a door's class of hosts with QuAC inside names that of the host
     return {
-        "architecture": base_name(name) if isinstance(name, str) and name else cls.__name__,
+        "architecture": split_name(facts.architecture)[0] if facts.architecture else cls.__name__,
         "class": f"{cls.__module__}.{cls.__qualname__}",
-        "tag": cfg.get("tag") if isinstance(cfg, dict) else None,
+        "tag": facts.tag,
         "fingerprint": fingerprint(model),
     }
 
@@ -41,7 +31,7 @@ def describe_host(model: nn.Module) -> dict[str, Any]:
 def fingerprint(model: nn.Module) -> str | None:
     """A hash of the host's own weights, without what was put in; None on the meta device.
 
-    The classifier that a host of timm names does not count: with other classes it is a new one, and the features are
+    The classifier that a host names does not count: with other classes it is a new one, and the features are
     the same. There is a part for each half precision, so that :func:`same_weights` knows a host in float32 and its copy
     in float16 or bfloat16 as the same one.
 
@@ -57,7 +47,7 @@ def fingerprint(model: nn.Module) -> str | None:
     model = unwrap(model)
     in_host = names_in_host(model)
     named = ((in_host(name), tensor) for name, tensor in model.state_dict().items())
-    head = _classifiers(model)
+    head = tuple(f"{name}." for name in facts_of(model).classifiers)
     found = {n: t for n, t in named if n and not n.startswith(head) and isinstance(t, Tensor) and t.is_floating_point()}
     if any(tensor.is_meta for tensor in found.values()):
         return None
@@ -68,13 +58,6 @@ def fingerprint(model: nn.Module) -> str | None:
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.to(precision).contiguous().flatten().view(torch.uint8).numpy().data)
     return "-".join(digest.hexdigest()[:16] for digest in digests)
-
-
-def _classifiers(model: nn.Module) -> tuple[str, ...]:
-    """Prefixes of the classifiers that a host of timm names."""
-    cfg = getattr(model, "pretrained_cfg", None)
-    names = cfg.get("classifier") if isinstance(cfg, dict) else None
-    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names or ()) if name)
 
 
 def same_weights(one: Any, other: Any) -> bool:

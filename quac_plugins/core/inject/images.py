@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from quac_plugins.core.host.facts import Normalization, facts_of
 from quac_plugins.core.options import QualityOptions, numbers
 
-Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 SETTINGS = ("input_size", "crop_pct", "crop_mode", "interpolation")
 _MOST = 1 << 26  # numbers of an image
 
@@ -22,7 +22,7 @@ class Images:
 
     Attributes:
         normalization: the mean and std that they are normalized with, which a tap undoes; None: they are in [0, 1].
-        host: the same as the host itself says it, by timm's ``pretrained_cfg``; None if it says nothing.
+        host: the same as the host itself says it (:func:`facts_of`); None if it says nothing.
         shape: (C, H, W) of those that it was traced with; None: it takes more than images, or tokens.
         settings: what a fit made its pictures by: ``input_size`` (H, W), ``crop_pct``, ``crop_mode`` and
             ``interpolation``; empty if there was none.
@@ -83,14 +83,6 @@ def _three(value: Normalization | None) -> list[tuple[float, ...]]:
     return [((*v, *v[-1:], *v[-1:]))[:3] for v in value or ((0.0,), (1.0,))]
 
 
-def said_by_host(model: nn.Module) -> Normalization | None:
-    """mean and std of a host's ``pretrained_cfg``, None if it has none."""
-    cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    if isinstance(cfg, dict) and cfg.get("mean") is not None and cfg.get("std") is not None:
-        return tuple(cfg["mean"]), tuple(cfg["std"])
-    return None
-
-
 def normalization_of(model: nn.Module, config: QualityOptions, in_chans: int) -> Normalization | None:
     """mean and std from the config, else from the host, for as many channels as a tap reads.
 
@@ -98,7 +90,7 @@ def normalization_of(model: nn.Module, config: QualityOptions, in_chans: int) ->
         ValueError: they have another number of channels than the images.
     """
     explicit = (config.mean, config.std) if config.mean is not None and config.std is not None else None
-    found = explicit or said_by_host(model)
+    found = explicit or facts_of(model).normalization
     if found is None:
         return None
     mean, std = found

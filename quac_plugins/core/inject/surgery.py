@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ from quac_plugins.core.hooks import (
     move_all,
     remove_hooks,
 )
+from quac_plugins.core.host.facts import facts_of
 from quac_plugins.core.inject.config import QuACConfig
 from quac_plugins.core.inject.containers import check_tapped, leave_out, let_chains_run, note_chain, runs_children
 from quac_plugins.core.inject.example import Example
-from quac_plugins.core.inject.images import Images, normalization_of, said_by_host
+from quac_plugins.core.inject.images import Images, normalization_of
 from quac_plugins.core.inject.record import (
     RECORD,
     Injection,
@@ -83,9 +85,9 @@ def inject(
         model: any network on images (B, C, H, W).
         config: what and where; see :class:`QuACConfig` and :class:`PriorConfig`.
         example: images as the host gets them, used for their shape alone; needed when the host takes other sizes than
-            its ``pretrained_cfg`` says, or than (B, 3, 224, 224). For a host that takes more than images its arguments,
-            the images first: a tuple ``(images, timestep)``, or a dict by name. Tokens (B, N, C) in place of images:
-            with ``tap="given"`` only.
+            it says itself (`HostFacts.input_size`), or than (B, 3, 224, 224). For a host that takes more than images
+            its arguments, the images first: a tuple ``(images, timestep)``, or a dict by name. Tokens (B, N, C) in
+            place of images: with ``tap="given"`` only.
         **options: none; options are those of the config, as the error says.
 
     Returns:
@@ -119,6 +121,18 @@ def inject(
             "QuACConfig(where=…))"
         )
     return inject_at(model, config, find_places, example)
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Around several injections: on an error of a later one, what the earlier put into a plain host is out again."""
+    plain = injection_of(model) is None
+    try:
+        yield
+    except Exception:
+        if plain and injection_of(model) is not None:
+            remove(model)
+        raise
 
 
 def inject_at(
@@ -257,7 +271,7 @@ def _images(model: nn.Module, config: QualityOptions, seen: Trace, record: Injec
     normalization = normalization_of(model, config, seen.in_chans) if config.tap != "given" else None
     return Images(
         normalization=normalization if before is None or config.mean is not None else before.normalization,
-        host=said_by_host(model) if before is None else before.host,
+        host=facts_of(model).normalization if before is None else before.host,
         shape=(seen.in_chans, *seen.image_size) if seen.alone and seen.image_size[0] else None,
         settings=before.settings if before is not None else {},
     )

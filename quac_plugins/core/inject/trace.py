@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from quac_plugins.core.activations.base import ChannelActivation
 from quac_plugins.core.hooks import TAP_HOOKS, WITH_TAP
+from quac_plugins.core.host.facts import facts_of
 from quac_plugins.core.inject.detectors import TakenApart, find_part, in_words
 from quac_plugins.core.inject.example import Arguments, Example, arguments_of
 from quac_plugins.core.inject.hosts import is_activation
@@ -197,21 +198,11 @@ def _quiet() -> Iterator[None]:
 
 
 def _input_size(model: nn.Module) -> tuple[int, int, int]:
-    """(C, H, W) from what timm or transformers say of a network, where they do; channels from the first convolution."""
-    cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    size = cfg.get("input_size") if isinstance(cfg, dict) else None
-    sizes = getattr(getattr(model, "config", None), "image_size", None)  # of transformers
-    sides = (sizes, sizes) if isinstance(sizes, int) else sizes
-    if not isinstance(sides, (tuple, list)) or len(sides) != 2 or not all(isinstance(side, int) for side in sides):
-        sides = (224, 224)
-    chans, height, width = size or (3, sides[0], sides[1])
-    embed = getattr(model, "patch_embed", None)
-    img_size = getattr(embed, "img_size", None)
-    if isinstance(img_size, (tuple, list)) and len(img_size) == 2:
-        height, width = img_size
-    in_chans = getattr(model, "in_chans", getattr(getattr(model, "config", None), "num_channels", None))
-    if isinstance(in_chans, int):
-        return in_chans, height, width
+    """(C, H, W) from what is known of a host, else 224 × 224, and channels from the first convolution."""
+    facts = facts_of(model)
+    chans, height, width = facts.input_size or (3, 224, 224)
+    if facts.in_chans is not None:
+        return facts.in_chans, height, width
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             # a stem whose first convolution sees a rearranged image (space to depth) has a multiple of the channels

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from quac_plugins.core.host.facts import facts_of
 from quac_plugins.core.parts import module_at
 
 LOGITS = "logits"
@@ -22,7 +23,7 @@ class Watch:
         self.places = places
         self.features: dict[str, Tensor] = {}
         self.until: str | None = None
-        self.gives_logits = getattr(model, "num_classes", None) != 0  # timm's word for pooled features instead
+        self.gives_logits = not facts_of(model).gives_features
         self._handles = [module_at(model, name).register_forward_hook(self._hook(name)) for name in places]
 
     def _hook(self, name: str) -> Callable[..., None]:

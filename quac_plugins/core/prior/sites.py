@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from quac_plugins.core.host.facts import facts_of
 from quac_plugins.core.inject.trace import OURS, Feature, Trace
 from quac_plugins.core.parts import module_at
 
@@ -77,8 +78,8 @@ def find_prior_sites(model: nn.Module, seen: Trace, patterns: list[str]) -> list
             - ``"auto"``: the end of the finest resolution at which the host computes with more than its first layer,
               within the first quarter of its layers (see below).
             - ``"stages"``: ``auto``, and after it the end of every coarser resolution; in a host of one resolution
-              the ends of the second, third and fourth quarter of its depth. timm's ``feature_info``, where the host
-              has one, names these ends.
+              the ends of the second, third and fourth quarter of its depth. The host names these ends itself where
+              it can (``HostFacts.stage_ends``).
             - ``"norms"``: every norm, before the activation where the norm's own module activates (timm's
               ``BatchNormAct2d``); in a host whose norms are folded into its convolutions, every convolution.
             - a module name; a glob (``"layer?"``); ``"re:"`` and a regular expression (searched for).
@@ -129,6 +130,7 @@ def _places(model: nn.Module, seen: Trace) -> tuple[list[_Place], dict[str, str]
     for feature in seen.features:
         calls.setdefault(feature.name, []).append(feature)
     usable: list[_Place] = []
+    prefix = facts_of(model).prefix_tokens
     unusable = {name: why for name, why in seen.others.items() if OURS not in name}
     for name, features in calls.items():
         if OURS in name:
@@ -139,7 +141,7 @@ def _places(model: nn.Module, seen: Trace) -> tuple[list[_Place], dict[str, str]
         elif len(features) > 1:
             site = f"is called {len(features)} times in one pass"
         else:
-            site = _site(model, features[0], seen.image_size)
+            site = _site(features[0], seen.image_size, prefix)
         if isinstance(site, str):
             unusable[name] = site
         else:
@@ -150,7 +152,7 @@ def _places(model: nn.Module, seen: Trace) -> tuple[list[_Place], dict[str, str]
     return [replace(p, main=p.site.name in main, spans=p.site.name in spans) for p in usable], unusable
 
 
-def _site(model: nn.Module, feature: Feature, image: tuple[int, int]) -> PriorSite | str:
+def _site(feature: Feature, image: tuple[int, int], own: int | None) -> PriorSite | str:
     call = feature.call
     shape = f"its output (B, {', '.join(map(str, call.shape[1:]))})"
     if call.batch_axis != 0:
@@ -160,8 +162,7 @@ def _site(model: nn.Module, feature: Feature, image: tuple[int, int]) -> PriorSi
     if len(call.shape) == 3:
         if call.channel_dim != -1:
             return f"{shape} has its channels on axis {call.channel_dim}, not last"
-        own = getattr(model, "num_prefix_tokens", None)
-        for prefix in (own if isinstance(own, int) else 0, *range(_MOST_PREFIXES + 1)):
+        for prefix in (own or 0, *range(_MOST_PREFIXES + 1)):
             grid = _grid(call.shape[1] - prefix, image)
             if grid is not None and (prefix == own or 2 * prefix <= grid[0] * grid[1]):
                 return PriorSite(feature.name, call.channels, "tokens", prefix, grid, round(image[0] / grid[0]))
@@ -307,24 +308,14 @@ def _later(model: nn.Module, places: list[_Place], first: _Place) -> list[_Place
 
 
 def _named(model: nn.Module, places: list[_Place], main: list[_Place]) -> list[_Place]:
-    """The places of the main path that a host of timm names as the ends of its stages, if it names usable ones."""
-    info: Any = getattr(model, "feature_info", ())
-    entries = [info[i] for i in range(len(info))] if hasattr(info, "__len__") else []  # a list, or what acts as one
-    names = {_flat(str(entry.get("module"))) for entry in entries if isinstance(entry, dict)}
-    # timm's wrappers of features have the network as their only child, or those layers that they need under flat names
-    inside = f"{next(iter(model._modules))}." if len(model._modules) == 1 else ""
-    if not isinstance(info, (list, tuple)):
-        names &= {_flat(name.removeprefix(inside)) for name, _ in model.named_modules()}
-    found = [place for place in places if _flat(place.site.name.removeprefix(inside)) in names]
+    """The places of the main path that the host names as the ends of its stages, if it names usable ones."""
+    names = facts_of(model).stage_ends
+    found = [place for place in places if place.site.name in names]
     if len(found) < len(names):
         return []
     makers = {place.key: place for place in main}  # of tensors that the named module only hands on
     found = [place if place.main else makers.get(place.feature.node, place) for place in found]
     return [place for place in found if place.main]
-
-
-def _flat(name: str) -> str:
-    return name.replace(".", "_")
 
 
 def _nothing(model: nn.Module, places: list[_Place], unusable: dict[str, str], pattern: str) -> str:

@@ -19,6 +19,7 @@ import warnings
 import torch
 from torch import Tensor, nn
 
+from quac_plugins.core.colours import in_order
 from quac_plugins.core.graphs import called_whole, compiling
 from quac_plugins.core.hooks import TAP_HOOKS, TAP_NAME, remove_hooks
 from quac_plugins.core.precision import full_precision
@@ -145,9 +146,7 @@ class QualityTap(nn.Module):
             images = images.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
         else:
             images = images[:, :3]
-        if self.channel_order == "bgr":
-            images = images.flip(1)
-        return images.clamp(0, 1)
+        return in_order(images, self.channel_order).clamp(0, 1)
 
     def _check(self, images: Tensor) -> None:
         tokens = isinstance(images, Tensor) and images.ndim == 3 and self.given is not None  # q is not that of images

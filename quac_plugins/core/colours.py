@@ -1,0 +1,28 @@
+"""The order of an image's colours: RGB in this package, and BGR for hosts that are given that."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+from torch import Tensor
+
+CHANNEL_ORDERS = ("rgb", "bgr")
+Images = TypeVar("Images", Tensor, np.ndarray)
+
+
+def in_order(images: Images, order: str, axis: int = 1) -> Images:
+    """RGB images in a host's order of channels, or a host's images in RGB: the same turn.
+
+    Args:
+        images: with three channels on ``axis``.
+        order: ``"rgb"`` or ``"bgr"``.
+        axis: of the channels.
+
+    Example:
+        >>> in_order(np.array([[1, 2, 3]]), "bgr").tolist()
+        [[3, 2, 1]]
+    """
+    if order == "rgb":
+        return images
+    return images.flip(axis) if isinstance(images, Tensor) else np.flip(images, axis)

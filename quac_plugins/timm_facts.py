@@ -1,0 +1,58 @@
+"""What timm's networks say of themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from quac_plugins.core.host.facts import add_reader
+
+
+@add_reader
+def read_facts(model: nn.Module) -> dict[str, Any]:
+    """What a network's ``pretrained_cfg`` and its attributes say, as :class:`HostFacts` names it."""
+    own = getattr(model, "pretrained_cfg", None)
+    cfg = own or getattr(model, "default_cfg", None)
+    own, cfg = (one if isinstance(one, dict) else {} for one in (own, cfg))
+    name, classifiers = own.get("architecture"), own.get("classifier") or ()
+    said = cfg.get("mean") is not None and cfg.get("std") is not None
+    in_chans, prefix = (getattr(model, name, None) for name in ("in_chans", "num_prefix_tokens"))
+    return {
+        "architecture": name if isinstance(name, str) and name else None,
+        "tag": own.get("tag"),
+        "normalization": (tuple(cfg["mean"]), tuple(cfg["std"])) if said else None,
+        "input_size": _input_size(model, cfg.get("input_size")),
+        "in_chans": in_chans if isinstance(in_chans, int) else None,
+        "prefix_tokens": prefix if isinstance(prefix, int) else None,
+        "stage_ends": _stage_ends(model),
+        "classifiers": (classifiers,) if isinstance(classifiers, str) else tuple(filter(None, classifiers)),
+        "gives_features": getattr(model, "num_classes", None) == 0 or None,
+    }
+
+
+def _input_size(model: nn.Module, size: Any) -> tuple[int, int, int] | None:
+    """(C, H, W): what a network was built for goes before what its weights were trained on."""
+    built = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if isinstance(built, (tuple, list)) and len(built) == 2:
+        return (size[0] if size else 3), built[0], built[1]
+    return tuple(size) if size else None  # type: ignore[return-value]
+
+
+def _stage_ends(model: nn.Module) -> tuple[str, ...]:
+    """The modules that ``feature_info`` names, by their names in this model."""
+    info: Any = getattr(model, "feature_info", ())
+    entries = [info[i] for i in range(len(info))] if hasattr(info, "__len__") else []  # a list, or what acts as one
+    wanted = {_flat(str(entry.get("module"))) for entry in entries if isinstance(entry, dict)}
+    if not wanted:
+        return ()
+    # wrappers of features have the network as their only child, or those layers that they need under flat names
+    inside = f"{next(iter(model._modules))}." if len(model._modules) == 1 else ""
+    there = {_flat(name.removeprefix(inside)): name for name, _ in model.named_modules()}
+    if not isinstance(info, (list, tuple)):
+        wanted &= there.keys()
+    return tuple(there.get(name, name) for name in sorted(wanted))
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
