@@ -8,6 +8,7 @@ places that it still has.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from torch.fx import Tracer
 
 from quac_plugins.core.inject import PriorConfig, QuACConfig, inject
 from quac_plugins.core.inject.containers import leave_out, runs_children
-from quac_plugins.core.inject.rehearsal import rehearse
+from quac_plugins.core.inject.rehearsal import of_shapes
 from quac_plugins.core.inject.sites import PLACES, Site, usable_sites
 from quac_plugins.core.inject.surgery import find_places, inject_at
 from quac_plugins.core.inject.trace import Trace, trace
@@ -92,20 +93,19 @@ def whole_network(base: str, configs: list[Config], **kwargs: Any) -> Whole:
     """
     own = ("features_only", "feature_cls", "feature_cfg", "out_indices", "checkpoint_path")
     make = partial(timm.create_model, base, **{key: value for key, value in kwargs.items() if key not in own})
-    found: list[Whole] = []
-
-    def look(host: nn.Module) -> None:
-        seen = trace(host)
-        places = [_places(host, config, seen) for config in configs]
-        found.append(Whole(places, (seen.in_chans, *seen.image_size)))
-
     if not any(_patterns(config, True) for config in configs):
         return Whole([[] for _ in configs], ())
-    rehearse(make, look)
-    if not found:
-        with torch.random.fork_rng(devices=[]):
-            look(make())
-    return found[0]
+    host = of_shapes(make)
+    if host is not None:
+        with contextlib.suppress(RuntimeError, NotImplementedError):
+            return _rules_in(host, configs)
+    with torch.random.fork_rng(devices=[]):
+        return _rules_in(make(), configs)
+
+
+def _rules_in(host: nn.Module, configs: list[Config]) -> Whole:
+    seen = trace(host)
+    return Whole([_places(host, config, seen) for config in configs], (seen.in_chans, *seen.image_size))
 
 
 def _patterns(config: Config, are_rules: bool) -> Any:

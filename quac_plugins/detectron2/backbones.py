@@ -15,11 +15,12 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from quac_plugins.core.inject import PriorConfig, QuACConfig, inject, injection_of
-from quac_plugins.core.inject.rehearsal import rehearse, rehearsing
-from quac_plugins.core.options import named, one_of
+from quac_plugins.core.inject.surgery import all_or_nothing
+from quac_plugins.core.names import split_name
+from quac_plugins.core.options import named, one_of, read_options
 from quac_plugins.core.quality.table import in_use
 from quac_plugins.detectron2.blocks import with_activations
-from quac_plugins.detectron2.config import KEY, PRIOR_KEY, TIMM_KEY, checked, configs_of, in_unit_range
+from quac_plugins.detectron2.config import KEY, PRIOR_KEY, TIMM_KEY, configs_of, in_unit_range
 
 _EXAMPLE = 224  # side of the images on which sites are found
 
@@ -31,20 +32,20 @@ def build_quac_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone
     Raises:
         KeyError, ValueError: see :func:`quac_plugins.detectron2.config.configs_of`.
     """
-    return _build(cfg, input_shape, lambda _: _resnet(cfg, input_shape))
+    return _build(cfg, input_shape, lambda: _resnet(cfg, input_shape))
 
 
 @BACKBONE_REGISTRY.register()
 def build_quac_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """``build_resnet_fpn_backbone`` likewise."""
-    return _build(cfg, input_shape, lambda _: _fpn(cfg, _resnet(cfg, input_shape), LastLevelMaxPool()))
+    return _build(cfg, input_shape, lambda: _fpn(cfg, _resnet(cfg, input_shape), LastLevelMaxPool()))
 
 
 @BACKBONE_REGISTRY.register()
 def build_quac_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
     """``build_retinanet_resnet_fpn_backbone`` likewise."""
 
-    def make(_: bool) -> Backbone:
+    def make() -> Backbone:
         bottom_up = _resnet(cfg, input_shape)
         top = LastLevelP6P7(bottom_up.output_shape()["res5"].channels, cfg.MODEL.FPN.OUT_CHANNELS)
         return _fpn(cfg, bottom_up, top)
@@ -66,9 +67,9 @@ def build_quac_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbo
         RuntimeError: the weights cannot be fetched.
     """
 
-    def make(weights: bool) -> Backbone:
+    def make() -> Backbone:
         names = list(cfg.MODEL.FPN.IN_FEATURES)
-        pretrained = weights and cfg.MODEL.QUAC.TIMM.PRETRAINED and not cfg.MODEL.WEIGHTS
+        pretrained = cfg.MODEL.QUAC.TIMM.PRETRAINED and not cfg.MODEL.WEIGHTS
         try:
             with named(TIMM_KEY):
                 bottom_up = TimmBackbone(cfg.MODEL.QUAC.TIMM.NAME, names, input_shape.channels, pretrained=pretrained)
@@ -102,11 +103,11 @@ class TimmBackbone(Backbone):
         super().__init__()
         import timm
 
-        suffix = next((end for end in ("_qacon", "_ddp") if name.partition(".")[0].endswith(end)), None)
-        if suffix is not None:
+        host, suffix = split_name(name)
+        if suffix:
             raise ValueError(
-                f"NAME: {name!r} holds QuAC or a prior already; give the network itself, "
-                f"{name.replace(suffix, '').replace('_qacon', '')!r}: what is put in is said by MODEL.QUAC or with_quac"
+                f"NAME: {name!r} holds QuAC or a prior already; give the network itself, {host!r}: what is put in is "
+                "said by MODEL.QUAC or with_quac"
             )
         if not timm.is_model(name.partition(".")[0]):
             raise ValueError(f"NAME: timm knows no {name!r}")
@@ -188,7 +189,7 @@ def with_quac(
     for cls, key, given in ((QuACConfig, "quac", quac), (PriorConfig, "prior", prior)):
         if given is not None:
             options = {**({"norm": "layer"} if cls is QuACConfig else {}), **_options(given)}
-            configs.append(replace(checked(cls, options, f"{key}.{{}}".format, key), **images))
+            configs.append(replace(read_options(cls, options, key), **images))
     return put_into(
         with_activations(backbone), configs, len(images["mean"]), {"quac": "quac.where", "prior": "prior.site"}
     )
@@ -208,12 +209,13 @@ def put_into(
     # detectron2's Swin says its divisibility under a misspelt name, so that asking for it is an AttributeError
     divisor, square = getattr(backbone, "size_divisibility", 0), _square_size(backbone)
     example = torch.empty(1, in_chans, *(square or -(-_EXAMPLE // max(divisor, 1)) * max(divisor, 1),) * 2)
-    for config in configs:
-        with named(keys["quac" if isinstance(config, QuACConfig) else "prior"]):
-            if isinstance(config, PriorConfig):  # which among tokens is made for a grid of them
-                inject(backbone, config, example)
-            else:
-                _inject_quac(backbone, config, example if divisor or square else None, in_chans)
+    with all_or_nothing(backbone):
+        for config in configs:
+            with named(keys["quac" if isinstance(config, QuACConfig) else "prior"]):
+                if isinstance(config, PriorConfig):  # which among tokens is made for a grid of them
+                    inject(backbone, config, example)
+                else:
+                    _inject_quac(backbone, config, example if divisor or square else None, in_chans)
     return backbone
 
 
@@ -239,17 +241,11 @@ def _inject_quac(backbone: nn.Module, config: QuACConfig, example: Tensor | None
 
 
 @in_use()
-def _build(cfg: CfgNode, input_shape: ShapeSpec, make: Callable[[bool], Backbone]) -> Backbone:
-    """What ``make`` builds, with weights or without, with what the config says inside."""
+def _build(cfg: CfgNode, input_shape: ShapeSpec, make: Callable[[], Backbone]) -> Backbone:
+    """What ``make`` builds, with what the config says inside."""
     configs = configs_of(cfg)  # before anything is built
     keys = {"quac": f"{KEY}.WHERE", "prior": f"{PRIOR_KEY}.SITE"}
-
-    def put_in(backbone: Backbone) -> Backbone:
-        return put_into(backbone, configs, input_shape.channels, keys)
-
-    if not rehearsing():
-        rehearse(lambda: make(False), put_in)
-    return put_in(make(not rehearsing()))
+    return put_into(make(), configs, input_shape.channels, keys)
 
 
 def _resnet(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:

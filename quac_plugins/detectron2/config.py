@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from detectron2.config import CfgNode
+from torch import Tensor, nn
 
+from quac_plugins.core.host.facts import add_reader
 from quac_plugins.core.inject import PriorConfig, QuACConfig
-from quac_plugins.core.options import named, numbers, one_of
-from quac_plugins.core.quality.table import resolve_quality
+from quac_plugins.core.options import named, numbers, read_options
 
 KEY, PRIOR_KEY, TIMM_KEY = "MODEL.QUAC", "MODEL.QUAC.PRIOR", "MODEL.QUAC.TIMM"
 _QUAC = ("ACTIVATION", "WHERE", "QUALITY", "INIT", "NORM", "REDUCTION")
@@ -112,6 +112,15 @@ def in_unit_range(pixel_mean: Any, pixel_std: Any, order: str, keys: tuple[str, 
     return {"mean": tuple(v / 255 for v in mean), "std": tuple(v / 255 for v in std), "channel_order": order}
 
 
+@add_reader
+def read_facts(model: nn.Module) -> dict[str, Any]:
+    """How a detector normalizes the images that its backbone is given."""
+    mean, std = (getattr(model, name, None) for name in ("pixel_mean", "pixel_std"))
+    if not isinstance(mean, Tensor) or not isinstance(std, Tensor):
+        return {}
+    return {"inner_normalization": tuple(tuple(v / 255 for v in values.flatten().tolist()) for values in (mean, std))}
+
+
 def patterns(value: Any) -> str | list[str]:
     """One pattern, or several separated by commas (a regular expression keeps its own) or in a list."""
     if not isinstance(value, str):
@@ -126,25 +135,4 @@ def _of_keys(cls: Any, key: str, values: dict[str, Any]) -> Any:
         if name in arguments:
             with named(f"{key}.{name.upper()}"):
                 arguments[name] = patterns(arguments[name])
-    return checked(cls, arguments, lambda name: f"{key}.{name.upper()}", key)
-
-
-def checked(cls: Any, arguments: Mapping[str, Any], key_of: Callable[[str], str], key: str) -> Any:
-    """A config of ours; an option that is not known or cannot be is named by its key.
-
-    Args:
-        cls: QuACConfig or PriorConfig.
-        arguments: its options.
-        key_of: the key of an option.
-        key: of all of them.
-    """
-    known = [field.name for field in fields(cls)]
-    for name, value in arguments.items():  # one by one, so that an error is that key's
-        with named(key_of(name)):
-            one_of("option", name, known)
-            if name not in ("mean", "std"):  # which go together
-                cls(**{name: value})
-            if name == "quality":
-                resolve_quality(value)
-    with named(key):
-        return cls(**arguments)
+    return read_options(cls, arguments, key, lambda name: f"{key}.{name.upper()}")

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from quac_plugins.core.hooks import TAP_NAME
 from quac_plugins.core.inject import QuACConfig, injection_of
-from quac_plugins.core.inject.rehearsal import rehearse, rehearsing
 from quac_plugins.core.inject.sites import PLACES, Site, find_sites
 from quac_plugins.core.inject.surgery import place
 from quac_plugins.core.inject.trace import Trace, trace
@@ -281,18 +280,11 @@ class QuACGeneralizedRCNN(GeneralizedRCNN):
     def __init__(self, *, quac_heads: str = "", **kwargs: Any):
         super().__init__(**kwargs)
         if quac_heads:
-            _into_heads(self, quac_heads)
+            with named(f"{KEY}.HEADS"):
+                inject_heads(self, patterns(quac_heads))
 
     @classmethod
     def from_config(cls, cfg: Any) -> dict[str, Any]:
         """The arguments that a config gives."""
         configs_of(cfg)  # before anything is built
-        heads = cfg.MODEL.QUAC.HEADS
-        if heads and not rehearsing():
-            rehearse(lambda: GeneralizedRCNN(cfg), lambda model: _into_heads(model, heads))
-        return {**super().from_config(cfg), "quac_heads": heads}
-
-
-def _into_heads(model: nn.Module, where: str) -> None:
-    with named(f"{KEY}.HEADS"):
-        inject_heads(model, patterns(where))
+        return {**super().from_config(cfg), "quac_heads": cfg.MODEL.QUAC.HEADS}

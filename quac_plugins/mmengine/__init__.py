@@ -13,8 +13,8 @@ except ImportError as error:
     ) from error
 
 from quac_plugins.mmengine.activations import PLANNED, PlannedActivation
-from quac_plugins.mmengine.backbones import build_prior_backbone, build_quac_backbone, build_quac_resnet, check_sites
-from quac_plugins.mmengine.building import check_unfinished_builds, look_over_models
+from quac_plugins.mmengine.backbones import build_prior_backbone, build_quac_backbone, build_quac_resnet
+from quac_plugins.mmengine.building import look_over_models
 from quac_plugins.mmengine.degradations import CorruptedDataset, CorruptImage, CorruptionAccuracy
 from quac_plugins.mmengine.finishing import finish
 from quac_plugins.mmengine.hooks import FitPriorHook
@@ -37,6 +37,5 @@ __all__ = [
 ]
 
 leave_out_broken_language_models()
-look_over_models(check_sites)
+look_over_models()
 keep_what_was_put_in()
-check_unfinished_builds(check_sites)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -12,10 +12,12 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from quac_plugins.core.inject import PriorConfig, QuACConfig, inject
-from quac_plugins.core.inject.rehearsal import rehearse
+from quac_plugins.core.inject.surgery import all_or_nothing
 from quac_plugins.core.inject.trace import DoesNotRun
-from quac_plugins.mmengine.checking import SiteError, check_input_size, name_of, options_in, options_of, walk
-from quac_plugins.mmengine.finishing import example_of, note_order
+from quac_plugins.core.options import read_options
+from quac_plugins.mmengine.building import is_building
+from quac_plugins.mmengine.checking import SiteError, check_input_size
+from quac_plugins.mmengine.finishing import note_order, tell_unfinished
 
 
 def build_quac_backbone(
@@ -40,34 +42,36 @@ def build_quac_backbone(
         ValueError: an option is not known, a site is not there, or the backbone does not run on pictures of this size.
             In a model that is built from a config the message begins with its path.
     """
+    full = {"norm": "layer", **quac} if isinstance(quac, Mapping) else quac
+    options = [(QuACConfig, full, quac, "quac"), (PriorConfig, prior, prior, "prior")]
+    return _built(backbone, options, pretrained, input_size)
+
+
+def _built(backbone: Any, options: list[tuple[Any, Any, Any, str]], pretrained: Any, input_size: Any) -> nn.Module:
+    """A backbone with what options of these classes, as they are and as they were given below a key, say inside."""
+    check_input_size(input_size)
+    configs = [(read_options(cls, full, key), given, key) for cls, full, given, key in options if given is not None]
     if pretrained is not None and not isinstance(backbone, nn.Module):
         backbone = {**backbone, "pretrained": pretrained}
     model = backbone if isinstance(backbone, nn.Module) else MODELS.build(backbone)
-    try:
-        return _put_into(model, quac, prior, input_size)
-    except DoesNotRun as error:  # it tells what to do in other words than a config's
-        reason = str(error).partition(" Give images")[0]
-        hint = "say the size of the pictures that the backbone takes, input_size=(C, H, W)"
-        raise SiteError("input_size", quac if quac is not None else prior, f"{hint}: {reason}") from error
-
-
-def _put_into(model: nn.Module, quac: Any, prior: Any, input_size: Any) -> nn.Module:
-    check_input_size(input_size)
-    given = [
-        (QuACConfig, {"norm": "layer", **quac} if isinstance(quac, Mapping) else quac, quac, "quac", "where"),
-        (PriorConfig, prior, prior, "prior", "site"),
-    ]
-    configs = [(options_of(cls, full, name), own, name, key) for cls, full, own, name, key in given if own is not None]
-    example = torch.empty(1, *input_size) if input_size is not None else example_of(model)
-    for config, own, name, key in configs:
-        try:
-            inject(model, config, example)
-        except ValueError as error:
-            raise SiteError(f"{name}.{key}", own, str(error)) from error
-        order = own.get("channel_order") if isinstance(own, Mapping) else None
-        if order is not None:
-            note_order(model, order)
+    example = torch.empty(1, *input_size) if input_size is not None else None
+    with all_or_nothing(model):
+        for config, given, key in configs:
+            try:
+                inject(model, config, example)
+            except DoesNotRun as error:  # it tells what to do in other words than a config's
+                reason = str(error).partition(" Give images")[0]
+                hint = "say the size of the pictures that the backbone takes, input_size=(C, H, W)"
+                raise SiteError("input_size", given, f"{hint}: {reason}") from error
+            except ValueError as error:
+                place = "where" if isinstance(config, QuACConfig) else "site"
+                raise SiteError(f"{key}.{place}".lstrip("."), given, str(error)) from error
+            order = given.get("channel_order") if isinstance(given, Mapping) else None
+            if order is not None:
+                note_order(model, order)
     model.train(model.training)  # stages that the backbone freezes in train() are frozen before an optimizer is built
+    if not is_building():
+        model.register_forward_pre_hook(tell_unfinished)
     return model
 
 
@@ -82,10 +86,6 @@ def build_quac_resnet(quac: Any = None, prior: Any = None, input_size: Any = Non
         ImportError: there is no default scope, and neither mmpretrain, mmseg nor mmdet is installed, or the first of
             them that is cannot be imported (mmpretrain without mmcv or mmcv-lite).
     """
-    return build_quac_backbone(**_parts_of_resnet(quac, prior, input_size, **kwargs))
-
-
-def _parts_of_resnet(quac: Any = None, prior: Any = None, input_size: Any = None, **kwargs: Any) -> dict[str, Any]:
     scope = DefaultScope.get_current_instance()
     name = "ResNet"
     if scope is None or scope.scope_name == "mmengine":
@@ -100,7 +100,7 @@ def _parts_of_resnet(quac: Any = None, prior: Any = None, input_size: Any = None
             ) from error
         name = f"{installed}.{name}"
     quac = {} if quac is None and prior is None else quac
-    return {"backbone": {"type": name, **kwargs}, "quac": quac, "prior": prior, "input_size": input_size}
+    return build_quac_backbone({"type": name, **kwargs}, quac, prior, input_size=input_size)
 
 
 def build_prior_backbone(backbone: Any, pretrained: Any = None, input_size: Any = None, **options: Any) -> nn.Module:
@@ -110,49 +110,7 @@ def build_prior_backbone(backbone: Any, pretrained: Any = None, input_size: Any 
         backbone, pretrained, input_size: as of :func:`build_quac_backbone`.
         **options: of :class:`quac_plugins.PriorConfig`.
     """
-    try:
-        return build_quac_backbone(backbone, prior=options, pretrained=pretrained, input_size=input_size)
-    except SiteError as error:  # whose options are this backbone's own
-        error.key = error.key.removeprefix("prior.")
-        raise
-
-
-def check_sites(cfg: Any, path: str) -> None:
-    """Look through a config for backbones of ours that lack the sites they are asked for; nothing real is built.
-
-    Raises:
-        ValueError: of the first one; the message begins with its path.
-    """
-    for at, part in walk(cfg, path):
-        parts = _PARTS.get(name_of(part))
-        if parts is not None:
-            with MODELS.switch_scope_and_registry(part.get("_scope_")):
-                try:
-                    _rehearse(**parts(**options_in(part)))
-                except SiteError as error:
-                    key = error.key.removeprefix("prior.") if name_of(part) == "DegradationPrior" else error.key
-                    raise ValueError(f"{at}.{key}: {error}") from error
-
-
-def _rehearse(
-    backbone: Any, quac: Any = None, prior: Any = None, pretrained: Any = None, input_size: Any = None
-) -> None:
-    if isinstance(backbone, Mapping):
-        without_weights = dict(backbone)
-        if "pretrained" in backbone:  # a path, or whether
-            without_weights["pretrained"] = False if isinstance(backbone["pretrained"], bool) else None
-        rehearse(lambda: MODELS.build(without_weights), lambda model: _put_into(model, quac, prior, input_size))
-
-
-def _parts_of_prior(backbone: Any, input_size: Any = None, pretrained: Any = None, **options: Any) -> dict[str, Any]:
-    return {"backbone": backbone, "prior": options, "input_size": input_size}
-
-
-_PARTS: dict[str, Callable[..., dict[str, Any]]] = {
-    "QuACBackbone": lambda **parts: parts,
-    "QuACResNet": _parts_of_resnet,
-    "DegradationPrior": _parts_of_prior,
-}
+    return _built(backbone, [(PriorConfig, options, options, "")], pretrained, input_size)
 
 
 MODELS.register_module(name="QuACBackbone", module=build_quac_backbone, force=True)

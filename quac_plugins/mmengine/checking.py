@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from mmengine.registry import MODELS
 from torch import nn
 
 from quac_plugins.core.inject import PriorConfig, QuACConfig
-from quac_plugins.core.options import named, one_of, whole_number
+from quac_plugins.core.options import named, read_options, whole_number
 from quac_plugins.core.quality.table import resolve_quality
 from quac_plugins.mmengine.activations import PLANNED, planned_config
 
@@ -24,8 +23,8 @@ class SiteError(ValueError):
     """What a backbone cannot do; ``given`` are the options that ask for it, ``key`` says where below the backbone."""
 
     def __init__(self, key: str, given: Any, message: str):
-        super().__init__(message)
-        self.key, self.given = key, given
+        super().__init__(f"{key}: {message}")
+        self.given = given
 
 
 def walk(cfg: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -80,26 +79,6 @@ def check_config(cfg: Any, path: str) -> None:
             _check_plan(part, at)
 
 
-def options_of(cls: Any, given: Any, path: str) -> Any:
-    """A QuACConfig or PriorConfig of what a config says; the errors of :func:`check_config`."""
-    if isinstance(given, cls):
-        return given
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{path}: must be a dict of options of {cls.__name__}, got {given!r}")
-    known = [field.name for field in fields(cls)]
-    for key in given:
-        with named(f"{path}.{key}"):
-            one_of("option", key, known)
-    for key, value in given.items():
-        with named(f"{path}.{key}"):
-            if key not in ("mean", "std"):  # which go together
-                cls(**{key: value})
-            if key == "quality":
-                resolve_quality(value)
-    with named(path):
-        return cls(**given)
-
-
 def check_input_size(value: Any) -> None:
     """ValueError unless it is None, or (C, H, W)."""
     if value is None:
@@ -112,11 +91,11 @@ def check_input_size(value: Any) -> None:
 
 def _check_holder(name: str, cfg: Mapping[str, Any], path: str) -> None:
     if name == "DegradationPrior":
-        options_of(PriorConfig, _options_of_prior(cfg), path)
+        read_options(PriorConfig, _options_of_prior(cfg), path)
     else:
         for key, cls in (("quac", QuACConfig), ("prior", PriorConfig)):
             if cfg.get(key) is not None:
-                options_of(cls, cfg[key], f"{path}.{key}")
+                read_options(cls, cfg[key], f"{path}.{key}")
         unknown = set(options_in(cfg)) - {"quac", "prior", *OWN}
         if name == "QuACBackbone" and unknown:
             raise ValueError(f"{path}.{sorted(unknown)[0]}: QuACBackbone takes quac, prior, {', '.join(OWN)}")

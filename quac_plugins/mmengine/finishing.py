@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from mmengine.model import BaseModule
+from torch import nn
 
 from quac_plugins.core.activations import ChannelActivation
-from quac_plugins.core.hooks import TAP_HOOKS, TAP_NAME, WHOLE
+from quac_plugins.core.hooks import TAP_HOOKS, TAP_NAME, WHOLE, remove_hooks
+from quac_plugins.core.host.facts import add_reader
 from quac_plugins.core.inject import QuACConfig
 from quac_plugins.core.inject.sites import find_sites
 from quac_plugins.core.inject.surgery import _swap, place
@@ -38,6 +41,8 @@ def finish(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: two plans differ, or a plan's quality function is not that of the tap which is there.
     """
+    for module in model.modules():
+        remove_hooks(module, tell_unfinished)
     for module in reversed(list(model.modules())):  # the innermost first: a model inside a wrapper for augmentations
         preprocessor = getattr(module, "data_preprocessor", None)
         if module is model or prepares_images(preprocessor):
@@ -48,6 +53,19 @@ def finish(model: nn.Module) -> nn.Module:
             if isinstance(preprocessor, nn.Module) and prepares_images(preprocessor):
                 _adopt(module, preprocessor)
     return model
+
+
+def tell_unfinished(backbone: nn.Module, args: Any) -> None:
+    """Hook of a backbone that was built where no model is finished: say so once, if its images are not known."""
+    remove_hooks(backbone, tell_unfinished)
+    if any(isinstance(module, QualityTap) and module.mean is None for module in backbone.modules()):
+        warnings.warn(
+            "quac_plugins.mmengine is imported by the config of a model that is being built already, or this "
+            f"{type(backbone).__name__} was built by hand, so what is built is not finished: import "
+            "quac_plugins.mmengine before MODELS.build, or call quac_plugins.mmengine.finish(model) before the model "
+            "is used",
+            stacklevel=2,
+        )
 
 
 def _carry_out(model: nn.Module, plans: dict[str, PlannedActivation]) -> None:
@@ -129,21 +147,30 @@ def _traced(model: nn.Module) -> tuple[nn.Module, Trace]:
     candidates = [model, *([backbone] if isinstance(backbone, nn.Module) else [])]
     for inside in candidates:
         try:
-            return inside, trace(inside, example_of(inside))
+            return inside, trace(inside)
         except RuntimeError:
             if inside is candidates[-1]:
                 raise
     raise AssertionError("there is a last candidate")
 
 
-def example_of(model: nn.Module) -> Tensor | None:
-    """Images of the one size that a network says it takes, None if it says nothing."""
+@add_reader
+def read_facts(model: nn.Module) -> dict[str, Any]:
+    """The one size of images that a network says it takes, and how its data preprocessor normalizes them."""
+    known: dict[str, Any] = {}
+    if not isinstance(model, BaseModule):
+        return known
     for module in (model, getattr(model, "backbone", None)):
         size = getattr(module, "img_size", None)
         if isinstance(size, (int, tuple, list)):
-            height, width = (size, size) if isinstance(size, int) else size
-            return torch.empty(1, getattr(module, "in_channels", 3), height, width)
-    return None
+            sides, chans = (size, size) if isinstance(size, int) else size, getattr(module, "in_channels", 3)
+            known = {"input_size": (chans, *sides), "in_chans": chans}
+            break
+    preprocessor = getattr(model, "data_preprocessor", None)
+    if prepares_images(preprocessor):
+        values = normalization_of(preprocessor)  # type: ignore[arg-type]
+        known["inner_normalization"] = (values["mean"], values["std"])
+    return known
 
 
 def note_order(model: nn.Module, order: str) -> None:
