@@ -122,11 +122,6 @@ class DrivenActivation(ChannelActivation):
                 self.fc3.bias.new_tensor(driven).unsqueeze(1).expand(-1, self.channels)
             )
 
-    def values(self, x: Tensor, q: Tensor | None) -> tuple[Tensor, ...]:
-        """The learned parameters, then those from the driver."""
-        driven = self.drive(x, q)
-        return (*(self.shaped(getattr(self, name), x) for name in self.learned), *driven)
-
     def hidden(self, z: Tensor) -> Tensor:
         """h = σ(norm2(fc2 norm1(fc1 z))) of z (B, C + Q), (B, C + Q); in z's dtype."""
         if z.shape[0] == 1 and (_is_learning(self.bn1) or _is_learning(self.bn2)):
@@ -139,8 +134,8 @@ class DrivenActivation(ChannelActivation):
         z = _saturate(self.fc2(_saturate(self.bn1(z), dtype)), dtype)
         return torch.sigmoid(self.bn2(z)).flatten(1)
 
-    def drive(self, x: Tensor, q: Tensor | None) -> tuple[Tensor, ...]:
-        """The numbers for this x and q: ``numbers`` tensors that broadcast against x."""
+    def values(self, x: Tensor, q: Tensor | None) -> tuple[Tensor, ...]:
+        """The learned parameters, then those from the driver for this x and q; all broadcast against x."""
         # the driver is tiny: float32 under autocast costs nothing and keeps preserve exact
         with full_precision(x):
             z = means(x, self.channel_dim)
@@ -149,7 +144,8 @@ class DrivenActivation(ChannelActivation):
             stored = self.fc1.weight.dtype
             dtype = stored if stored in DTYPES else x.dtype  # what is only stored so, hooks make what x is
             numbers = self.head(self.hidden(_saturate(z, dtype)))
-        return tuple(per_channel(part, x, self.channel_dim) for part in numbers.chunk(self.numbers, dim=1))
+        driven = [per_channel(part, x, self.channel_dim) for part in numbers.chunk(self.numbers, dim=1)]
+        return (*[self.shaped(getattr(self, name), x) for name in self.learned], *driven)
 
     def head(self, h: Tensor) -> Tensor:
         """The numbers of h, (B, numbers·C)."""
