@@ -72,7 +72,7 @@ def _batch(network: nn.Module, images: Path | None, preprocessing: dict) -> Tens
     import torch
 
     from quac_plugins.deploy import pictures
-    from quac_plugins.evaluate.preprocessing import Crop, data_config
+    from quac_plugins.evaluate.preprocessing import Crop, data_config, normalized
     from quac_plugins.images import image_files, read_image
 
     config = data_config(network, **preprocessing)
@@ -83,6 +83,5 @@ def _batch(network: nn.Module, images: Path | None, preprocessing: dict) -> Tens
         if not files:
             raise FileNotFoundError(f"--images: there are no pictures in {images}")
         crop = Crop(config, keep_ready=True)
-        pixels = torch.stack([crop(read_image(file)) for file in files]).float() / 255
-    means, stds = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
-    return (pixels - means) / stds
+        pixels = torch.stack([crop(read_image(file)) for file in files])
+    return normalized(pixels, network, config)

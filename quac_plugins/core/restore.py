@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from quac_plugins.core.colours import CHANNEL_ORDERS, in_order
 from quac_plugins.core.host.facts import facts_of
+from quac_plugins.core.inject.images import for_channels
 from quac_plugins.core.inject.surgery import unwrap
 from quac_plugins.core.options import numbers
 from quac_plugins.core.precision import full_precision
@@ -249,13 +250,8 @@ class RestoreThen(nn.Module):
             )
         if self.mean is None or self.std is None:
             return None
-        if len(self.mean) == channels:
-            return self.mean, self.std
-        if len(self.mean) == 1:
-            return self.mean * channels, self.std * channels
-        if len(self.mean) == 3:  # a grey model of a colour recipe: timm normalizes by the mean of the three
-            return (sum(self.mean) / 3,), (sum(self.std) / 3,)
-        raise ValueError(f"mean and std have {len(self.mean)} numbers, the model's images have {channels} channels")
+        mean, std = for_channels((self.mean, self.std), channels)
+        return (mean, std) if len(mean) == channels else (mean * channels, std * channels)
 
     def _to_rgb(self, images: Tensor) -> Tensor:
         """The model's images as RGB (B, 3, H, W) in [0, 1], at least float32."""

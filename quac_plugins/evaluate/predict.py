@@ -11,11 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from quac_plugins.core.colours import in_order
 from quac_plugins.core.inject.record import injection_of, unwrap
 from quac_plugins.core.inject.surgery import remove
 from quac_plugins.core.quality.tap import QualityTap
-from quac_plugins.evaluate.preprocessing import Crop, channel_order_of, data_config
+from quac_plugins.evaluate.preprocessing import Crop, data_config, normalized
 from quac_plugins.images import to_rgb
 
 __all__ = ["Prediction", "predict"]
@@ -62,10 +61,7 @@ def predict(
     config = data_config(model, **look)
     pixels = Crop(config, keep_ready=look.get("crop_pct") is None)(to_rgb(picture, upright=False))
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    images = in_order(pixels[None].float().to(device) / 255, channel_order_of(model))
-    mean, std = (torch.tensor(config[key], device=device).view(1, -1, 1, 1) for key in ("mean", "std"))
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    images = ((images - mean) / std).to(dtype)
+    images = normalized(pixels[None].to(device), model, config)
     names = _class_names(model)
     inside = injection_of(model) is not None
     host = host if host is not None else remove(copy.deepcopy(unwrap(model))) if inside else None

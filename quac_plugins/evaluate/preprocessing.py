@@ -9,9 +9,10 @@ import timm.data
 import torch
 from PIL import Image
 from timm.data.transforms import str_to_interp_mode
-from torch import nn
+from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
 
+from quac_plugins.core.colours import in_order
 from quac_plugins.core.inject import Injection, injection_of
 from quac_plugins.core.inject.images import same
 from quac_plugins.core.quality.tap import QualityTap
@@ -98,6 +99,15 @@ def channel_order_of(model: nn.Module) -> str:
     if len(orders) > 1:
         raise ValueError("the configs of what was put in disagree about channel_order, 'rgb' or 'bgr'")
     return orders.pop() if orders else "rgb"
+
+
+def normalized(pixels: Tensor, model: nn.Module, config: Mapping[str, Any]) -> Tensor:
+    """Pictures (B, 3, H, W) in RGB, uint8 or in [0, 1], as a network takes them, whose `data_config` this is."""
+    mean, std = (torch.tensor(config[key], device=pixels.device).view(1, -1, 1, 1) for key in ("mean", "std"))
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    images = in_order(pixels, channel_order_of(model))
+    images = images if images.is_floating_point() else images.float() / 255
+    return ((images - mean) / std).to(dtype)
 
 
 def taps_of(model: nn.Module) -> list[QualityTap]:

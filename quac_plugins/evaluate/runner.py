@@ -15,13 +15,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from quac_plugins.core.colours import in_order
 from quac_plugins.degradations import CORRUPTIONS, EXTRA_CORRUPTIONS, check_severity, corruption_names
 from quac_plugins.evaluate.data import CLEAN, ImageDirectory, Item
 from quac_plugins.evaluate.images import CorruptedImages, Job, worker_init
 from quac_plugins.evaluate.network import describe_network
 from quac_plugins.evaluate.outcomes import NAN, UNREAD, interleaved, judge, name_of, outcomes_of, scores_of
-from quac_plugins.evaluate.preprocessing import Crop, channel_order_of, data_config, sources_of
+from quac_plugins.evaluate.preprocessing import Crop, data_config, normalized, sources_of
 from quac_plugins.evaluate.report import EvaluationReport, software_versions
 from quac_plugins.processes import is_main_process, process_group
 
@@ -208,8 +207,6 @@ def _judge_all(
     progress: bool,
 ) -> set[str]:
     """Fill in the outcomes, and return the files that could not be read."""
-    dtype, order = _dtype(model), channel_order_of(model)
-    mean, std = (torch.tensor(config[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std"))
     unreadable: set[str] = set()
     for pixels, targets, indices, readable in _bar(loader, progress):
         unreadable.update(str(jobs[i].item.path) for i in indices[~readable].tolist())
@@ -217,8 +214,7 @@ def _judge_all(
             continue
         pixels, targets, indices = pixels[readable].to(device), targets[readable], indices[readable]
         with torch.inference_mode(), autocast:
-            pixels = in_order(pixels, order)
-            logits = model(((pixels.float() / 255 - mean) / std).to(dtype))
+            logits = model(normalized(pixels, model, config))
         for i, row in zip(indices.tolist(), judge(logits, targets), strict=True):
             rows[jobs[i].condition][jobs[i].place] = row
     return unreadable

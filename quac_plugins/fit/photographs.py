@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quac_plugins.core.colours import in_order
 from quac_plugins.core.options import QualityOptions
 from quac_plugins.core.prior.comparison import Pictures
-from quac_plugins.evaluate.preprocessing import Crop, channel_order_of, data_config
+from quac_plugins.evaluate.preprocessing import Crop, data_config, normalized
 from quac_plugins.fit.data import Data
 from quac_plugins.fit.draws import Draws, held_out, make_draws
 from quac_plugins.fit.sources import few_images
@@ -109,11 +108,8 @@ class Photographs:
 
     def normalize(self, pictures: Tensor) -> Tensor:
         """uint8 (B, H, W, 3) in RGB → what the host takes."""
-        mean, std = (pictures.new_tensor(self.settings[key], dtype=torch.float32) for key in ("mean", "std"))
-        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
-        pictures = in_order(pictures, channel_order_of(self.model), -1)
-        images = ((pictures.float() / 255 - mean) / std).permute(0, 3, 1, 2)
-        return images.to(dtype).contiguous(memory_format=torch.channels_last)
+        images = normalized(pictures.permute(0, 3, 1, 2), self.model, self.settings)
+        return images.contiguous(memory_format=torch.channels_last)
 
     def images(self, pictures: np.ndarray, device: torch.device) -> Tensor:
         """uint8 (B, H, W, 3) in RGB → what the host takes, on the device."""

@@ -91,9 +91,12 @@ def normalization_of(model: nn.Module, config: QualityOptions, in_chans: int) ->
     """
     explicit = (config.mean, config.std) if config.mean is not None and config.std is not None else None
     found = explicit or facts_of(model).normalization
-    if found is None:
-        return None
-    mean, std = found
+    return for_channels(found, in_chans) if found is not None else None
+
+
+def for_channels(normalization: Normalization, in_chans: int) -> Normalization:
+    """One for so many channels, of which a tap reads three at most; the errors of :func:`normalization_of`."""
+    mean, std = normalization
     wanted = min(in_chans, 3)
     if len(mean) == 1 or len(mean) == wanted:
         return mean, std
