@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
+import re
 import warnings
 from collections.abc import Callable, Iterable
 from importlib import import_module
@@ -42,6 +44,25 @@ def unknown(what: str, value: object, known: Iterable[str], nearest: Iterable[st
     close = difflib.get_close_matches(str(value), list(known if nearest is None else nearest), n=1)
     hint = f"; did you mean {close[0]!r}?" if close else "."
     return ValueError(f"{what} {value!r}{hint} Known: {', '.join(known)}")
+
+
+def matcher(what: str, pattern: str) -> Callable[[str], bool]:
+    """Whether a name matches a glob, or ``re:`` and a regular expression is found in it; ``what`` begins errors.
+
+    Raises:
+        ValueError: it is not a regular expression.
+
+    Example:
+        >>> list(map(matcher("where", "layer?"), ["layer1", "fc"])), matcher("where", "re:r[1-3]$")("layer4")
+        ([True, False], False)
+    """
+    if not pattern.startswith("re:"):
+        return lambda name: fnmatch.fnmatchcase(name, pattern)
+    try:
+        regex = re.compile(pattern[3:])
+    except re.error as error:
+        raise ValueError(f"{what}={pattern!r} is not a regular expression: {error}") from error
+    return lambda name: regex.search(name) is not None
 
 
 def moved(module: str, **places: str) -> Callable[[str], Any]:

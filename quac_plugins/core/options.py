@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from quac_plugins.core.colours import CHANNEL_ORDERS
-from quac_plugins.core.names import unknown
+from quac_plugins.core.names import matcher, unknown
 
 C = TypeVar("C", bound="QualityOptions")
 
@@ -96,6 +96,8 @@ def pattern_list(what: str, value: Any) -> list[str]:
     patterns = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
     if not patterns or not all(p and isinstance(p, str) for p in patterns):
         raise ValueError(f"{what} must be a name, a pattern or a list of patterns, got {value!r}")
+    for pattern in patterns:
+        matcher(what, pattern)
     return patterns
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quac_plugins.core.host.facts import add_reader
 from quac_plugins.core.inject import PriorConfig, QuACConfig
-from quac_plugins.core.options import named, numbers, read_options
+from quac_plugins.core.options import named, numbers, pattern_list, read_options
 
 KEY, PRIOR_KEY, TIMM_KEY = "MODEL.QUAC", "MODEL.QUAC.PRIOR", "MODEL.QUAC.TIMM"
 _QUAC = ("ACTIVATION", "WHERE", "QUALITY", "INIT", "NORM", "REDUCTION")
@@ -77,6 +77,8 @@ def configs_of(cfg: CfgNode) -> list[QuACConfig | PriorConfig]:
             )
         if quac.HEADS and not quac.ENABLED:
             raise ValueError("needs MODEL.QUAC.ENABLED: q comes from the backbone's first layer")
+        if quac.HEADS:
+            head_patterns(patterns(quac.HEADS))
     return found
 
 
@@ -127,6 +129,17 @@ def patterns(value: Any) -> str | list[str]:
         return value
     parts = [value] if value.startswith("re:") else [part.strip() for part in value.split(",")]
     return parts[0] if len(parts) == 1 else parts
+
+
+def head_patterns(where: Any) -> list[str]:
+    """Patterns of activations in ROI heads, checked."""
+    wanted = pattern_list("where", where)
+    for pattern in wanted:
+        if pattern in ("auto", "last"):
+            raise ValueError(
+                f"{pattern!r} is a place in a backbone; ROI heads take 'all', 'spatial' or patterns of names"
+            )
+    return wanted
 
 
 def _of_keys(cls: Any, key: str, values: dict[str, Any]) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import fnmatch
-import re
 import threading
 from dataclasses import replace
 from typing import Any
@@ -21,13 +20,14 @@ from quac_plugins.core.inject import QuACConfig, injection_of
 from quac_plugins.core.inject.sites import PLACES, Site, find_sites
 from quac_plugins.core.inject.surgery import place
 from quac_plugins.core.inject.trace import Trace, trace
-from quac_plugins.core.options import named, pattern_list
+from quac_plugins.core.names import matcher
+from quac_plugins.core.options import named
 from quac_plugins.core.quality.context import QualityContext, QualityError
 from quac_plugins.core.quality.padding import is_traced
 from quac_plugins.core.quality.table import resolve_quality
 from quac_plugins.core.quality.tap import QualityTap
 from quac_plugins.detectron2.blocks import with_activations
-from quac_plugins.detectron2.config import KEY, configs_of, patterns
+from quac_plugins.detectron2.config import KEY, configs_of, head_patterns, patterns
 
 _REGEX = "re:"  # how a pattern that is a regular expression begins
 
@@ -146,9 +146,7 @@ def inject_heads(model: nn.Module, where: str | list[str] = "all", config: QuACC
         ValueError: the heads hold QuAC already, the backbone holds none that computes q, the quality functions differ,
             or nothing matches.
     """
-    wanted = pattern_list("where", where)
-    for pattern in wanted:
-        _check_pattern(pattern)
+    wanted = head_patterns(where)
     if any(isinstance(module, ProposalTap) for module in model.roi_heads.modules()):  # type: ignore[union-attr]
         raise ValueError(f"the ROI heads of this {type(model).__name__} already hold QuAC")
     holder: Any = next((m for m in model.backbone.modules() if _driven(m)), model.backbone)  # type: ignore[union-attr]
@@ -209,22 +207,6 @@ def _parts(heads: nn.Module) -> dict[str, nn.Module]:
     return parts
 
 
-def _check_pattern(pattern: str) -> None:
-    if pattern in ("auto", "last"):
-        raise ValueError(f"{pattern!r} is a place in a backbone; ROI heads take 'all', 'spatial' or patterns of names")
-    if pattern.startswith(_REGEX):
-        try:
-            re.compile(pattern[len(_REGEX) :])
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
-
-
-def _matches(pattern: str, name: str) -> bool:
-    if pattern.startswith(_REGEX):
-        return re.search(pattern[len(_REGEX) :], name) is not None
-    return fnmatch.fnmatchcase(name, pattern)
-
-
 def _may_match(pattern: str, part: str) -> bool:
     """Whether a pattern can mean an activation inside a part: only then need the part be traced."""
     first = pattern.partition(".")[0]
@@ -263,7 +245,7 @@ def _sites(name: str, part: nn.Module, example: Tensor, wanted: list[str]) -> tu
         if pattern in PLACES:
             sites = find_sites(whole, seen, [pattern])[0] if pattern != "spatial" else _spatial(every, seen)
         else:
-            sites = [site for site in every if _matches(pattern, f"{name}.{site.name[5:]}")]
+            sites = [site for site in every if matcher("where", pattern)(f"{name}.{site.name[5:]}")]
         kept.update({site.name: site for site in sites})
     return seen, [site for site in every if site.name in kept], every
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-import re
 from dataclasses import dataclass, replace
 
 from torch import nn
 
 from quac_plugins.core.inject.hosts import is_activation
 from quac_plugins.core.inject.trace import OURS, Call, Trace
+from quac_plugins.core.names import matcher
 from quac_plugins.core.parts import parts
 
 PLACES = ("auto", "spatial", "all", "last")
@@ -111,13 +111,8 @@ def _matching(model: nn.Module, seen: Trace, usable: dict[str, Site], pattern: s
         return [site for name, site in usable.items() if any(call.kernel > 1 for call in seen.calls[name])]
     if pattern == "last":
         return _last(seen)
-    if pattern.startswith("re:"):
-        try:
-            regex = re.compile(pattern[3:])
-        except re.error as error:
-            raise ValueError(f"where={pattern!r} is not a regular expression: {error}") from error
-        return [site for name, site in usable.items() if regex.search(name)]
-    return [site for name, site in usable.items() if fnmatch.fnmatchcase(name, pattern)]
+    matches = matcher("where", pattern)
+    return [site for name, site in usable.items() if matches(name)]
 
 
 def _last(seen: Trace) -> list[Site]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +18,7 @@ from torch import nn
 
 from quac_plugins.core.host.facts import facts_of
 from quac_plugins.core.inject.trace import OURS, Feature, Trace
+from quac_plugins.core.names import matcher
 from quac_plugins.core.parts import module_at
 
 PLACES = ("auto", "stages", "norms")
@@ -234,13 +234,8 @@ def _matching(model: nn.Module, seen: Trace, places: list[_Place], pattern: str)
         if first is None or pattern == "auto":
             return [first] if first is not None else []
         return [first, *_later(model, places, first)]
-    if pattern.startswith("re:"):
-        try:
-            regex = re.compile(pattern[3:])
-        except re.error as error:
-            raise ValueError(f"site={pattern!r} is not a regular expression: {error}") from error
-        return _outermost(place for place in places if regex.search(place.site.name))
-    return _outermost(place for place in places if fnmatch.fnmatchcase(place.site.name, pattern))
+    matches = matcher("site", pattern)
+    return _outermost(place for place in places if matches(place.site.name))
 
 
 def _norms(model: nn.Module, places: list[_Place]) -> list[_Place]:
