@@ -9,19 +9,21 @@ places that it still has.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from timm.models import FeatureGraphNet, get_notrace_modules
 from torch import Tensor, nn
 from torch.fx import Tracer
+from torch.overrides import TorchFunctionMode
 
 from quac_plugins.core.inject import PriorConfig, QuACConfig, inject
 from quac_plugins.core.inject.containers import leave_out, runs_children
-from quac_plugins.core.inject.rehearsal import of_shapes
 from quac_plugins.core.inject.sites import PLACES, Site, usable_sites
 from quac_plugins.core.inject.surgery import find_places, inject_at
 from quac_plugins.core.inject.trace import Trace, trace
@@ -101,6 +103,34 @@ def whole_network(base: str, configs: list[Config], **kwargs: Any) -> Whole:
             return _rules_in(host, configs)
     with torch.random.fork_rng(devices=[]):
         return _rules_in(make(), configs)
+
+
+def of_shapes(make: Callable[[], nn.Module]) -> nn.Module | None:
+    """Build a host, without weights, on the meta device.
+
+    None for one that cannot be built so: it looks at the values of its tensors, or asks for weights.
+
+    Example:
+        >>> next(of_shapes(lambda: nn.Linear(2, 3)).parameters()).is_meta
+        True
+    """
+    generator, numpys = torch.get_rng_state(), np.random.get_state()
+    try:
+        with torch.device("meta"), _Numbers():
+            return make()
+    except Exception:
+        return None
+    finally:  # a real build draws what it would have drawn
+        torch.set_rng_state(generator)
+        np.random.set_state(numpys)
+
+
+class _Numbers(TorchFunctionMode):
+    """Leaves ``linspace`` its numbers, which most hosts with stochastic depth read while they are built."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **({"device": "cpu", **kwargs} if func is torch.linspace else kwargs))
 
 
 def _rules_in(host: nn.Module, configs: list[Config]) -> Whole:

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from quac_plugins.core.inject.rehearsal import of_shapes
+from quac_plugins.timm_features import of_shapes
 
 
 def _host():
