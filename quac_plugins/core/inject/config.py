@@ -31,7 +31,7 @@ class QuACConfig(QualityOptions):
         norm: the driver's norm: ``"batch"`` (as published), ``"layer"``, ``"group"``, ``"none"``.
         reduction: r; the driver's hidden width is max(r, (C + Q) // r).
         mean, std: normalization of the host's images, undone before the quality function. None: what the host says
-            itself (`HostFacts.normalization`; for three channels, or one number), else images are taken to be in [0, 1].
+            itself (`HostFacts.normalization`; three channels, or one number), else images are taken to be in [0, 1].
         channel_order: ``"rgb"`` or ``"bgr"``.
         quality_grad: let gradients flow through the quality function to the images.
         quality_channels: Q of a callable ``quality``; measured when None.
