@@ -44,7 +44,7 @@ import quac_plugins as quac
 from quac_plugins.diffusers import QuACRestorationPipeline, QuACUNet2DModel
 from quac_plugins.images import read_image
 from quac_plugins.impairments import IMPAIRMENTS, Impair, impair
-from quac_plugins.processes import ALONE, Processes, is_main_process, process_group
+from quac_plugins.processes import ALONE, Processes, default_device, process_group
 
 ACTIVATIONS = ("qacon", "meta_acon", "silu")
 SEVERITIES = (1, 3, 5)
@@ -196,6 +196,7 @@ class Progress:
 
 
 def train(args: argparse.Namespace, processes: Processes, device: torch.device, started: float) -> tuple[Any, EMAModel]:
+    """The pipeline, and the average of its weights."""
     torch.manual_seed(args.seed)
     unet = build(args)
     if args.start is not None:
@@ -246,30 +247,29 @@ def train(args: argparse.Namespace, processes: Processes, device: torch.device, 
         mean = check(processes, total) if log or keep or judge else math.nan
         if log:
             speed = (done - first) / (time.perf_counter() - began)
-            say(f"step {done}: loss {mean / args.log_every:.4f}, {speed:.2f} steps/s")
+            say(processes, f"step {done}: loss {mean / args.log_every:.4f}, {speed:.2f} steps/s")
             total.zero_()
-        if keep:
+        if keep and processes.rank == 0:
             save(args, kept, done)
         if judge and processes.rank == 0:
             ema.store(parameters)
             ema.copy_to(parameters)
-            validate(
-                args, QuACRestorationPipeline(unet.eval(), FlowMatchEulerDiscreteScheduler(shift=args.shift)), done
-            )
+            unet.eval()
+            validate(args, pipe, done)
             ema.restore(parameters)
             unet.train()
     if done == 0:
         raise SystemExit(f"no step could be taken in --max-minutes {args.max_minutes:g}: the start took longer")
     if done < args.steps:
-        say(f"step {done} of {args.steps}: --max-minutes {args.max_minutes:g} are over")
+        say(processes, f"step {done} of {args.steps}: --max-minutes {args.max_minutes:g} are over")
         check(processes, total)
-        if done > first and not keep:
+        if done > first and not keep and processes.rank == 0:
             save(args, kept, done)
-    return unet, ema
+    return pipe, ema
 
 
-def say(text: str) -> None:
-    if is_main_process():
+def say(processes: Processes, text: str) -> None:
+    if processes.rank == 0:
         print(text, file=sys.stderr)
 
 
@@ -283,8 +283,6 @@ def check(processes: Processes, total: Tensor) -> float:
 
 def save(args: argparse.Namespace, kept: dict[str, Any], done: int) -> None:
     """Beside, then renamed: a folder that is there is whole."""
-    if not is_main_process():
-        return
     folder = args.work / f"step-{done}"
     part = folder.with_suffix(".part")
     part.mkdir(parents=True, exist_ok=True)
@@ -456,36 +454,30 @@ def main() -> None:
         parser.error(f"--shift must be above 0, got {args.shift}")
     if args.max_minutes is not None and not 0 < args.max_minutes < math.inf:
         parser.error(f"--max-minutes must be above 0, got {args.max_minutes}")
-    count = torch.cuda.device_count()
-    device = torch.device(f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}" if count else "cpu")
-    if count:
+    device = torch.device(default_device())
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    apart = 0 < int(os.environ.get("LOCAL_WORLD_SIZE", "0")) <= count  # a GPU each
-    with process_group(nccl=apart) as processes:
+    with process_group(nccl=True) as processes:
         if args.batch_size % processes.world_size:
             parser.error(f"--batch-size must be a multiple of the {processes.world_size} processes")
         if args.val is not None and processes.rank == 0:
             photographs(args.val)  # what cannot be read is said before the work, not after it
-        unet, ema = train(args, processes, device, started)
-    if is_main_process():
-        finish(args, unet, ema)
+        pipe, ema = train(args, processes, device, started)
+    if processes.rank == 0:
+        finish(args, pipe, ema)
 
 
-def finish(args: argparse.Namespace, unet: Any, ema: EMAModel) -> None:
+def finish(args: argparse.Namespace, pipe: Any, ema: EMAModel) -> None:
     """Write the pipeline and its scores."""
-    ema.copy_to(unet.parameters())
-    pipe = QuACRestorationPipeline(unet.eval(), FlowMatchEulerDiscreteScheduler(shift=args.shift))
+    ema.copy_to(pipe.unet.eval().parameters())
     if args.store_fp16:
         pipe.unet.half()
     pipe.save_pretrained(args.out)
     if args.scores is not None and args.val is not None:
         pipe.unet.float()  # as it is loaded
         pictures = [middle(picture, args.score_crop) for picture in photographs(args.val)]
-        found = {
-            "args": fixed(args),
-            "1 steps": scores(pipe, pictures, 1),
-            "10 steps": scores(pipe, pictures, 10, (3,)),
-        }
+        found = {"1 steps": scores(pipe, pictures, 1), "10 steps": scores(pipe, pictures, 10, (3,))}
+        found = {"args": fixed(args), **found}
         args.scores.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["ALONE", "Processes", "is_main_process", "process_group"]
+__all__ = ["ALONE", "Processes", "default_device", "is_main_process", "process_group"]
 
 T = TypeVar("T")
 _groups = itertools.count()
@@ -31,6 +31,12 @@ def is_main_process() -> bool:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank() == 0
     return os.environ.get("RANK", "0") == "0"
+
+
+def default_device() -> str:
+    """This process's GPU, if there is one."""
+    count = torch.cuda.device_count()
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}" if count else "cpu"
 
 
 class Processes:
@@ -127,13 +133,6 @@ class Processes:
                 raise
             raise RuntimeError(told) from error
 
-    def _tell(self, error: BaseException) -> None:
-        """Leave the others a message of why this process ends; the first one's counts."""
-        what = f"process {self.rank} of {self.world_size} failed: {type(error).__name__}: {error}"
-        with contextlib.suppress(RuntimeError):
-            if self._store is not None:
-                self._store.compare_set(_FAILED, "", what)
-
 
 ALONE = Processes()
 
@@ -145,7 +144,7 @@ def process_group(nccl: bool = False) -> Iterator[Processes]:
     Where the group was joined here, an error of one process ends the others too, with its message.
 
     Args:
-        nccl: exchange tensors on GPUs directly; each process needs a GPU of its own.
+        nccl: exchange tensors on GPUs directly, where each process has a GPU of its own, its `default_device`.
 
     Example:
         >>> with process_group() as processes:
@@ -162,6 +161,7 @@ def process_group(nccl: bool = False) -> Iterator[Processes]:
         store, rank, world_size = _meeting_place()
         # under a name of its own: what an earlier group left there would be taken for this one's addresses
         store = dist.PrefixStore(f"quac_plugins/{next(_groups)}", store)
+        nccl &= 0 < int(os.environ.get("LOCAL_WORLD_SIZE", "0")) <= torch.cuda.device_count()
         backend, timeout = "cpu:gloo,cuda:nccl" if nccl else "gloo", datetime.timedelta(hours=24)
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     elif "gloo" not in str(dist.get_backend_config()):  # one for GPUs alone
@@ -170,7 +170,10 @@ def process_group(nccl: bool = False) -> Iterator[Processes]:
     try:
         yield processes
     except BaseException as error:
-        processes._tell(error)
+        with contextlib.suppress(RuntimeError):  # the first one's counts
+            if store is not None:
+                what = f"process {processes.rank} of {processes.world_size} failed: {type(error).__name__}: {error}"
+                store.compare_set(_FAILED, "", what)
         raise
     finally:
         if joins or group is not None:

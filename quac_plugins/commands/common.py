@@ -170,6 +170,8 @@ def checked_device(device: str | None) -> str:
     """A device that can be computed on; ValueError for another. By default this process's GPU, if there is one."""
     import torch
 
+    from quac_plugins.processes import default_device
+
     if device is None:
         return default_device()
     try:
@@ -180,11 +182,3 @@ def checked_device(device: str | None) -> str:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"--device {device!r} cannot be used: {reason}") from error
     return device
-
-
-def default_device() -> str:
-    """This process's GPU, if there is one."""
-    import torch
-
-    count = torch.cuda.device_count()
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}" if count else "cpu"

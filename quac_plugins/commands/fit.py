@@ -35,77 +35,55 @@ class Amp(str, Enum):
     fp16 = "fp16"
 
 
-Name = Annotated[
-    str, typer.Argument(help="A timm name, such as resnet50.a1_in1k (_qacon or _ddp may be left out), or hf-hub:….")
-]
-Out = Annotated[Path, typer.Option(help="Folder for the adapter and its report.")]
-Images = Annotated[Path | None, typer.Option(help="A folder of clean photographs; no labels.")]
-Pairs = Annotated[
-    tuple[Path, Path] | None,
-    typer.Option(help="Two folders of the same pictures, in place of --images.", metavar="DEGRADED CLEAN"),
-]
-Corruptions = Annotated[
-    str | None,
-    typer.Option(help="Names, groups (noise, blur, weather, digital), all, extra or every; comma-separated."),
-]
-Severity = Annotated[
-    str | None, typer.Option(help="1 to 5; several, comma-separated, are mixed. Default: 3; all for margins.")
-]
-Limit = Annotated[int | None, typer.Option(min=1, help="At most so many images.")]
-Views = Annotated[int | None, typer.Option(min=1, help="Crops and flips of each image.")]
-Draws = Annotated[int | None, typer.Option(min=1, help="Degraded pictures of each view and corruption.")]
-Steps = Annotated[int | None, typer.Option(min=1)]
-Rate = Annotated[float | None, typer.Option(help="Highest learning rate.")]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Pictures a step, over all processes.")]
-Deep = Annotated[
-    list[str] | None,
-    typer.Option(help="Places whose features are compared too: stages, none, names. May be repeated."),
-]
-HeldOut = Annotated[float, typer.Option(help="Share of the images that judge which state is kept.")]
-Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
-AmpOption = Annotated[Amp, typer.Option(help="Mixed precision.")]
-Adapter = Annotated[str | None, typer.Option(help="Begin with this adapter, and keep what it holds.")]
-Resume = Annotated[
-    bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished fit in the folder of --out.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there already.")]
-Curve = Annotated[Path | None, typer.Option(help="Draw the held-out loss here: .png, .svg, .pdf, ….")]
-
-
 def _shared(
-    model: Name,
-    out: Out,
-    images: Images = None,
-    pairs: Pairs = None,
+    model: Annotated[
+        str, typer.Argument(help="A timm name, such as resnet50.a1_in1k (_qacon or _ddp may be left out), or hf-hub:….")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the adapter and its report.")],
+    images: Annotated[Path | None, typer.Option(help="A folder of clean photographs; no labels.")] = None,
+    pairs: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Two folders of the same pictures, in place of --images.", metavar="DEGRADED CLEAN"),
+    ] = None,
     base_checkpoint: common.BaseCheckpoint = None,
     checkpoint: common.Checkpoint = None,
     pretrained: common.Pretrained = None,
     model_kwargs: common.ModelKwargs = None,
     num_classes: common.NumClasses = None,
-    adapter: Adapter = None,
-    corruptions: Corruptions = None,
-    severity: Severity = None,
-    limit: Limit = None,
-    views: Views = None,
-    draws: Draws = None,
-    deep: Deep = None,
-    steps: Steps = None,
-    lr: Rate = None,
-    batch_size: BatchSize = None,
-    held_out: HeldOut = 0.2,
-    seed: Seed = 0,
+    adapter: Annotated[str | None, typer.Option(help="Begin with this adapter, and keep what it holds.")] = None,
+    corruptions: Annotated[
+        str | None,
+        typer.Option(help="Names, groups (noise, blur, weather, digital), all, extra or every; comma-separated."),
+    ] = None,
+    severity: Annotated[
+        str | None, typer.Option(help="1 to 5; several, comma-separated, are mixed. Default: 3; all for margins.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many images.")] = None,
+    views: Annotated[int | None, typer.Option(min=1, help="Crops and flips of each image.")] = None,
+    draws: Annotated[int | None, typer.Option(min=1, help="Degraded pictures of each view and corruption.")] = None,
+    deep: Annotated[
+        list[str] | None,
+        typer.Option(help="Places whose features are compared too: stages, none, names. May be repeated."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1)] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Pictures a step, over all processes.")] = None,
+    held_out: Annotated[float, typer.Option(help="Share of the images that judge which state is kept.")] = 0.2,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     mean: common.Mean = None,
     std: common.Std = None,
     input_size: common.InputSize = None,
     crop_pct: common.CropPct = None,
     interpolation: common.Interpolation = None,
     device: common.Device = None,
-    amp: AmpOption = Amp.no,
+    amp: Annotated[Amp, typer.Option(help="Mixed precision.")] = Amp.no,
     num_workers: common.NumWorkers = 0,
-    resume: Resume = True,
-    overwrite: Overwrite = False,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished fit in the folder of --out.")
+    ] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there already.")] = False,
     json: common.Json = None,
-    plot: Curve = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the held-out loss here: .png, .svg, .pdf, ….")] = None,
     debug: common.Debug = False,
 ) -> None:
     """The options of both commands."""
@@ -210,14 +188,9 @@ def _data(given: Any) -> Data:
 
 def _student(given: Any, wanted: set[str], **prior: Any) -> nn.Module:
     names = ("adapter", "seed", "base_checkpoint", "checkpoint", "pretrained", "num_classes")
-    return build_student(
-        given.model,
-        wanted,
-        model_kwargs=key_values(given.model_kwargs or []),
-        **{name: getattr(given, name) for name in names},
-        **common.images_of(given.mean, given.std, given.input_size),
-        **prior,
-    )
+    options = {name: getattr(given, name) for name in names}
+    options |= common.images_of(given.mean, given.std, given.input_size)
+    return build_student(given.model, wanted, model_kwargs=key_values(given.model_kwargs or []), **options, **prior)
 
 
 def _fit(kind: str, network: nn.Module, data: Data, given: Any, **options: Any) -> None:

@@ -1,10 +1,10 @@
-"""What was evaluated: what is inside a network, so that two of one name can be told apart."""
+"""A network that is lent to a run, and what is inside it, so that two of one name can be told apart."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import safetensors.torch
@@ -16,7 +16,7 @@ from quac_plugins.core.inject.adapter import adapter_state
 from quac_plugins.core.inject.fingerprint import describe_host
 from quac_plugins.core.inject.surgery import unwrap
 
-__all__ = ["describe_network"]
+__all__ = ["describe_network", "device_of", "lent"]
 
 
 def describe_network(model: nn.Module) -> dict[str, Any]:
@@ -75,3 +75,25 @@ def _add(digest: Any, value: Any) -> None:
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     else:
         digest.update(repr(value).encode())
+
+
+def device_of(model: nn.Module, device: str | torch.device | None = None) -> torch.device:
+    """The device, or, for None, the one that a model is on."""
+    parameter = next(model.parameters(), None)
+    home = torch.device("cpu") if parameter is None else parameter.device
+    return home if device is None else torch.device(device)
+
+
+@contextlib.contextmanager
+def lent(model: nn.Module, device: str | torch.device | None) -> Iterator[torch.device]:
+    """Put the model on the device and into evaluation; put everything back afterwards, torch's generators too."""
+    home, where = device_of(model), device_of(model, device)
+    modes = {module: module.training for module in model.modules()}
+    with torch.random.fork_rng(devices=[d for d in (where,) if d.type == "cuda"]):
+        try:
+            model.to(where).eval()
+            yield where
+        finally:
+            model.to(home)
+            for module, mode in modes.items():
+                module.training = mode

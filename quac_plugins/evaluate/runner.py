@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,12 @@ from torch.utils.data import DataLoader
 from quac_plugins.degradations import CORRUPTIONS, EXTRA_CORRUPTIONS, check_severity, corruption_names
 from quac_plugins.evaluate.data import CLEAN, ImageDirectory, Item
 from quac_plugins.evaluate.images import CorruptedImages, Job, worker_init
-from quac_plugins.evaluate.network import describe_network
+from quac_plugins.evaluate.network import describe_network, lent
 from quac_plugins.evaluate.outcomes import NAN, UNREAD, interleaved, judge, name_of, outcomes_of, scores_of
 from quac_plugins.evaluate.preprocessing import Crop, data_config, normalized, sources_of
 from quac_plugins.evaluate.report import EvaluationReport, software_versions
-from quac_plugins.processes import is_main_process, process_group
+from quac_plugins.processes import process_group
+from quac_plugins.progress import Show, progress_bar
 
 __all__ = ["evaluate"]
 
@@ -119,7 +118,7 @@ def evaluate(
     directory = ImageDirectory(data, num_classes, class_map)
     conditions = _conditions(directory, corruptions, severities, clean)
     chosen = directory.limited(limit, seed)
-    with process_group() as processes, _as_it_was(model, device) as where:
+    with process_group() as processes, lent(model, device) as where, progress_bar(progress) as show:
         autocast = _autocast_dtype(amp, where)
         shares = {c: list(processes.share(chosen[c if directory.is_imagenet_c else CLEAN])) for c in conditions}
         jobs = _jobs(shares, apply=not directory.is_imagenet_c)
@@ -133,7 +132,7 @@ def evaluate(
             pin_memory=where.type == "cuda",
         )
         rows = {c: np.full((len(share), 2), UNREAD, dtype=np.int32) for c, share in shares.items()}
-        unreadable = _judge_all(model, loader, jobs, rows, config, where, _autocast(autocast, where), progress)
+        unreadable = _judge_all(model, loader, jobs, rows, config, where, _autocast(autocast, where), show)
         parts = processes.gather((rows, unreadable))
         device = _device(where)
     found = {c: interleaved([part[0][c] for part in parts]) for c in conditions}
@@ -204,11 +203,12 @@ def _judge_all(
     config: dict[str, Any],
     device: torch.device,
     autocast: contextlib.AbstractContextManager,
-    progress: bool,
+    show: Show,
 ) -> set[str]:
     """Fill in the outcomes, and return the files that could not be read."""
     unreadable: set[str] = set()
-    for pixels, targets, indices, readable in _bar(loader, progress):
+    for place, (pixels, targets, indices, readable) in enumerate(loader, 1):
+        show("evaluating", place, len(loader))
         unreadable.update(str(jobs[i].item.path) for i in indices[~readable].tolist())
         if not readable.any():
             continue
@@ -222,23 +222,6 @@ def _judge_all(
 
 def _dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
-@contextlib.contextmanager
-def _as_it_was(model: nn.Module, device: str | torch.device | None) -> Iterator[torch.device]:
-    """Put the model on the device and into evaluation; put everything back afterwards."""
-    parameter = next(model.parameters(), None)
-    home = torch.device("cpu") if parameter is None else parameter.device
-    where = home if device is None else torch.device(device)
-    modes = {module: module.training for module in model.modules()}
-    with torch.random.fork_rng(devices=[d for d in (where,) if d.type == "cuda"]):
-        try:
-            model.to(where).eval()
-            yield where
-        finally:
-            model.to(home)
-            for module, mode in modes.items():
-                module.training = mode
 
 
 def _autocast(dtype: torch.dtype | None, device: torch.device) -> contextlib.AbstractContextManager:
@@ -258,18 +241,6 @@ def _device(device: torch.device) -> str:
 def _precision(model: nn.Module, autocast: torch.dtype | None) -> str:
     kinds = [str(_dtype(model)), *([f"autocast {autocast}"] if autocast is not None else [])]
     return ", ".join(kinds).replace("torch.", "")
-
-
-def _bar(loader: DataLoader, progress: bool) -> Iterable[Any]:
-    if not progress or not is_main_process() or not sys.stderr.isatty():
-        return loader
-    try:
-        from rich.console import Console
-        from rich.progress import track
-    except ImportError:
-        warnings.warn("no progress bar: rich is not installed", stacklevel=2)
-        return loader
-    return track(loader, "evaluating", total=len(loader), console=Console(stderr=True), transient=True)
 
 
 def _name(model: nn.Module) -> str:

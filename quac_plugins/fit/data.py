@@ -23,12 +23,18 @@ class Data:
     fields by name.
 
     Attributes:
-        images: clean photographs in RGB, of any sizes from 32 pixels on: a folder, files, arrays (H, W, 3) of uint8 or
-            of floats in [0, 1], tensors (3, H, W) likewise, PIL images, or a Dataset of these or of (image, label).
+        images: clean photographs in RGB, of any sizes from 32 pixels on: a folder (searched with the folders in it), a
+            file or a list of files, or of tuples (file, label); an array, uint8, uint16 or float in [0, 1], of shape
+            (H, W), (H, W, 3) or (N, H, W, 3); a tensor, likewise, of shape (3, H, W) or (N, 3, H, W); a PIL image; a
+            list, a torch Dataset or any iterable of these or of tuples (image, label).
         pairs: (degraded, clean), each as ``images``, in place of them. Two folders are matched by the paths below
             them without extension, everything else by order.
-        degrade: your own degradation, uint8 (H, W, 3) → the same, or several by name (``{"rain": function}``), which a
-            routed prior has experts for. They take the corruptions' place, or go beside those that are named.
+        degrade: your own degradation, or several by name (``{"rain": function}``), which a routed prior has experts
+            for. They take the corruptions' place, or go beside those that are named. A function maps an image, uint8
+            (h, w, 3), to its degraded version of the same size: an array, uint8 or float in [0, 1], a float or uint8
+            tensor (3, h, w), or a PIL image. It is given ``rng``, a seeded `numpy.random.Generator`, if it has a
+            parameter of this name; the global generators of Python, numpy and torch are seeded for the call and put
+            back after it.
         corruptions: names or sets of :func:`quac_plugins.degradations.corruption_names`. None: the names of a routed
             prior's experts, else all 15; none beside ``degrade`` or ``pairs``.
         severity: of the corruptions, 1 to 5, or several, which are mixed. None: all of them for margins, else 3.

@@ -93,10 +93,7 @@ def make_draws(
         views: of each image.
         draws: pictures for each view and degradation. Pairs give one whatever this is.
         clean_share: the share of all pictures that are views as they are, from 0 to below 1. They come on top.
-        degrade: a function, or several by name. A function maps an image, uint8 (h, w, 3), to its degraded version of
-            the same size: an array, uint8 or float in [0, 1], a float or uint8 tensor (3, h, w), or a PIL image. It is
-            given ``rng``, a seeded `numpy.random.Generator`, if it has a parameter of this name; the global generators
-            of Python, numpy and torch are seeded for the call and put back after it.
+        degrade: a function, or several by name, as `quac_plugins.fit.Data` has them.
         seed: of everything random.
         workers: processes that degrade; 0 means this one. The result is the same.
         crop: makes the first view: PIL image → uint8 tensor (3, h, w), as `quac_plugins.evaluate.preprocessing.Crop`.

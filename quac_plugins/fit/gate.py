@@ -98,8 +98,9 @@ def fit_gate(
     fresh = _fresh(copy.deepcopy(routed[0].gate))
     drawn = draw(photographs, kinds, photographs.train, _LEARNED if fresh.needs_fit else _CALIBRATED)
     q, target = quality(student, routed[0], drawn.pictures), drawn.choices(experts)
-    gate, logits = (_learned if fresh.needs_fit else _as_told)(fresh, q, target, drawn.image, seed)
     with torch.no_grad():
+        told = fresh, fresh(q)  # the gate that the quality function makes by itself, and its logits
+        gate, logits = _learned(fresh, q, target, drawn.image, seed) if fresh.needs_fit else told
         gate.fc2.bias[0] += _raise_of_identity(logits, target)
     return gate.state_dict()
 
@@ -156,12 +157,6 @@ def _fresh(gate: Gate) -> Gate:
             tensor.zero_()
         gate.std.fill_(1)
     return gate
-
-
-def _as_told(fresh: Gate, q: Tensor, target: Tensor, image: np.ndarray, seed: int) -> tuple[Gate, Tensor]:
-    """The gate that the quality function makes by itself, and its logits."""
-    with torch.no_grad():
-        return fresh, fresh(q)
 
 
 def _learned(fresh: Gate, q: Tensor, target: Tensor, image: np.ndarray, seed: int) -> tuple[Gate, Tensor]:

@@ -16,7 +16,6 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,25 +35,6 @@ _SAFE_STRENGTHS = (0.75, 0.5)  # where the pictures held out are of so few image
 _FEW = 4
 
 
-@dataclass
-class Outcome:
-    """What a fit did.
-
-    Attributes:
-        curve: one entry for each look: step, loss since the last one, held-out loss, and its terms.
-        best_step: whose state was kept; 0 is the host as it was.
-        stopped: why it ended before the last step, or None.
-        untouched: held-out loss of the host without what is fitted.
-        strength: what the fitted residual was scaled by at the end.
-    """
-
-    curve: list[dict[str, Any]]
-    best_step: int
-    stopped: str | None
-    untouched: float
-    strength: float = 1.0
-
-
 class Fit:
     """One fit: see the module's docstring.
 
@@ -64,6 +44,13 @@ class Fit:
         processes: those that share the work.
         scaled: parameters that what is fitted is proportional to; see :meth:`Fit._set_strength`.
         rows: which rows of the scaled parameters are fitted, bool; the others stay. None: all.
+
+    Attributes:
+        curve: one entry for each look: step, loss since the last one, and held-out loss.
+        best_step: whose state was kept; 0 is the host as it was.
+        stopped: why it ended before the last step, or None.
+        untouched: held-out loss of the host without what is fitted.
+        strength: what the fitted residual was scaled by at the end.
     """
 
     def __init__(
@@ -123,7 +110,7 @@ class Fit:
 
     def run(
         self, progress: Callable[[int, float], None] | None = None, checkpoint: Callable[[], None] | None = None
-    ) -> Outcome:
+    ) -> Fit:
         """Fit until the last step, and leave the best state in the model.
 
         Args:
@@ -152,7 +139,7 @@ class Fit:
                     checkpoint()
         self._restore(self.best_state)
         self.strength = self._set_strength()
-        return Outcome(self.curve, self.best_step, self.stopped, self.untouched, self.strength)
+        return self
 
     def _begin(self) -> None:
         """Look at what there is; an earlier fit may have left what is worse on these pictures than the host alone."""
@@ -308,7 +295,7 @@ def run_stage(student: Student, stage: str, fit: Fit) -> None:
                 fit.load_state_dict(state)
             except (KeyError, TypeError, ValueError, RuntimeError) as error:
                 raise keep.damaged(stage, error) from error
-        outcome = fit.run(
+        fit.run(
             progress=lambda step, loss: show(stage, step, fit.recipe.steps, loss),
             checkpoint=lambda: keep.save(stage, fit.state_dict(), of),
         )
@@ -316,10 +303,10 @@ def run_stage(student: Student, stage: str, fit: Fit) -> None:
         fit.close()
     keep.save(stage, fit.state_dict(), of)
     student.report.stages[stage] = {
-        "curve": outcome.curve,
-        "best_step": outcome.best_step,
-        "first": outcome.untouched,
+        "curve": fit.curve,
+        "best_step": fit.best_step,
+        "first": fit.untouched,
         "best": fit.best if math.isfinite(fit.best) else math.nan,
-        "stopped": outcome.stopped,
-        "strength": outcome.strength,
+        "stopped": fit.stopped,
+        "strength": fit.strength,
     }

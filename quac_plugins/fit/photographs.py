@@ -41,14 +41,8 @@ class Photographs:
         self.model, self.data = model, data
         # what is to be put in may know the images of its host
         mean, std = (data.mean, data.std) if data.mean is not None else (config.mean, config.std)
-        self.settings = data_config(
-            model,
-            mean=mean,
-            std=std,
-            input_size=data.input_size,
-            crop_pct=data.crop_pct,
-            interpolation=data.interpolation,
-        )
+        given = {name: getattr(data, name) for name in ("input_size", "crop_pct", "interpolation")}
+        self.settings = data_config(model, mean=mean, std=std, **given)
         self.size: tuple[int, int] = tuple(self.settings["input_size"][-2:])
         self.crop = Crop(self.settings, keep_ready=data.crop_pct is None)
         self.few = few_images(data.images, pairs=data.pairs, limit=data.limit, seed=data.seed)
@@ -56,8 +50,7 @@ class Photographs:
         if not self.held:
             warnings.warn("of one image none can be held out: what is kept is the best on that image", stacklevel=3)
         # about as many pictures whatever the number of images and corruptions; at least one of each
-        per_image = wanted / max(1, len(self.few))
-        self.views = data.views or int(min(most_views, max(2, per_image)))
+        self.views = data.views or int(min(most_views, max(2, wanted / len(self.few))))
 
     def per_view(self, wanted: float) -> int:
         """How many degraded pictures each view gets, so that there are about as many as wanted."""
@@ -67,12 +60,12 @@ class Photographs:
         self,
         kinds: list[str],
         clean_share: float,
-        draws: int | None,
+        draws: int,
         views: int | None = None,
         severities: Sequence[int] | None = None,
         images: Sequence[int] | None = None,
     ) -> Draws:
-        """Pictures of some of the degradations (of the pairs, where these are given) and images.
+        """Draw pictures of some of the degradations (of the pairs, where these are given) and images.
 
         By default of all images, at the user's severities. Other corruptions may be named than those of the fit.
         """
@@ -83,7 +76,7 @@ class Photographs:
             corruptions=[kind for kind in kinds if kind not in own and kind != "pairs"],
             severities=severities or self.data.severities,
             views=views or self.views,
-            draws=(self.data.draws if severities is None else None) or draws or 1,
+            draws=(self.data.draws if severities is None else None) or draws,
             clean_share=clean_share,
             degrade={kind: own[kind] for kind in kinds if kind in own} or None,
             seed=self.data.seed,
@@ -93,27 +86,15 @@ class Photographs:
 
     def split(self, draws: Draws) -> Pictures:
         """The draws, split by image into those that are fitted on and those held out."""
-        image = np.asarray(draws.image)[draws.view]
-        held = np.isin(image, self.held)
-        labels = None if self.few.labels is None else np.asarray(self.few.labels)[np.asarray(draws.image)]
-        return Pictures(
-            draws.clean,
-            draws.degraded,
-            np.asarray(draws.view),
-            np.flatnonzero(~held),
-            np.flatnonzero(held),
-            labels,
-            np.asarray(draws.image),
-        )
+        held = np.isin(draws.image[draws.view], self.held)
+        train, judge = np.flatnonzero(~held), np.flatnonzero(held)
+        labels = None if self.few.labels is None else np.asarray(self.few.labels)[draws.image]
+        return Pictures(draws.clean, draws.degraded, draws.view, train, judge, labels, draws.image)
 
     def normalize(self, pictures: Tensor) -> Tensor:
         """uint8 (B, H, W, 3) in RGB → what the host takes."""
         images = normalized(pictures.permute(0, 3, 1, 2), self.model, self.settings)
         return images.contiguous(memory_format=torch.channels_last)
-
-    def images(self, pictures: np.ndarray, device: torch.device) -> Tensor:
-        """uint8 (B, H, W, 3) in RGB → what the host takes, on the device."""
-        return self.normalize(torch.from_numpy(np.ascontiguousarray(pictures)).to(device))
 
 
 def digest_of(pictures: Pictures) -> str:

@@ -57,8 +57,8 @@ def fit_qacon(
             into a plain host ``config`` is injected.
         config: what to inject into a plain host.
         with_prior: fit the degradation prior that the model holds as well.
-        images, deep, recipe, device, checkpoint, progress, **settings: as in :func:`fit_prior`; of several severities
-            none is taken but 3 unless they are given, and a tenth of the pictures is clean.
+        images, deep, recipe, device, checkpoint, progress, **settings: as in :func:`fit_prior`; the severity is 3
+            and a tenth of the pictures clean unless they are given.
 
     Raises:
         FileNotFoundError, OSError: there are no images, or none can be read.
@@ -108,15 +108,14 @@ def _fit(student: Student, with_prior: bool, **opened: Any) -> FitReport:
     data, kinds = photographs.data, photographs.data.kinds
     record = injection_of(student.model)
     assert record is not None
-    assert data.clean_share is not None
     inside = modules_inside(student.model)
     own = [p for p in record.prefixes() if not p.endswith(_PRIOR)]
     others = [p for p in record.prefixes() if p.endswith(_PRIOR)]
     parameters = parameters_of(student.model, own + others if with_prior else own)
-    names = [site.name for site in record.sites]
-    with student.open("qacon", parameters, names, with_prior=with_prior, **opened) as report:
+    sites = [site.name for site in record.sites]
+    with student.open("qacon", parameters, sites, with_prior=with_prior, **opened) as report:
         judged = judged_pictures(photographs, kinds)
-        drawn = photographs.draws(kinds, data.clean_share, photographs.per_view(_PICTURES / len(kinds)))
+        drawn = photographs.draws(kinds, data.clean_share or 0.0, photographs.per_view(_PICTURES / len(kinds)))
         pictures = photographs.split(drawn)
         if with_prior and record.prior is not None:
             standardize(student, record.prior.sites, [inside[p[:-1]] for p in others], pictures)

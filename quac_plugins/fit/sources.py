@@ -81,7 +81,6 @@ def few_images(
     pairs: tuple[Any, Any] | None = None,
     limit: int | None = None,
     seed: int = 0,
-    min_side: int = 32,
 ) -> FewImages:
     """Read a few images from what there is, in an order that does not depend on the file system.
 
@@ -90,15 +89,8 @@ def few_images(
     left out with a warning, unless nothing remains.
 
     Args:
-        images: a folder (searched with the folders in it), a file or a list of files, or of tuples (file, label); an
-            array, uint8, uint16 or float in [0, 1], of shape (H, W), (H, W, 3) or (N, H, W, 3); a tensor, likewise, of
-            shape (3, H, W) or (N, 3, H, W); a PIL image; a list, a torch Dataset or any iterable of these or of tuples
-            (image, label). Of a Dataset with a length only the chosen items are asked for.
-        pairs: a tuple (degraded, clean), each as ``images``. Two folders are matched by the paths below them without
-            extension; everything else by order.
-        limit: at most so many, chosen by the seed and the names alone. None means all.
-        seed: of that choice.
-        min_side: the least that the shorter side of an image may have.
+        images, pairs, limit, seed: as the fields of `quac_plugins.fit.Data`. Of a Dataset with a length only the chosen
+            items are asked for.
 
     Raises:
         FileNotFoundError: if a folder or a file is not there.
@@ -136,7 +128,7 @@ def few_images(
                 unreadable[listed.where] = error
                 continue
             labels.append(_label(label))
-            _check_side(pixels[-1], listed.where, min_side)
+            _check_side(pixels[-1], listed.where)
         if len(pixels) == len(entry):
             _check_pair(entry, pixels)
             found.append((entry[0], pixels, next((label for label in labels if label is not None), None)))
@@ -326,7 +318,7 @@ def _check_names(names: list[str]) -> None:
         raise ValueError(f"given more than once: {_some(twice)}; give every image once")
 
 
-def _check_side(pixels: np.ndarray, where: str, least: int) -> None:
+def _check_side(pixels: np.ndarray, where: str, least: int = 32) -> None:
     if min(pixels.shape[:2]) < least:
         raise ValueError(
             f"{where} is {_size(pixels)}, too small: the shorter side must be at least {least}; leave it out"

@@ -29,13 +29,14 @@ from quac_plugins.core.prior.comparison import Comparison, Pictures
 from quac_plugins.core.prior.config import PriorConfig
 from quac_plugins.core.prior.recipe import Recipe
 from quac_plugins.core.prior.sites import PriorSite, find_prior_sites
+from quac_plugins.evaluate.network import device_of, lent
 from quac_plugins.evaluate.preprocessing import check_tap, taps_of
 from quac_plugins.fit.checkpoint import Checkpoints
 from quac_plugins.fit.photographs import Photographs
-from quac_plugins.fit.progress import progress_bar
 from quac_plugins.fit.report import FitReport
 from quac_plugins.fit.settings import recipe_with
 from quac_plugins.processes import Processes
+from quac_plugins.progress import Show, progress_bar
 
 _START = "start"  # the stage whose state is what a fit began with
 
@@ -57,7 +58,7 @@ class Student:
         deeper: places whose features are compared, while it is open.
         report: of what is done.
         keep: the states in a folder.
-        show: called with the stage, the step, its steps and the loss.
+        show: a bar, see :mod:`quac_plugins.progress`.
     """
 
     report: FitReport
@@ -73,15 +74,14 @@ class Student:
         processes: Processes,
     ):
         self.model, self.photographs, self.processes = model, photographs, processes
-        self.home = next((p.device for p in model.parameters()), torch.device("cpu"))
-        self.device = self.home if device is None else torch.device(device)
+        self.device = device_of(model, device)
         self.recipe = recipe_with(recipe, settings, photographs.data.seed, self.device)
         if self.recipe.label_weight and photographs.few.labels is None:
             weight = f"label_weight={self.recipe.label_weight}"
             raise ValueError(f"{weight} needs labels: give a Dataset of (image, label)")
         self.teacher: nn.Module = model
         self.deeper: list[PriorSite] = []
-        self.show: Any = lambda stage, step, steps, loss: None
+        self.show: Show = lambda *_: None
         self._seen = Trace()
         self._half: torch.dtype | None = None  # of a host of half precision, while it is open in float32
 
@@ -96,7 +96,7 @@ class Student:
 
     def images(self, pictures: np.ndarray) -> Tensor:
         """uint8 (B, H, W, 3) in RGB → what the host takes, on the device."""
-        return self.photographs.images(pictures, self.device)
+        return self.photographs.normalize(torch.from_numpy(np.ascontiguousarray(pictures)).to(self.device))
 
     @contextlib.contextmanager
     def open(
@@ -123,19 +123,21 @@ class Student:
             progress: show a bar on a terminal.
             **others: what else makes this fit another one than the next.
         """
-        modes = {module: module.training for module in self.model.modules()}
         wanted = {name: p.requires_grad for name, p in self.model.named_parameters()}
         grads = {name: p.grad for name, p in parameters.items()}
-        self.report = self._report(what, list(sites), sum(p.numel() for p in parameters.values()))
+        of, data, fitted = self.photographs, self.photographs.data, sum(p.numel() for p in parameters.values())
+        self.report = FitReport(what, list(sites), data.kinds, parameters=fitted, seed=data.seed)
+        self.report.images, self.report.unreadable = {"all": len(of.few), "held": len(of.held)}, of.few.unreadable
+        self.report.recipe = asdict(self.recipe) | {"views": of.views, "severities": data.severities}
+        self.report.recipe["device"] = str(self.device)
         with (
-            torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []),
+            lent(self.model, self.device),
             torch.compiler.set_stance("force_eager"),  # compiled code does not see hooks, which collect the features
             progress_bar(progress) as self.show,
         ):
             narrow = _widened(self.model)
             self._half = narrow[0][1] if narrow else None
             try:
-                self.model.to(self.device).eval()
                 for parameter in self.model.parameters():
                     parameter.requires_grad_(False)
                 for parameter in parameters.values():
@@ -149,11 +151,8 @@ class Student:
                 yield self.report
             finally:
                 self.teacher = self.model
-                self.model.to(self.home)
                 for tensor, dtype in narrow:
                     tensor.data = tensor.data.to(dtype)
-                for module, mode in modes.items():
-                    module.training = mode
                 for name, parameter in self.model.named_parameters():
                     parameter.requires_grad_(wanted[name])
                 for name, parameter in parameters.items():
@@ -246,20 +245,6 @@ class Student:
             digest.update(name.encode() + content.numpy().tobytes())
         return digest.hexdigest()
 
-    def _report(self, what: str, sites: list[str], parameters: int) -> FitReport:
-        photographs = self.photographs
-        options = {"views": photographs.views, "severities": photographs.data.severities, "device": str(self.device)}
-        return FitReport(
-            what=what,
-            sites=sites,
-            kinds=photographs.data.kinds,
-            images={"all": len(photographs.few), "held": len(photographs.held)},
-            parameters=parameters,
-            unreadable=photographs.few.unreadable,
-            recipe={**asdict(self.recipe), **options},
-            seed=photographs.data.seed,
-        )
-
     def _finish(self) -> None:
         """Note with what was fitted on which images, and let the states lie until ``save_adapter`` has written it."""
         record = injection_of(self.model)
@@ -300,26 +285,20 @@ def unharmed(model: nn.Module) -> Iterator[None]:
         modes.enter_context(torch.enable_grad())
         for kind in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
             modes.enter_context(torch.autocast(kind, enabled=False))
-        with _put_back(model):
+        before = injection_of(model)
+        had_prior = before is not None and before.prior is not None
+        state = {name: tensor.clone() for name, tensor in adapter_state(model).items()} if before is not None else {}
+        try:
             yield
-
-
-@contextlib.contextmanager
-def _put_back(model: nn.Module) -> Iterator[None]:
-    before = injection_of(model)
-    had_prior = before is not None and before.prior is not None
-    state = {name: tensor.clone() for name, tensor in adapter_state(model).items()} if before is not None else {}
-    try:
-        yield
-    except BaseException:
-        now = injection_of(model)
-        if now is not None and before is None:
-            remove(model)
-        elif now is not None:
-            if now.prior is not None and not had_prior:
-                take_prior(model)
-            load_adapter_state(model, state)
-        raise
+        except BaseException:
+            now = injection_of(model)
+            if now is not None and before is None:
+                remove(model)
+            elif now is not None:
+                if now.prior is not None and not had_prior:
+                    take_prior(model)
+                load_adapter_state(model, state)
+            raise
 
 
 @contextlib.contextmanager

@@ -187,7 +187,6 @@ def test_small_images_are_named_with_their_size(folder):
     save(folder, "thin.png", PHOTOS["coffee"][:20])
     with pytest.raises(ValueError, match=r"thin\.png is 150×20 \(width×height\), too small: .* at least 32; leave it"):
         few_images(folder)
-    assert len(few_images(folder, min_side=20)) == 5
 
 
 # Arrays, tensors, Datasets
