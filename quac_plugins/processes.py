@@ -168,6 +168,8 @@ def process_group(nccl: bool = False) -> Iterator[Processes]:
         group = dist.new_group(backend="gloo")
     processes = Processes(dist.get_rank(), dist.get_world_size(), group, store, nccl and joins)
     try:
+        if joins:
+            processes.gather(None)  # whoever left before all have joined would leave the others waiting for it
         yield processes
     except BaseException as error:
         with contextlib.suppress(RuntimeError):  # the first one's counts
