@@ -198,6 +198,7 @@ class Progress:
 def train(args: argparse.Namespace, processes: Processes, device: torch.device, started: float) -> tuple[Any, EMAModel]:
     """The pipeline, and the average of its weights."""
     torch.manual_seed(args.seed)
+    tell = print if processes.rank == 0 else lambda *_, **__: None
     unet = build(args)
     if args.start is not None:
         unet.load_state_dict(type(unet).from_pretrained(args.start / "unet").state_dict())
@@ -247,7 +248,7 @@ def train(args: argparse.Namespace, processes: Processes, device: torch.device, 
         mean = check(processes, total) if log or keep or judge else math.nan
         if log:
             speed = (done - first) / (time.perf_counter() - began)
-            say(processes, f"step {done}: loss {mean / args.log_every:.4f}, {speed:.2f} steps/s")
+            tell(f"step {done}: loss {mean / args.log_every:.4f}, {speed:.2f} steps/s", file=sys.stderr)
             total.zero_()
         if keep and processes.rank == 0:
             save(args, kept, done)
@@ -261,16 +262,11 @@ def train(args: argparse.Namespace, processes: Processes, device: torch.device, 
     if done == 0:
         raise SystemExit(f"no step could be taken in --max-minutes {args.max_minutes:g}: the start took longer")
     if done < args.steps:
-        say(processes, f"step {done} of {args.steps}: --max-minutes {args.max_minutes:g} are over")
+        tell(f"step {done} of {args.steps}: --max-minutes {args.max_minutes:g} are over", file=sys.stderr)
         check(processes, total)
         if done > first and not keep and processes.rank == 0:
             save(args, kept, done)
     return pipe, ema
-
-
-def say(processes: Processes, text: str) -> None:
-    if processes.rank == 0:
-        print(text, file=sys.stderr)
 
 
 def check(processes: Processes, total: Tensor) -> float:

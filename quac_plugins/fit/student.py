@@ -161,8 +161,10 @@ class Student:
 
     def compare(self, pictures: Pictures, sites: Sequence[PriorSite] = (), **options: Any) -> Comparison:
         """The student, with its teacher, on pictures; ``options`` are those of the class."""
-        normalize, where = self.photographs.normalize, (list(sites), self.deeper)
-        return Comparison(self.model, self.teacher, *where, normalize, pictures, self.recipe, self.device, **options)
+        return Comparison(
+            self.model, self.teacher, list(sites), self.deeper, self.photographs.normalize, pictures, self.recipe,
+            self.device, **options,
+        )  # fmt: skip
 
     def round_as_saved(self) -> None:
         """Round what was put in to the precision that a host of half precision keeps it in, before it is judged."""
