@@ -111,7 +111,7 @@ class ChannelActivation(nn.Module):
         if (node := called_whole(self, x)) is not None:
             return node
         self._check(x)
-        start, below = ((), "") if self.host is None else (self.neutral, HOSTS.get(type(self.host)) or self.host(x))
+        start, below = ((), "") if self.host is None else (self.neutral, HOSTS.get(type(self.host)) or self.host)
         y = activate(x, self.values(x, q), self.equation, self.channel_dim, start, below)
         if self.context is not None:
             self.context.mark(y)

@@ -327,16 +327,17 @@ def _means(code: Callable[..., None], x: Tensor, layout: Layout) -> Tensor:
 
 def _run(
     code: Callable[..., None], grad: Tensor | None, x: Tensor, theta: Sequence[Tensor], equation: Callable[..., Tensor],
-    start: tuple[float, ...], below: Tensor | str, layout: Layout,
+    start: tuple[float, ...], below: Tensor | str, layout: Layout, y: Tensor | None = None,
 ) -> Any:  # fmt: skip
     """y; or, of a gradient, the gradients of x and of θ.
 
     Args:
         code: what was built.
         grad, x, theta, equation, start, below, layout: see :class:`Kernels`.
+        y: where it is written; by default new memory.
     """
     batch, rows, n, by_rows = layout
-    channels, y = (rows if by_rows else n), torch.empty_like(x)
+    channels, y = (rows if by_rows else n), torch.empty_like(x) if y is None else y
     by = theta if grad is None else [torch.empty_like(p) for p in theta]
     many = sum(1 << k for k, p in enumerate(theta) if p.numel() != channels)
     inside = isinstance(below, str)

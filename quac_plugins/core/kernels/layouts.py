@@ -25,7 +25,8 @@ class Kernels(NamedTuple):
     Attributes:
         run: (grad or None, x, θ, equation, start, below, layout) → y; or, of a gradient, those of x and of θ. All is
             without gradients, x is dense, grad and below are laid out as x, θ are contiguous, (C,) or (B, C) numbers
-            each, in the dtype of the arithmetic; the rest as :func:`operator.activate` takes it.
+            each, in the dtype of the arithmetic; the rest as :func:`operator.activate` takes it, but for functions. On
+            a CPU y may be given after them.
         means: (x, layout) → (B, C); None: torch's own are fast.
     """
 

@@ -27,6 +27,8 @@ from quac_plugins.core.kernels.native import WrongNumbersError, built_or_none, i
 
 LARGE = {"cpu": 1 << 14, "cuda": 1 << 20}
 """Numbers from which on a kernel takes less time than the operations in its place."""
+PIECE = 1 << 20
+"""Numbers, about, for which a function below is called at a time: new memory for all costs as much as the kernel."""
 HOSTED: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x, "relu": torch.relu, "relu6": F.relu6, "hardswish": F.hardswish
 }  # fmt: skip
@@ -39,7 +41,7 @@ def activate(
     equation: Callable[..., Tensor],
     dim: int = 1,
     start: tuple[float, ...] = (),
-    below: Tensor | str = "",
+    below: Tensor | str | Callable[[Tensor], Tensor] = "",
 ) -> Tensor:
     """below + f(x; θ), or from a start below + f(x; θ) − f(x; θ⁰).
 
@@ -49,7 +51,8 @@ def activate(
         equation: f, of x and θ; one of :mod:`plain` has kernels.
         dim: axis of the channels.
         start: θ⁰, a number each; none: nothing is taken off.
-        below: what is added: like x, or the name of a function of x in ``HOSTED``; ``""``: nothing.
+        below: what is added: like x, or a function of x, by its name if in ``HOSTED``; ``""``: nothing. A function that
+            is given may be called for some images at a time.
 
     Returns:
         Shape and dtype of x.
@@ -58,6 +61,8 @@ def activate(
         >>> activate(torch.ones(2, 3, 4, 4), [torch.zeros(1, 3, 1, 1)], plain.swish).unique().item()
         0.5
     """
+    if callable(below) and (torch.is_grad_enabled() or in_graph() or not _pieces(x)):
+        below = below(x)
     if equation in FORMS and not in_graph():
         y = _fused(x, theta, equation, dim % x.ndim, start, below)
         if y is not None:
@@ -75,14 +80,21 @@ def means(x: Tensor, dim: int = 1) -> Tensor:
 
 
 def _plain(
-    x: Tensor, theta: Sequence[Tensor], equation: Callable[..., Tensor], start: tuple[float, ...], below: Tensor | str
+    x: Tensor, theta: Sequence[Tensor], equation: Callable[..., Tensor], start: tuple[float, ...], below: Any
 ) -> Tensor:
     y = equation(x, *theta)
     if start:
         y = y - equation(x, *(torch.full((1,), value, dtype=torch.float32, device=x.device) for value in start))
     if isinstance(below, str):
         return HOSTED[below](x) + y if below else y
-    return below + y
+    return (below(x) if callable(below) else below) + y
+
+
+def _pieces(x: Tensor) -> int:
+    """Images a piece; 0: x is one, since it is small, or since vectors would end elsewhere than in all of it."""
+    images = max(PIECE * x.shape[0] // max(x.numel(), 1), 1)
+    whole = 2 * images > x.shape[0] or x.numel() // x.shape[0] % 64 or not x.is_cpu
+    return 0 if whole else images
 
 
 # -- what compilers do not enter, be it as a frame of its own
@@ -136,9 +148,9 @@ def _try(kernels: Kernels, device: str, dtype: torch.dtype) -> None:
 
 @torch.compiler.disable
 def _fused(
-    x: Tensor, theta: Sequence[Tensor], equation: Any, channel: int, start: tuple[float, ...], below: Tensor | str
+    x: Tensor, theta: Sequence[Tensor], equation: Any, channel: int, start: tuple[float, ...], below: Any
 ) -> Tensor | None:
-    given = () if isinstance(below, str) else (below,)
+    given = (below,) if isinstance(below, Tensor) else ()
     if not reads(x, *theta, *given, large=x.numel() >= LARGE.get(x.device.type, 0)):
         return None
     kernels = kernels_of(x.device.type, x.dtype)
@@ -147,7 +159,23 @@ def _fused(
     rows = [_in_rows(p, x, channel) for p in theta]
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *rows, *given)):
         return _Activate.apply(x, below, (kernels, equation, channel, start), *rows)
-    return _run(None, x, rows, below, (kernels, equation, channel, start))
+    options = kernels, equation, channel, start
+    return _by_pieces(x, rows, below, options) if callable(below) else _run(None, x, rows, below, options)
+
+
+def _by_pieces(x: Tensor, theta: Sequence[Tensor], below: Callable[[Tensor], Tensor], options: Any) -> Tensor | None:
+    """y over a function, as far as that returns what kernels read."""
+    kernels, equation, channel, start = options
+    x, (batch, *sizes) = _dense(x, channel)
+    y, images = torch.empty_like(x), _pieces(x)
+    for at in range(0, batch, images):
+        piece, *own = (t[at : at + images] if len(t) == batch else t for t in (x, *theta))
+        found = below(piece)
+        if not reads(found) or (found.dtype, found.shape) != (piece.dtype, piece.shape):
+            return None
+        layout = (len(piece), *sizes)
+        kernels.run(None, piece, own, equation, start, _as(found, piece), layout, y[at : at + images])
+    return y
 
 
 def _in_rows(p: Tensor, x: Tensor, channel: int) -> Tensor:

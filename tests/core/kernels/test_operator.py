@@ -279,6 +279,20 @@ def test_what_is_below_is_read_and_not_written():
         torch.testing.assert_close(y, below + plain.acon(x, *theta))
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_a_function_below_is_called_for_some_images_at_a_time(last, monkeypatch):
+    x, theta = case(plain.acon, (7, 8, 12, 12), last=last, dtype=torch.float32)
+    monkeypatch.setattr(operator, "PIECE", 3 * 8 * 12 * 12)
+    rows = []
+    for below in (torch.tanh, lambda t: t.double().tanh(), lambda t: t.mT.tanh().mT):
+        with torch.no_grad():
+            y = activate(x, theta, plain.acon, 1, START, lambda t, f=below: rows.append(len(t)) or f(t))
+            torch.testing.assert_close(y, activate(x, theta, plain.acon, 1, START, below(x)), rtol=0, atol=0)
+    assert rows == [3, 3, 1, 3, 7, 3, 3, 1]  # what kernels do not read is computed for all
+    activate(x, theta, plain.acon, 1, START, lambda t: rows.append(len(t)) or t)  # a graph of pieces would be larger
+    assert rows[8:] == [7]
+
+
 def test_in_graphs_it_is_the_expression(runs):
     class Model(nn.Module):
         def __init__(self):
