@@ -5,9 +5,9 @@
 
 DIR holds imagenet_sample/*/*.jpg, bsds/{train,val}/*.jpg and camvid/{train,val}/*.jpg; by default QUAC_DATA.
 scikit-image's photographs are taken too. Each photograph is cut and resized (112 to 512 pixels, as networks take
-them), mirrored half of the time and degraded by each of the 15 corruptions at random severities; some are then stored
-as JPEG, as pictures are. Clean pictures are also those that a JPEG of quality 50 to 98 holds. Only the 47 features of
-`brisque_tone` are kept (--work), so that the training itself takes minutes.
+them, and a fifth of them smaller), mirrored half of the time and degraded by each of the 15 corruptions at random
+severities; some are then stored as JPEG, as pictures are. Clean pictures are also those that a JPEG of quality 50 to 98
+holds. Only the features are kept (--work), so that the training itself takes minutes.
 
 The photographs of ImageNet are judged by networks that have seen none of the same photograph (--folds). The bias of
 "clean" is raised so far that most clean pictures of photographs left out are taken for clean; a fit raises the identity
@@ -22,6 +22,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
@@ -34,17 +35,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quac_plugins.core.quality import degradation as shipped
-from quac_plugins.core.quality.brisque_tone import brisque_tone
-from quac_plugins.core.quality.degradation import CLEAN, KINDS, MOST_SEVERE, network
+from quac_plugins.core.quality.degradation import CLEAN, KINDS, MOST_SEVERE, described, network
+from quac_plugins.core.quality.detail import CHANNELS
 from quac_plugins.degradations import corrupt, image_seed
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 SIDES = (112, 512)
+SMALL = (32, 112)
 ENLARGED = 1.3  # at most, since hosts enlarge small photographs
-ROUNDS = 4  # pictures of each photograph and corruption; those from _WHOLE on are whole photographs
-_WHOLE = 2
+ROUNDS = 5  # pictures of each photograph and corruption
+_WHOLE, _SMALL = (2, 3), (4,)  # rounds of whole photographs, and of small cuts
 CLEAN_PICTURES = 4  # of each photograph and round, without a corruption
+FEATURES = 47 + CHANNELS
 WIDTH, EPOCHS, RATE, DROPOUT, NOISE = 128, 60, 2e-3, 0.1, 0.1
 CLEAN_KEPT = 0.92  # share of clean pictures of photographs left out that are to be taken for clean
 
@@ -82,9 +85,9 @@ def whole(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
     return np.ascontiguousarray(pixels[:, ::-1] if rng.random() < 0.5 else pixels)
 
 
-def cut(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+def cut(image: Image.Image, rng: np.random.Generator, sides: tuple[int, int] = SIDES) -> np.ndarray:
     """A part of a photograph at a size that networks take."""
-    least, most = SIDES[0], min(SIDES[1], min(image.size) * ENLARGED)
+    least, most = sides[0], min(sides[1], min(image.size) * ENLARGED)
     aspect = 1.0 if rng.random() < 0.7 else float(np.exp(rng.uniform(-0.3, 0.3)))
     side = float(np.exp(rng.uniform(np.log(least), np.log(most))))
     height, width = round(side), round(side * aspect)
@@ -108,7 +111,7 @@ def pictures_of(name: str, path: Path, round_: int) -> Iterator[tuple[np.ndarray
     """(pixels, kind, severity, stored as JPEG) of one photograph."""
     image = Image.open(path).convert("RGB")
     rng = np.random.default_rng(image_seed(round_, "train", 0, name))
-    view = whole if round_ >= _WHOLE else cut
+    view = whole if round_ in _WHOLE else partial(cut, sides=SMALL) if round_ in _SMALL else cut
     for _ in range(CLEAN_PICTURES):
         pixels, stored = view(image, rng), bool(rng.random() < 0.5)
         yield as_jpeg(pixels, int(rng.integers(50, 99))) if stored else pixels, 0, 0, stored
@@ -120,13 +123,13 @@ def pictures_of(name: str, path: Path, round_: int) -> Iterator[tuple[np.ndarray
 
 
 def features_of(task: tuple[int, str, Path, int]) -> np.ndarray:
-    """Rows of 47 features, photograph, kind, severity, JPEG and side."""
+    """Rows of the features, photograph, kind, severity, JPEG and side."""
     index, name, path, round_ = task
     torch.set_num_threads(1)
     rows = []
     for pixels, kind, severity, stored in pictures_of(name, path, round_):
         image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 255
-        rows.append([*brisque_tone(image)[0].tolist(), index, kind, severity, stored, min(pixels.shape[:2])])
+        rows.append([*described(image)[0].tolist(), index, kind, severity, stored, min(pixels.shape[:2])])
     return np.array(rows, np.float32)
 
 
@@ -152,11 +155,11 @@ def train(rows: np.ndarray, seed: int) -> dict[str, Tensor]:
     """Weights of a network that was fitted on rows."""
     torch.manual_seed(seed)
     q, kind, severity = (
-        torch.from_numpy(rows[:, :47]),
-        torch.from_numpy(rows[:, 48]).long(),
-        torch.from_numpy(rows[:, 49]),
+        torch.from_numpy(rows[:, :FEATURES]),
+        torch.from_numpy(rows[:, FEATURES + 1]).long(),
+        torch.from_numpy(rows[:, FEATURES + 2]),
     )
-    sizes = [47, WIDTH, WIDTH, len(KINDS) + 1]
+    sizes = [FEATURES, WIDTH, WIDTH, len(KINDS) + 1]
     weights = {"mean": q.mean(0), "std": q.std(0).clamp(min=1e-4)}
     for layer, (before, after) in enumerate(itertools.pairwise(sizes), 1):
         made = torch.nn.Linear(before, after)
@@ -168,7 +171,7 @@ def train(rows: np.ndarray, seed: int) -> dict[str, Tensor]:
     for _ in range(EPOCHS):
         order = torch.randperm(len(q))
         for batch in order[: batches * 256].split(256):
-            noisy = q[batch] + NOISE * torch.randn(len(batch), 47) * weights["std"]
+            noisy = q[batch] + NOISE * torch.randn(len(batch), FEATURES) * weights["std"]
             with _dropped(weights) as thinned:
                 outputs = network(noisy, thinned)
             loss = F.cross_entropy(outputs[:, :-1], kind[batch], label_smoothing=0.02)
@@ -198,12 +201,12 @@ class _dropped:
 
 def logits(rows: np.ndarray, weights: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        return network(torch.from_numpy(rows[:, :47]), weights)
+        return network(torch.from_numpy(rows[:, :FEATURES]), weights)
 
 
 def clean_lead(rows: np.ndarray, outputs: Tensor) -> float:
     """What the logit of clean must be raised by, so that the wanted share of clean pictures keeps it."""
-    of_clean = outputs[torch.from_numpy(rows[:, 48] == 0), :-1]
+    of_clean = outputs[torch.from_numpy(rows[:, FEATURES + 1] == 0), :-1]
     lead = of_clean[:, 1:].max(dim=1).values - of_clean[:, 0]
     return max(0.0, float(lead.quantile(CLEAN_KEPT)))
 
@@ -217,8 +220,8 @@ def report(rows: np.ndarray, outputs: Tensor) -> dict[str, Any]:
     severity = outputs[:, -1].clamp(0, MOST_SEVERE).numpy()
     found: dict[str, Any] = {}
     for index, kind in enumerate(KINDS):
-        for level in sorted({int(s) for s in rows[rows[:, 48] == index, 49]}):
-            here = (rows[:, 48] == index) & (rows[:, 49] == level)
+        for level in sorted({int(s) for s in rows[rows[:, FEATURES + 1] == index, FEATURES + 2]}):
+            here = (rows[:, FEATURES + 1] == index) & (rows[:, FEATURES + 2] == level)
             counts = np.bincount(answers[here], minlength=len(KINDS))
             found.setdefault(kind, {})[str(level)] = {
                 "n": int(here.sum()),
@@ -280,7 +283,7 @@ def main() -> None:
     known = photographs(args.data)
     judged = np.array([is_judged(name) for name, _ in known])
     rows = features(args, known)
-    photograph = rows[:, 47].astype(int)
+    photograph = rows[:, FEATURES].astype(int)
     # neighbours in the list may be of one class
     fold = np.where(judged, np.random.default_rng(args.seed).permutation(len(known)) % args.folds, -1)[photograph]
     outputs = torch.empty(len(rows), len(KINDS) + 1)
@@ -298,7 +301,8 @@ def main() -> None:
         json.dumps({"raised": raised, "names": [n for n, _ in known], "fold": _of_photographs(photograph, fold)})
     )
     settings = (
-        f"{len(rows)} pictures of {len(known)} photographs, sides of {SIDES[0]} to {SIDES[1]} pixels. Share of the "
+        f"{len(rows)} pictures of {len(known)} photographs, sides of {SIDES[0]} to {SIDES[1]} pixels, "
+        f"and a fifth of {SMALL[0]} to {SMALL[1]}. Share of the "
         f"pictures of {int(judged.sum())} ImageNet photographs, in percent, that are told for what they are; judged by "
         f"{args.folds} networks, none of which has seen the photograph, seed {args.seed}. The logit of clean is raised "
         f"by {raised:.2f}; the network in the package was trained on all."

@@ -59,11 +59,11 @@ def brisque_tone(images: Tensor) -> Tensor:
         [0.5, 0.5, 0.5, 0.29, 0.29, 0.29, 0.01, 0.25, 0.5, 0.75, 0.99]
     """
     features = brisque(images)  # first, since it names what is wrong with the images
-    tone = torch.cat([_tone(block) for block in _blocks(images)])
+    tone = torch.cat([_tone(block) for block in blocks(images)])
     return torch.cat([features, tone.to(features.dtype)], dim=1)
 
 
-def _blocks(images: Tensor) -> tuple[Tensor, ...]:
+def blocks(images: Tensor) -> tuple[Tensor, ...]:
     """Pieces of the batch to be worked on one after another: on a CPU, as many images as its cache holds.
 
     Small pictures come in one piece; graphs are not split, since their batch may be symbolic.
@@ -76,13 +76,18 @@ def _blocks(images: Tensor) -> tuple[Tensor, ...]:
 def _tone(images: Tensor) -> Tensor:
     """The 11 statistics of images (B, 1 or 3, H, W), any floating dtype; (B, 11)."""
     wide = torch.float32 if images.device.type == "mps" else torch.float64  # MPS has no float64
+    pixels = finite(images)
+    mean, deviation = _moments(pixels, wide)
+    return torch.cat([mean, deviation, _percentiles(pixels.detach(), wide)], dim=1)
+
+
+def finite(images: Tensor) -> Tensor:
+    """Images (B, 1 or 3, H, W) as (B, 3, H, W) in [0, 1], float32 or float64; a pixel with a NaN is black."""
     pixels = images if images.dtype == torch.float64 else images.float()
     # contiguous, so that the order of summation does not depend on the memory format
     pixels = pixels.contiguous().clamp(0.0, 1.0)
     broken = pixels.detach().sum(dim=1, keepdim=True).isnan()
-    pixels = pixels.masked_fill_(broken, 0.0).expand(-1, 3, -1, -1)
-    mean, deviation = _moments(pixels, wide)
-    return torch.cat([mean, deviation, _percentiles(pixels.detach(), wide)], dim=1)
+    return pixels.masked_fill_(broken, 0.0).expand(-1, 3, -1, -1)
 
 
 def _moments(pixels: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Degradation: which of the 15 corruptions of ImageNet-C an image went through, if any, and how severely.
 
-A small network (47 → 128 → 128 → 17) on the features of ``brisque_tone``. Its weights, beside this file, were trained
+A small network (63 → 128 → 128 → 17) on the 47 features of ``brisque_tone`` and the 16 of
+:func:`~quac_plugins.core.quality.detail.detail`. Its weights, beside this file, were trained
 by ``examples/train_degradation.py`` on real photographs, degraded at all severities, at the sizes that networks take;
 ``benchmarks/results/degradation.md`` tells how often it is right about photographs that it has not seen.
 """
@@ -17,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quac_plugins.core.precision import full_precision
-from quac_plugins.core.quality.brisque_tone import brisque_tone
+from quac_plugins.core.quality.brisque_tone import blocks, brisque_tone, finite
+from quac_plugins.core.quality.detail import detail
 from quac_plugins.core.quality.table import quality_function
 
 CLEAN = "clean"
@@ -74,8 +76,15 @@ def degradation(images: Tensor) -> Tensor:
         >>> q.shape, bool((q[:, 0] < 0.5).all())
         (torch.Size([2, 17]), True)
     """
-    features = brisque_tone(images)
+    features = described(images)
     return classify(features, _weights(features))
+
+
+def described(images: Tensor) -> Tensor:
+    """What the network gets of images as :func:`degradation` takes them: (B, 63)."""
+    features = brisque_tone(images)  # first, since it names what is wrong with the images
+    with full_precision(features):
+        return torch.cat([features, torch.cat([detail(finite(block)) for block in blocks(images)])], dim=1)
 
 
 def _weights(like: Tensor) -> dict[str, Tensor]:
@@ -89,7 +98,7 @@ def _weights(like: Tensor) -> dict[str, Tensor]:
 
 
 def classify(features: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    """(B, 17) as :func:`degradation` gives them, of the features (B, 47) of ``brisque_tone`` and weights."""
+    """(B, 17) as :func:`degradation` gives them, of the features (B, 63) and weights."""
     with full_precision(features):
         outputs = network(features, weights)
     severity = outputs[:, -1:].clamp(0.0, MOST_SEVERE)
@@ -97,7 +106,7 @@ def classify(features: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
 
 
 def network(features: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    """Logits of :data:`KINDS` and the severity, (B, 17), of features (B, 47)."""
+    """Logits of :data:`KINDS` and the severity, (B, 17), of features (B, 63)."""
     h = ((features - weights["mean"]) / weights["std"]).clamp(-_FARTHEST, _FARTHEST)
     for layer in ("fc1", "fc2"):
         h = F.linear(h, weights[f"{layer}.weight"], weights[f"{layer}.bias"]).relu()
