@@ -68,7 +68,10 @@ def _shared(
     steps: Annotated[int | None, typer.Option(min=1)] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Pictures a step, over all processes.")] = None,
-    held_out: Annotated[float, typer.Option(help="Share of the images that judge which state is kept.")] = 0.2,
+    held_out: Annotated[
+        float | None,
+        typer.Option(help="Share of the images that judge which state is kept. Default: a fifth; of margins a tenth."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     mean: common.Mean = None,
     std: common.Std = None,

@@ -45,7 +45,8 @@ class Data:
         draws: degraded pictures of each view and corruption. None: likewise.
         clean_share: share of undegraded pictures among those that one module is fitted on, from 0 to below 1. None:
             none for one FDM for one corruption, else a tenth.
-        held_out: share of the images, above 0 and below 1, that are not fitted on but judge when to stop.
+        held_out: share of the images, above 0 and below 1, that are not fitted on but judge when to stop. None: a
+            fifth, or a tenth where margins are fitted.
         seed: of everything that is drawn, from 0 on.
         num_workers: processes that degrade; 0: this one alone. The pictures are the same.
         mean, std: of the host's normalization, in [0, 1], one number or one a channel; both or neither. None, as for
@@ -79,7 +80,7 @@ class Data:
     views: int | None = None
     draws: int | None = None
     clean_share: float | None = None
-    held_out: float = 0.2
+    held_out: float | None = None
     seed: int = 0
     num_workers: int = 0
     mean: Any = None
@@ -94,7 +95,7 @@ class Data:
                 whole_number(name, getattr(self, name))
         for name in ("seed", "num_workers"):
             whole_number(name, getattr(self, name), 0)
-        if not number_from(0, self.held_out) or not 0 < self.held_out < 1:
+        if self.held_out is not None and not (number_from(0, self.held_out) and 0 < self.held_out < 1):
             raise ValueError(f"held_out must be above 0 and below 1, got {self.held_out!r}")
         if self.clean_share is not None and not (number_from(0, self.clean_share) and self.clean_share < 1):
             raise ValueError(f"clean_share must be at least 0 and below 1, got {self.clean_share!r}")

@@ -35,7 +35,6 @@ Degrade = Callable[..., Any] | Mapping[str, Callable[..., Any]]
 """A user's own degradation, or several by name."""
 
 _BATCH = 8  # pictures that a worker makes at a time
-_SCALES = (0.5, 1.0)  # of the sides of a random crop
 _ASPECTS = (3 / 4, 4 / 3)  # of a random crop, relative to the network's input
 
 
@@ -79,6 +78,7 @@ def make_draws(
     seed: int = 0,
     workers: int = 0,
     crop: Callable[[Image.Image], torch.Tensor] | None = None,
+    scales: tuple[float, float] = (0.5, 1.0),
 ) -> Draws:
     """Draw training pictures: for each image ``views`` views, for each view ``draws`` pictures of each degradation.
 
@@ -98,6 +98,7 @@ def make_draws(
         workers: processes that degrade; 0 means this one. The result is the same.
         crop: makes the first view: PIL image → uint8 tensor (3, h, w), as `quac_plugins.evaluate.preprocessing.Crop`.
             None means to resize until the image covers the size, and to cut the middle out.
+        scales: least and most of the sides of the random crops, of the image's.
 
     Raises:
         ImportError: if corruptions are asked for and `imagecorruptions` is not installed.
@@ -133,10 +134,10 @@ def make_draws(
         kinds, tasks = list(drawn), list(_tasks(keys, drawn, draws, seed))
     same = _identical(keys, len(tasks), clean_share, seed)
     image = np.repeat(np.arange(len(few)), views)
-    clean = _views(few.clean, few.names, size, views, seed, crop)
+    clean = _views(few.clean, few.names, size, views, seed, crop, scales)
     degraded = np.empty((len(tasks) + len(same), *size, 3), dtype=np.uint8)
     if few.degraded is not None:
-        degraded[: len(tasks)] = _views(few.degraded, few.names, size, views, seed, crop)
+        degraded[: len(tasks)] = _views(few.degraded, few.names, size, views, seed, crop, scales)
     else:
         pictures = _Degraded(clean, tasks, kinds, [few.names[index] for index in image], own)
         _fill(degraded[: len(tasks)], pictures, workers)
@@ -209,7 +210,13 @@ def _check_sources(few: FewImages, names: list[str], levels: list[int], own: Map
 
 
 def _views(
-    images: list[np.ndarray], names: list[str], size: tuple[int, int], views: int, seed: int, crop: Any
+    images: list[np.ndarray],
+    names: list[str],
+    size: tuple[int, int],
+    views: int,
+    seed: int,
+    crop: Any,
+    scales: tuple[float, float],
 ) -> np.ndarray:
     """Return the views, uint8 (images · views, h, w, 3). Boxes depend on size and name alone: pairs stay aligned."""
     result = np.empty((len(images) * views, *size, 3), dtype=np.uint8)
@@ -218,7 +225,7 @@ def _views(
         result[index * views] = _whole(image, size) if crop is None else _cropped(image, size, crop)
         for view in range(1, views):
             rng = np.random.default_rng(image_seed(seed, "view", view, name))
-            result[index * views + view] = _random_view(image, size, rng)
+            result[index * views + view] = _random_view(image, size, rng, scales)
     return result
 
 
@@ -238,9 +245,11 @@ def _cropped(image: Image.Image, size: tuple[int, int], crop: Any) -> np.ndarray
     return pixels.permute(1, 2, 0).numpy()
 
 
-def _random_view(image: Image.Image, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+def _random_view(
+    image: Image.Image, size: tuple[int, int], rng: np.random.Generator, scales: tuple[float, float]
+) -> np.ndarray:
     """Cut out a box of about the network's aspect, resize it, and mirror it half of the time."""
-    scale = rng.uniform(*_SCALES)
+    scale = rng.uniform(*scales)
     aspect = math.exp(rng.uniform(math.log(_ASPECTS[0]), math.log(_ASPECTS[1])))
     place, mirrored = rng.random(2), rng.random() < 0.5
     unit = min(image.height / size[0], image.width / size[1]) * scale  # pixels of the image for one of the network

@@ -4,6 +4,10 @@ In the first part of the distillation the margins are told which degradation eac
 learns from its own; in the rest the gate says so, as it will in use, clean pictures among them: margins are then right
 for what the gate does, which itself stays as it was calibrated. Every margin of every place learns at once; those of
 degradations that are not fitted stay.
+
+A few photographs are few examples of each degradation, but much of what degradations do to a network is the same. So a
+margin is fitted as a sum of what is common to all, to a group of degradations (noise, blur, …), to the severities of
+one, and of its own; each picture then teaches all that it says something about.
 """
 
 from __future__ import annotations
@@ -14,10 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from quac_plugins.core.prior.margins import SEVERITIES, Margin, spread
 from quac_plugins.core.prior.matching import match
+from quac_plugins.degradations import GROUPS
 from quac_plugins.fit.loop import Fit, run_stage
 from quac_plugins.fit.photographs import digest_of
 from quac_plugins.fit.student import Student
@@ -84,18 +90,55 @@ def fit_margins(
             mixture.given = None
 
     tables = [margin.table for margin in margins]
-    rows = torch.zeros(len(tables[0]), dtype=torch.bool)
-    for place in [experts.index(kind) for kind in kinds] if experts else [0]:
-        kept = mixture.kept if mixture is not None else 1
-        rows[place * kept : (place + 1) * kept] = True
-    fit = Fit(student.compare(pictures, during=told), parameters, student.processes, scaled=tables, rows=rows)
+    sums = _sums(kinds, experts, mixture.kept) if mixture is not None else torch.ones(1, 1)
+    # of those that are not fitted nothing is shared
+    rows = sums[:, len(sums) :].any(dim=1) if mixture is not None else torch.ones(1, dtype=torch.bool)
+    rows = torch.cat([rows, torch.ones(sums.shape[1] - len(sums), dtype=torch.bool)])
     column = rows.to(student.device)[:, None]
     hooks = [table.register_hook(lambda gradient: gradient * column) for table in tables]
     try:
+        for margin in margins:
+            parametrize.register_parametrization(margin, "table", _Sums(sums.to(student.device)), unsafe=True)
+        fit = Fit(student.compare(pictures, during=told), parameters, student.processes, scaled=tables, rows=rows)
         run_stage(student, "margins", fit)
     finally:
         for hook in hooks:
             hook.remove()
+        for margin in margins:
+            if parametrize.is_parametrized(margin, "table"):
+                parametrize.remove_parametrizations(margin, "table")
+
+
+def _sums(kinds: list[str], experts: list[str], kept: int) -> Tensor:
+    """(R, R + …): each margin is its own row, plus what those that are fitted share.
+
+    Args:
+        kinds: degradations that are fitted.
+        experts: all degradations, in their order.
+        kept: rows of each.
+    """
+    names = [name for name in experts for _ in range(kept)]
+    groups = [set(kinds), *({*kinds} & {*group} for group in GROUPS.values()), *({kind} for kind in kinds if kept > 1)]
+    shared = [[float(name in group) for group in groups] for name in names]
+    return torch.cat([torch.eye(len(names)), torch.tensor(shared)], dim=1)
+
+
+class _Sums(nn.Module):
+    """A table of margins as sums of rows."""
+
+    sums: Tensor
+
+    def __init__(self, sums: Tensor):
+        super().__init__()
+        self.register_buffer("sums", sums)
+
+    def forward(self, parts: Tensor) -> Tensor:
+        """The table (R, 2·C) of its parts."""
+        return self.sums @ parts
+
+    def right_inverse(self, table: Tensor) -> Tensor:
+        """Parts of a table: its rows, and nothing that they share."""
+        return torch.cat([table, table.new_zeros(self.sums.shape[1] - len(table), table.shape[1])])
 
 
 def _statistics(student: Student, margins: Sequence[Margin], experts: list[str]) -> None:

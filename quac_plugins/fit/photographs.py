@@ -14,7 +14,8 @@ from quac_plugins.core.options import QualityOptions
 from quac_plugins.core.prior.comparison import Pictures
 from quac_plugins.evaluate.preprocessing import Crop, data_config, normalized
 from quac_plugins.fit.data import Data
-from quac_plugins.fit.draws import Draws, held_out, make_draws
+from quac_plugins.fit.draws import Draws, make_draws
+from quac_plugins.fit.draws import held_out as split_of
 from quac_plugins.fit.sources import few_images
 
 
@@ -27,6 +28,8 @@ class Photographs:
         config: of what is fitted, which may know the normalization of its host.
         wanted: how many degraded pictures a fit aims at.
         most_views: of an image, unless the user says how many.
+        scales: of the sides of the views that are random crops.
+        held_out: share of the images that judge, unless the user says which.
 
     Attributes:
         few: the images, read.
@@ -37,8 +40,17 @@ class Photographs:
         crop: PIL image → uint8 tensor (3, height, width).
     """
 
-    def __init__(self, model: nn.Module, data: Data, config: QualityOptions, wanted: int, most_views: int = 12):
-        self.model, self.data = model, data
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        config: QualityOptions,
+        wanted: int,
+        most_views: int = 12,
+        scales: tuple[float, float] = (0.5, 1.0),
+        held_out: float = 0.2,
+    ):
+        self.model, self.data, self.scales = model, data, scales
         # what is to be put in may know the images of its host
         mean, std = (data.mean, data.std) if data.mean is not None else (config.mean, config.std)
         given = {name: getattr(data, name) for name in ("input_size", "crop_pct", "interpolation")}
@@ -46,7 +58,7 @@ class Photographs:
         self.size: tuple[int, int] = tuple(self.settings["input_size"][-2:])
         self.crop = Crop(self.settings, keep_ready=data.crop_pct is None)
         self.few = few_images(data.images, pairs=data.pairs, limit=data.limit, seed=data.seed)
-        self.train, self.held = held_out(len(self.few), data.held_out, data.seed)
+        self.train, self.held = split_of(len(self.few), data.held_out or held_out, data.seed)
         if not self.held:
             warnings.warn("of one image none can be held out: what is kept is the best on that image", stacklevel=3)
         # about as many pictures whatever the number of images and corruptions; at least one of each
@@ -82,6 +94,7 @@ class Photographs:
             seed=self.data.seed,
             workers=self.data.num_workers,
             crop=self.crop,
+            scales=self.scales,
         )
 
     def split(self, draws: Draws) -> Pictures:

@@ -36,6 +36,7 @@ from quac_plugins.processes import process_group
 
 _PICTURES = 240  # degraded pictures of each kind that a fit aims at
 _OF_MARGINS = 160  # the same for margins, which learn all degradations at once
+_SCALES = (0.8, 1.0)  # of random crops for margins: statistics are to be those of whole pictures
 _VIEWS = 24  # of an image, at most
 
 
@@ -64,7 +65,8 @@ def fit_prior(
         images: clean photographs: a folder, files, arrays, PIL images, tensors in [0, 1], or a Dataset of these; or a
             :class:`quac_plugins.fit.Data`.
         config: what to inject into a plain host. None: margins, chosen by quality if there are several degradations.
-        deep: places whose features are compared in the second part of the fit: ``"stages"``, names, or None.
+        deep: places whose features are compared in the second part of the fit: ``"stages"`` (for margins, also a
+            norm after the last of them), names, or None.
         recipe: steps, learning rate, ….
         device: where to fit; None: where the model is. Processes that torchrun starts share the work.
         checkpoint: folder for the state of a fit until :func:`save_adapter` has written what was fitted; the same call
@@ -117,7 +119,10 @@ def fit_prior(
             "Leave clean_share out, or put in one FDM: config=PriorConfig()"
         )
     with process_group() as processes, unharmed(network):
-        photographs = Photographs(network, data, planned, _OF_MARGINS if margins else _PICTURES, _VIEWS)
+        if margins:
+            photographs = Photographs(network, data, planned, _OF_MARGINS, _VIEWS, scales=_SCALES, held_out=0.1)
+        else:
+            photographs = Photographs(network, data, planned, _PICTURES, _VIEWS)
         student = Student(network, photographs, recipe or (MARGINS if margins else None), settings, device, processes)
         if experts and set(data.kinds) - set(experts):
             raise ValueError(
@@ -146,9 +151,14 @@ def _fit(student: Student, experts: list[str], margins: bool, **opened: Any) -> 
     modules = {site.name: everywhere[site.name] for site in sites}
     # the gate of margins is calibrated, not trained: it would give clean pictures away
     of = "table" if margins else ""
+    pooled = prior.sites[-1].name if margins and opened["deep"] == "stages" else None
+    if pooled is not None:
+        opened["deep"] = ["stages", pooled]
     fitted = parameters_of(student.model, [f"{name}.{PRIOR_NAME}.{of}" for name in modules])
     opened |= {"after": None if margins else prior.sites[0], "clean_share": data.clean_share}
     with student.open("prior", fitted, list(modules), **opened) as report:
+        if pooled is not None and student.deeper[-1].name != pooled:  # it is inside the last stage
+            student.deeper = [site for site in student.deeper if site.name != pooled]
         report.unfitted = [name for name in everywhere if name not in modules]
         known = _known_experts(student, modules, experts) if experts else kinds
         judged = judged_pictures(photographs, known)
