@@ -122,14 +122,19 @@ def read_entries(path: str | Path) -> dict[str, Entry]:
         ValueError: the file is no TOML, or a field is missing, unknown or of another type; the message names it.
     """
     try:
-        with open(path, "rb") as file:
-            tables = tomllib.load(file)
+        tables = read_toml(path)
         kinds = KINDS.get(Path(path).stem, tuple(kind for kinds in KINDS.values() for kind in kinds))
         return {name: _entry(name, table, kinds) for name, table in tables.items()}
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path} is no TOML: {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The tables of a file."""
+    with open(path, "rb") as file:
+        return tomllib.load(file)
 
 
 def _entry(name: str, table: Any, kinds: tuple[str, ...]) -> Entry:

