@@ -15,8 +15,14 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
 
 
 def push_command(
-    folder: Annotated[Path, typer.Argument(help="An adapter (quac fit-prior --out) or a model that timm saved.")],
-    repo_id: Annotated[str, typer.Argument(help="org/name.")],
+    folder: Annotated[
+        Path | None, typer.Argument(help="An adapter (quac fit-prior --out) or a model that timm saved.")
+    ] = None,
+    repo_id: Annotated[str | None, typer.Argument(help="org/name.")] = None,
+    everything: Annotated[
+        str | None,
+        typer.Option("--all", metavar="ORG", help="In place of both: send all models of the package to ORG/NAME.TAG."),
+    ] = None,
     metrics: Annotated[
         list[Path] | None, typer.Option(help="JSON of quac evaluate, one for each seed. May be repeated.")
     ] = None,
@@ -41,8 +47,16 @@ def push_command(
     with common.plain_errors(debug):
         if out is not None and not dry_run:
             raise ValueError("--out goes with --dry-run")
-        from quac_plugins.hub.push import push
+        from quac_plugins.hub.push import push, push_all
 
+        if everything is not None:
+            if folder is not None or dry_run or metrics:
+                raise ValueError("--all sends the models of the package as they are: give no folder and no figures")
+            for sent in push_all(everything, private=private):
+                typer.echo(str(sent))
+            return
+        if folder is None or repo_id is None:
+            raise ValueError("give a folder and org/name, or --all ORG")
         pushed = push(
             folder, repo_id, metrics=metrics, fit=fit, base_model=base_model, license=license,
             description=description, private=private, revision=revision, commit_message=message,

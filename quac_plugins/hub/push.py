@@ -22,8 +22,9 @@ from quac_plugins.core.inject.surgery import injection_of, nothing_inside
 from quac_plugins.evaluate.report import EvaluationReport
 from quac_plugins.hub.card import make_card, read_metrics
 from quac_plugins.hub.fetch import ADAPTER_FILES, EXTRAS, MODEL_FILES, is_network
+from quac_plugins.hub.published import Published
 from quac_plugins.hub.verify import refuse_pickles, sha256_of
-from quac_plugins.registry import is_published_name
+from quac_plugins.registry import KINDS, is_published_name, published
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,40 @@ def push(
         if dry_run is not None:
             return Pushed(repo_id, files, folder=copy_files(folder.iterdir(), dry_run, overwrite))
         what = "model" if MODEL_FILES[-1] in files else "adapter"
-        info = _send(folder, repo_id, private, revision, commit_message or f"Upload {what} with quac-plugins", token)
+        message, sent = commit_message or f"Upload {what} with quac-plugins", {name: folder / name for name in files}
+        info = _send(sent, repo_id, private, revision, message, token)
         return Pushed(repo_id, files, commit=info.oid, url=info.commit_url)
+
+
+def push_all(organization: str, private: bool | None = None, token: str | bool | None = None) -> list[Pushed]:
+    """Send every model that is embedded in the package to ``organization/NAME.TAG`` on the Hub, as it is.
+
+    With ``QUAC_HUB=organization`` the names are then read from there.
+
+    Args:
+        organization: of the Hub, or one's own name there.
+        private, token: see :func:`push`.
+
+    Returns:
+        The commit of each, in the order of their names.
+
+    Raises:
+        ValueError: a file is not the one that the registry knows.
+        PermissionError, ConnectionError: see :func:`push`; those before were sent.
+    """
+    from huggingface_hub.utils import validate_repo_id
+
+    found = [Published(entry.name, entry, door=door) for door in KINDS for entry in published(door).values()]
+    folders = {each.name: each.folder() for each in found if each.entry is not None and each.entry.repo is None}
+    pushed = []
+    for name, folder in sorted(folders.items()):
+        repo_id = f"{organization}/{name}"
+        validate_repo_id(repo_id)
+        files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
+        info = _send(files, repo_id, private, None, f"Upload {name} with quac-plugins", token)
+        told = {at: (path.stat().st_size, sha256_of(path)) for at, path in files.items()}
+        pushed.append(Pushed(repo_id, told, commit=info.oid, url=info.commit_url))
+    return pushed
 
 
 def _check_whose(reports: list[EvaluationReport], weights: Path) -> None:
@@ -212,13 +245,19 @@ def _pack(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) 
 
 
 def _send(
-    folder: Path, repo_id: str, private: bool | None, revision: str | None, message: str, token: str | bool | None
+    files: dict[str, Path],
+    repo_id: str,
+    private: bool | None,
+    revision: str | None,
+    message: str,
+    token: str | bool | None,
 ) -> Any:
+    """Files, by their names in the repository, in one commit."""
     from huggingface_hub import CommitOperationAdd, HfApi, constants
     from huggingface_hub.utils import HfHubHTTPError, OfflineModeIsEnabled
 
     api = HfApi(token=token, library_name="quac-plugins")
-    operations: Sequence[Any] = [CommitOperationAdd(path.name, path) for path in sorted(folder.iterdir())]
+    operations: Sequence[Any] = [CommitOperationAdd(name, path) for name, path in files.items()]
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:

@@ -25,7 +25,7 @@ from quac_plugins.fit.confusion import Confusion
 from quac_plugins.fit.report import FitReport
 from quac_plugins.hub.fetch import fetch
 from quac_plugins.hub.verify import sha256_of
-from quac_plugins.registry import Entry
+from quac_plugins.registry import Entry, published
 
 REPO = "me/fog-adapter"
 
@@ -426,6 +426,19 @@ def test_the_commands(host, hub, tmp_path):
     missing = run("pull", "me/nothing")
     assert missing.exit_code == 2
     assert "no repository" in missing.output
+
+
+def test_one_command_sends_all_models_of_the_package(hub):
+    from typer.testing import CliRunner
+
+    from quac_plugins.commands import app
+
+    result = CliRunner().invoke(app, ["push", "--all", "me"])
+    assert result.exit_code == 0, result.output
+    embedded = [name for door in ("timm", "diffusers") for name in published(door)]
+    assert [name for name in embedded if f"me/{name}" in result.output] == embedded
+    folder = fetch("me/dla46_c_ddp.cifar10", files=("config.json", "model.safetensors"))
+    assert sha256_of(folder / "model.safetensors") == published()["dla46_c_ddp.cifar10"].sha256
 
 
 def test_a_revision_of_a_published_name(host, hub, monkeypatch, photographs):
