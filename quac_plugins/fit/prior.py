@@ -123,7 +123,9 @@ def fit_prior(
             photographs = Photographs(network, data, planned, _OF_MARGINS, _VIEWS, scales=_SCALES, held_out=0.1)
         else:
             photographs = Photographs(network, data, planned, _PICTURES, _VIEWS)
-        student = Student(network, photographs, recipe or (MARGINS if margins else None), settings, device, processes)
+        if recipe is None and margins:  # without features there are the logits alone
+            recipe = MARGINS if deep is not None else replace(MARGINS, logits_weight=1.0)
+        student = Student(network, photographs, recipe, settings, device, processes)
         if experts and set(data.kinds) - set(experts):
             raise ValueError(
                 f"this prior is routed over the experts {', '.join(experts)}; it cannot be fitted on "

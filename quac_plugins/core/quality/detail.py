@@ -38,7 +38,7 @@ def detail(pixels: Tensor) -> Tensor:
         >>> detail(torch.rand(2, 3, 64, 48)).shape
         torch.Size([2, 16])
     """
-    brightness = sum(weight * pixels[:, channel : channel + 1] for channel, weight in enumerate(_LUMA))
+    brightness = (pixels * pixels.new_tensor(_LUMA)[:, None, None]).sum(1, keepdim=True)
     scales = [brightness]
     for _ in range(3):
         scales.append(_halved(scales[-1]))
