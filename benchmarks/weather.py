@@ -2,6 +2,7 @@
 
     python benchmarks/weather.py --host tf_efficientnet_lite0=F.safetensors --gates DIR --seeds 0,1,2
     python benchmarks/weather.py --host mobilenetv2_100=F.safetensors --rows host,margins --photographs 10
+    python benchmarks/weather.py --host tf_efficientnet_lite0=F.safetensors --publish  # what was fitted, into hub/
 
 DIR is the --work folder of examples/train_degradation.py: each photograph is then judged with a gate that has not seen
 it. F holds the host's weights (mean = std = 0.5). Each unit of work is a file in --work, so the script goes on where it
@@ -25,6 +26,7 @@ import argparse
 import copy
 import json
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -233,6 +235,65 @@ def unit(args: argparse.Namespace, row: str, seed: int) -> None:
     print(f"{args.model} {row} {seed}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
 
 
+def publish(args: argparse.Namespace) -> None:
+    """The margins of the first seed in half precision into hub/, with a card, and an entry in the registry."""
+    import tempfile
+
+    import torch
+
+    import quac_plugins as quac
+    from quac_plugins.evaluate import evaluate
+    from quac_plugins.registry import write_entry
+
+    seed, name = int(args.seeds.split(",")[0]), f"{args.model}_ddp.in1k_weather"
+    kept = args.work / f"{args.model}-margins-{args.photographs}-{seed}"
+    scores = collect(args)[args.model]
+    ours, host = scores["margins"][str(args.photographs)][str(seed)]["scores"], scores["host"]["0"]["0"]["scores"]
+    told = ", ".join(_sentences(host, ours))
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as temporary:
+        half, data = Path(temporary) / "adapter", Path(temporary) / f"{args.data.name}-judged"
+        model = quac.load_adapter(build(args), kept)
+        quac.save_adapter(model, half, dtype=torch.float16)
+        shutil.copyfile(kept / "fit_report.json", half / "fit_report.json")
+        for item in common.photographs(args)[1]:
+            link = data / Path(item.path).parent.name / Path(item.path).name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(Path(item.path).resolve())
+        model = quac.load_adapter(build(args), half).eval()
+        report = evaluate(model, data, corruptions="all", severities=args.severities, num_workers=0, progress=False)
+        pushed = quac.push(
+            half, name, metrics=report, license="apache-2.0", base_model=f"timm/{args.model}.in1k",
+            dry_run=RESULTS.parents[1] / "hub" / name, overwrite=True,
+            description=f"Margins for the 15 corruptions of ImageNet-C, fitted by benchmarks/weather.py on "
+            f"{args.photographs} photographs of ImageNet without labels (seed {seed}). The table below is of "
+            f"{len(common.photographs(args)[1])} others, which the shipped quality function had seen when it was "
+            f"trained; with quality functions that had not seen them: {told}.",
+        )  # fmt: skip
+        assert report.clean is not None
+        size, sha256 = pushed.files["adapter_model.safetensors"]
+        whole = evaluate(model, args.data, progress=False)
+        assert whole.clean is not None
+        entry = {
+            "kind": "adapter", "sha256": sha256, "size": size, "license": "apache-2.0", "base": "in1k",
+            "metrics": {"top1": round(report.clean["top1"], 4), "val_top1": round(whole.clean["top1"], 4)},
+        }  # fmt: skip
+    write_entry(RESULTS.parents[1] / "registry/timm.toml", name, entry)
+
+
+def _sentences(host: dict[str, float], ours: dict[str, float]) -> list[str]:
+    """Top-1 of the host and with margins: clean, and the mean of the corruptions at each severity."""
+    from quac_plugins.degradations import CORRUPTIONS
+
+    levels = sorted({key.split("/")[1] for key in ours if key.split("/")[0] in CORRUPTIONS})
+    means = [
+        (f"severity {level}", *(statistics.mean(s[f"{c}/{level}"] for c in CORRUPTIONS) for s in (host, ours)))
+        for level in levels
+    ]
+    pairs = [("clean", host["clean/0"], ours["clean/0"]), *means]
+    return [f"{what} {before:.1f} → {after:.1f} %" for what, before, after in pairs]
+
+
 def collect(args: argparse.Namespace) -> dict[str, Any]:
     """All units there are: host → row → photographs → runs by seed."""
     table: dict[str, Any] = (
@@ -314,6 +375,7 @@ def main() -> None:
     parser.add_argument("--photographs", type=int, default=100)
     parser.add_argument("--judge", type=int, default=300)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--publish", action="store_true", help="what was fitted and judged, into hub/ and registry/")
     parser.add_argument("--work", type=Path, default=Path("weather"))
     parser.add_argument("--out", type=Path, default=RESULTS / "weather")
     args = parser.parse_args()
@@ -322,6 +384,9 @@ def main() -> None:
     args.severities = [int(s) for s in args.severities.split(",")]
     args.work = args.work / args.model
     args.work.mkdir(parents=True, exist_ok=True)
+    if args.publish:
+        publish(args)
+        return
     for row in args.rows.split(","):
         for seed in [int(s) for s in args.seeds.split(",")] if row in FITTED else [0]:
             unit(args, row, seed)

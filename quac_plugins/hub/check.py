@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ from quac_plugins.hub.published import Published
 from quac_plugins.registry import KINDS, Entry, data_folder, published
 
 PACKED = "val.npz"
+_SYNSET = re.compile(r"n\d{8}\Z")  # as folders of ImageNet's classes are named
 _TOLERANCE = 0.05  # of a figure in percent: the third digit
 
 
@@ -24,8 +26,8 @@ def check_registry(on_hub: bool = False, data: Path | None = None) -> Iterator[t
 
     Args:
         on_hub: also fetch what lies on the Hub.
-        data: measure each model again on these images, and compare with its figures: folders of classes, or a folder
-            with the packed set ``val.npz``.
+        data: measure each model of these classes again on these images, and compare with its figures: folders of
+            classes, or a folder with the packed set ``val.npz``.
 
     Raises:
         ValueError: the packed set is damaged.
@@ -98,6 +100,9 @@ def _accuracy_problems(entry: Entry, data: Path) -> Iterator[str]:
 
     from quac_plugins.evaluate import evaluate
 
+    of_imagenet = all(_SYNSET.match(folder.name) for folder in data.iterdir() if folder.is_dir())
+    if of_imagenet != (entry.input.get("num_classes", 1000) == 1000):
+        return  # of other classes than these
     wanted = entry.metrics.get("val_top1")
     if wanted is None:
         yield "the entry tells no val_top1 to compare with"
