@@ -258,7 +258,7 @@ class Comparison:
     @property
     def compares_logits(self) -> bool:
         """Whether there are logits, and a deep part that compares them."""
-        return LOGITS in self.drift and not self.near_only
+        return LOGITS in self.drift and bool(self.recipe.logits_weight) and not self.near_only
 
     def logits_distance(self, indices: np.ndarray) -> float:
         """How far the student's logits are on these degraded pictures; 1 is the untouched host."""
