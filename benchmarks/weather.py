@@ -255,7 +255,8 @@ def publish(args: argparse.Namespace) -> None:
         half, data = Path(temporary) / "adapter", Path(temporary) / f"{args.data.name}-judged"
         model = quac.load_adapter(build(args), kept)
         quac.save_adapter(model, half, dtype=torch.float16)
-        shutil.copyfile(kept / "fit_report.json", half / "fit_report.json")
+        if (kept / "fit_report.json").is_file():
+            shutil.copyfile(kept / "fit_report.json", half / "fit_report.json")
         for item in common.photographs(args)[1]:
             link = data / Path(item.path).parent.name / Path(item.path).name
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -265,8 +266,8 @@ def publish(args: argparse.Namespace) -> None:
         pushed = quac.push(
             half, name, metrics=report, license="apache-2.0", base_model=f"timm/{args.model}.in1k",
             dry_run=RESULTS.parents[1] / "hub" / name, overwrite=True,
-            description=f"Margins for the 15 corruptions of ImageNet-C, fitted by benchmarks/weather.py on "
-            f"{args.photographs} photographs of ImageNet without labels (seed {seed}). The table below is of "
+            description=f"Margins for the 15 corruptions of ImageNet-C, fitted by benchmarks/weather.py with "
+            f"the defaults of fit_prior on {args.photographs} photographs of ImageNet without labels (seed {seed}). The table below is of "
             f"{len(common.photographs(args)[1])} others, which the shipped quality function had seen when it was "
             f"trained; with quality functions that had not seen them: {told}.",
         )  # fmt: skip
