@@ -267,7 +267,8 @@ def publish(args: argparse.Namespace) -> None:
             half, name, metrics=report, license="apache-2.0", base_model=f"timm/{args.model}.in1k",
             dry_run=RESULTS.parents[1] / "hub" / name, overwrite=True,
             description=f"Margins for the 15 corruptions of ImageNet-C, fitted by benchmarks/weather.py with "
-            f"the defaults of fit_prior on {args.photographs} photographs of ImageNet without labels (seed {seed}). The table below is of "
+            f"the defaults of fit_prior on {args.photographs} photographs of ImageNet without labels (seed {seed}). "
+            f"The table below is of "
             f"{len(common.photographs(args)[1])} others, which the shipped quality function had seen when it was "
             f"trained; with quality functions that had not seen them: {told}.",
         )  # fmt: skip

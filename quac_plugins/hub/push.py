@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -173,13 +175,22 @@ def push_all(organization: str, private: bool | None = None, token: str | bool |
 def _check_whose(reports: list[EvaluationReport], weights: Path) -> None:
     """Warn if none of the reports is of the adapter in this file, as far as they know."""
     judged = [(report.network["inside"] or {}).get("sha256") for report in reports if "inside" in report.network]
-    if weights.is_file() and len(judged) == len(reports) and (pushed := sha256_of(weights)) not in judged:
+    if not weights.is_file() or len(judged) < len(reports):
+        return
+    pushed = sha256_of(weights)
+    if not {pushed, _in_single_precision(weights)}.intersection(judged):
         names = ", ".join(dict.fromkeys(report.label for report in reports))
         warnings.warn(
             f"the figures are of {names}, and none of them of the adapter that is pushed (SHA-256 {pushed[:6]}…): "
             "quac evaluate … --adapter FOLDER --json FILE",
             stacklevel=3,
         )
+
+
+def _in_single_precision(weights: Path) -> str:
+    """The hash that an adapter in half precision has once a host in float32 has loaded it."""
+    state = {n: t.float() if t.is_floating_point() else t for n, t in safetensors.torch.load_file(weights).items()}
+    return hashlib.sha256(safetensors.torch.save(state, metadata={"format": "pt"})).hexdigest()
 
 
 def _without_paths(report: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Cards: what they say is what is in the files, and figures come from reports alone."""
 
+import copy
 import json
 import re
 import warnings
@@ -69,6 +70,9 @@ def test_figures_are_of_what_is_pushed(model, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         card = card_of(model, tmp_path / "mine", metrics=mine)
+        half = quac.save_adapter(model, tmp_path / "half", dtype=torch.float16)
+        loaded = quac.load_adapter(copy.deepcopy(model), half)  # in float32 again
+        card_of(half, tmp_path / "sent", metrics=measured(loaded))
     assert "64×64, mean 0.5; photographs, seed 1.\n" in card.text
     with pytest.warns(UserWarning, match=r"the figures are of test_resnet.*none of them of the adapter that is pushed"):
         card_of(model, tmp_path / "bare", metrics=bare)

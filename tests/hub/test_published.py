@@ -1,5 +1,7 @@
 """Published models by name: the registry's entries, embedded files and their hashes."""
 
+import contextlib
+import copy
 import io
 import json
 import re
@@ -17,8 +19,10 @@ from typer.testing import CliRunner
 
 import quac_plugins as quac
 from quac_plugins.commands import app
+from quac_plugins.degradations import corrupt
 from quac_plugins.evaluate import evaluate
 from quac_plugins.evaluate.packed import unpack
+from quac_plugins.evaluate.predict import predict
 from quac_plugins.hub.check import check_registry
 from quac_plugins.hub.verify import sha256_of
 from quac_plugins.registry import Entry, published, read_entries, write_entry
@@ -280,17 +284,42 @@ def test_the_packages_own_registry_is_true():
 def test_what_is_embedded_loads_with_no_network_and_predicts(name, monkeypatch, photographs):
     """By the name alone, through timm's own factory; q of the pictures decides where the network reads it."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    model = timm.create_model(name, pretrained=True).eval()
     entry = published()[name]
-    assert model.num_classes == entry.input["num_classes"]
-    assert sum(p.numel() for p in model.parameters()) * 2 <= entry.size <= 4_000_000
-    mean, std = (torch.tensor(entry.input[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-    images = photographs(4, entry.input["input_size"][-1])
+    at_hand = pytest.warns(UserWarning, match="not reachable") if entry.kind == "adapter" else contextlib.nullcontext()
+    with at_hand:  # an adapter's host has its weights from a package then
+        model = timm.create_model(name, pretrained=True).eval()
+    cfg = model.pretrained_cfg
+    assert model.num_classes == entry.input.get("num_classes", 1000)
+    assert entry.size <= 4_000_000
+    assert entry.kind == "adapter" or sum(p.numel() for p in model.parameters()) * 2 <= entry.size
+    assert {key: list(cfg[key]) for key in entry.input if key in ("mean", "std")} == {
+        key: value for key, value in entry.input.items() if key in ("mean", "std")
+    }
+    mean, std = (torch.tensor(cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    images = photographs(4, cfg["input_size"][-1])
     with torch.no_grad():
         logits = model((images - mean) / std)
         torch.testing.assert_close(model((images[:1] - mean) / std), logits[:1])
     assert logits.shape == (4, model.num_classes)
     assert len(set(logits.argmax(dim=1).tolist())) > 1
+
+
+def test_the_weather_adapter_sees_what_its_host_does_not(monkeypatch):
+    """The README's first claim, on a cup of coffee."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.warns(UserWarning, match="not reachable"):
+        model = timm.create_model("tf_efficientnet_lite0_ddp.in1k_weather", pretrained=True).eval()
+    cup = Image.fromarray(data.coffee()[:, 100:500]).resize((224, 224), Image.Resampling.BICUBIC)
+    host = quac.remove(copy.deepcopy(model))
+
+    def first(picture):
+        said = predict(model, picture, host=host)
+        return said.host[0][0], said.classes[0][0]
+
+    assert first(cup) == ("espresso", "espresso")
+    for kind in ("contrast", "elastic_transform", "snow"):
+        without, with_margins = first(Image.fromarray(corrupt(np.asarray(cup), kind, 4, 0)))
+        assert without != "espresso" == with_margins, kind
 
 
 def test_an_entry_is_written_in_the_place_of_the_old_one(tmp_path):
