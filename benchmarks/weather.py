@@ -324,7 +324,7 @@ def markdown(args: argparse.Namespace, table: dict[str, Any]) -> str:
     ]
     for host, rows in table.items():
         runs = [run for row in rows.values() for by_seed in row.values() for run in by_seed.values()]
-        severities = sorted({int(key.split("/")[1]) for run in runs for key in run["scores"]} - {0})
+        severities = sorted({int(key.split("/")[1]) for run in runs for key in run["scores"] if "+" not in key} - {0})
         mixed = [key for key in runs[0]["scores"] if "+" in key]
         heads = [
             "clean",
