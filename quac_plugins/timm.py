@@ -142,7 +142,8 @@ def create_quac(
     except Exception as error:
         weights = None
         if pretrained and not whole and _is_network(error):
-            weights = from_package(_name_of(base, pretrained_cfg))
+            if _are_timms(base, pretrained_cfg, pretrained_cfg_overlay):
+                weights = from_package(_name_of(base, pretrained_cfg))
             if weights is None:
                 raise RuntimeError(_not_found(base, suffix, pretrained_cfg)) from error
         if weights is not None:
@@ -311,6 +312,14 @@ def _name_of(base: str, pretrained_cfg: Any) -> str:
         else _field(pretrained_cfg or timm.get_pretrained_cfg(base), "tag")
     )
     return f"{base}.{tag}" if tag else base
+
+
+def _are_timms(base: str, pretrained_cfg: Any, overlay: dict[str, Any] | None) -> bool:
+    """Whether the weights that were asked for are those that timm names so, and no others under the name."""
+    known = timm.get_pretrained_cfg(_name_of(base, pretrained_cfg), allow_unregistered=True)
+    given = {} if pretrained_cfg is None or isinstance(pretrained_cfg, str) else pretrained_cfg
+    sources = {key: (overlay or {}).get(key, _field(given, key)) for key in ("hf_hub_id", "url", "file")}
+    return known is not None and all(not value or value == _field(known, key) for key, value in sources.items())
 
 
 def _not_found(base: str, suffix: str, pretrained_cfg: Any) -> str:

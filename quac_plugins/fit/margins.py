@@ -90,15 +90,15 @@ def fit_margins(
             mixture.given = None
 
     tables = [margin.table for margin in margins]
-    sums = _sums(kinds, experts, mixture.kept) if mixture is not None else torch.ones(1, 1)
-    # of those that are not fitted nothing is shared
-    rows = sums[:, len(sums) :].any(dim=1) if mixture is not None else torch.ones(1, dtype=torch.bool)
-    rows = torch.cat([rows, torch.ones(sums.shape[1] - len(sums), dtype=torch.bool)])
+    shared = _shared(kinds, experts, mixture.kept) if mixture is not None else torch.ones(1, 0)
+    fitted = shared.any(dim=1) if mixture is not None else torch.ones(1, dtype=torch.bool)
+    rows = torch.cat([fitted, torch.ones(shared.shape[1], dtype=torch.bool)])
     column = rows.to(student.device)[:, None]
     hooks = [table.register_hook(lambda gradient: gradient * column) for table in tables]
     try:
         for margin in margins:
-            parametrize.register_parametrization(margin, "table", _Sums(sums.to(student.device)), unsafe=True)
+            sums = _Sums(shared.to(margin.table), fitted.to(student.device))
+            parametrize.register_parametrization(margin, "table", sums, unsafe=True)
         fit = Fit(student.compare(pictures, during=told), parameters, student.processes, scaled=tables, rows=rows)
         run_stage(student, "margins", fit)
     finally:
@@ -109,8 +109,8 @@ def fit_margins(
                 parametrize.remove_parametrizations(margin, "table")
 
 
-def _sums(kinds: list[str], experts: list[str], kept: int) -> Tensor:
-    """(R, R + …): each margin is its own row, plus what those that are fitted share.
+def _shared(kinds: list[str], experts: list[str], kept: int) -> Tensor:
+    """(R, …): what each margin has in common with others that are fitted, as ones.
 
     Args:
         kinds: degradations that are fitted.
@@ -119,26 +119,28 @@ def _sums(kinds: list[str], experts: list[str], kept: int) -> Tensor:
     """
     names = [name for name in experts for _ in range(kept)]
     groups = [set(kinds), *({*kinds} & {*group} for group in GROUPS.values()), *({kind} for kind in kinds if kept > 1)]
-    shared = [[float(name in group) for group in groups] for name in names]
-    return torch.cat([torch.eye(len(names)), torch.tensor(shared)], dim=1)
+    return torch.tensor([[float(name in group) for group in groups] for name in names])
 
 
 class _Sums(nn.Module):
-    """A table of margins as sums of rows."""
+    """A table of margins, those that are fitted as sums of a row of their own and of rows that they share."""
 
-    sums: Tensor
+    shared: Tensor
+    fitted: Tensor
 
-    def __init__(self, sums: Tensor):
+    def __init__(self, shared: Tensor, fitted: Tensor):
         super().__init__()
-        self.register_buffer("sums", sums)
+        self.register_buffer("shared", shared)
+        self.register_buffer("fitted", fitted)
 
     def forward(self, parts: Tensor) -> Tensor:
         """The table (R, 2·C) of its parts."""
-        return self.sums @ parts
+        own, common = parts.split([len(self.shared), self.shared.shape[1]])
+        return torch.where(self.fitted[:, None], own + self.shared @ common, own)
 
     def right_inverse(self, table: Tensor) -> Tensor:
         """Parts of a table: its rows, and nothing that they share."""
-        return torch.cat([table, table.new_zeros(self.sums.shape[1] - len(table), table.shape[1])])
+        return torch.cat([table, table.new_zeros(self.shared.shape[1], table.shape[1])])
 
 
 def _statistics(student: Student, margins: Sequence[Margin], experts: list[str]) -> None:

@@ -100,7 +100,9 @@ def _accuracy_problems(entry: Entry, data: Path) -> Iterator[str]:
 
     from quac_plugins.evaluate import evaluate
 
-    of_imagenet = all(_SYNSET.match(folder.name) for folder in data.iterdir() if folder.is_dir())
+    of_imagenet = all(
+        _SYNSET.match(folder.name) for folder in data.iterdir() if folder.is_dir() and folder.name[0] != "."
+    )
     if of_imagenet != (entry.input.get("num_classes", 1000) == 1000):
         return  # of other classes than these
     wanted = entry.metrics.get("val_top1")

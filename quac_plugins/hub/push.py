@@ -165,7 +165,7 @@ def push_all(organization: str, private: bool | None = None, token: str | bool |
     for name, folder in sorted(folders.items()):
         repo_id = f"{organization}/{name}"
         validate_repo_id(repo_id)
-        files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
+        files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_file()}
         info = _send(files, repo_id, private, None, f"Upload {name} with quac-plugins", token)
         told = {at: (path.stat().st_size, sha256_of(path)) for at, path in files.items()}
         pushed.append(Pushed(repo_id, told, commit=info.oid, url=info.commit_url))

@@ -34,6 +34,12 @@ def test_without_the_hub_the_factory_takes_them_with_any_classes(weights, monkey
     assert model.pretrained_cfg.get("state_dict") is None
 
 
+def test_weights_of_ones_own_are_not_replaced_by_a_packages(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(RuntimeError, match="no pretrained weights"):
+        timm.create_model(f"{LITE}_ddp", pretrained=True, pretrained_cfg_overlay={"hf_hub_id": "me/mine", "url": ""})
+
+
 def test_another_file_than_the_registrys_is_refused(monkeypatch):
     known = packages._known()[f"{LITE}.in1k"]
     monkeypatch.setitem(packages._known(), f"{LITE}.in1k", {**known, "sha256": "0" * 64})

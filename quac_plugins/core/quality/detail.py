@@ -80,7 +80,8 @@ def _directions(framed: Tensor, diagonals: bool = False) -> list[Tensor]:
     rings = torch.stack([inner, middle & ~inner, ~middle]).to(right.dtype).flatten(1)
     away = radius.clamp(min=0.5)
     radial, tangential = (right * x + down * y) / away, (down * x - right * y) / away
-    across, along = (_log(each.abs().flatten(1) @ rings.T / rings.sum(1).clamp(min=1)) for each in (radial, tangential))
+    sums = ((each.abs().flatten(1)[:, None] * rings).sum(2) for each in (radial, tangential))
+    across, along = (_log(total / rings.sum(1).clamp(min=1)) for total in sums)
     found = list((across - along).unbind(1))
     if diagonals:
         falling = framed[..., 2:, 2:] - framed[..., :-2, :-2]
