@@ -45,10 +45,6 @@ MIXTURES = (("fog", "gaussian_noise"), ("defocus_blur", "jpeg_compression"), ("b
 CLEAN = ("clean", 0)
 
 
-def build(args: argparse.Namespace) -> Any:
-    return common.build(args)
-
-
 def conditions(args: argparse.Namespace) -> list[tuple[str, int]]:
     from quac_plugins.degradations import CORRUPTIONS
 
@@ -172,7 +168,7 @@ def fitted(args: argparse.Namespace, row: str, seed: int) -> tuple[Any, dict[str
     """The network of a row, from the folder of an earlier run if there is one, and what its fit says."""
     import quac_plugins as quac
 
-    model, name = build(args), "margins" if row == "shuffled" else row
+    model, name = common.build(args), "margins" if row == "shuffled" else row
     folder = args.work / f"{args.model}-{name}-{args.photographs}-{seed}"
     if not (folder / "adapter_config.json").is_file():
         options: dict[str, Any] = {"seed": seed, "progress": False, "checkpoint": folder.with_suffix(".fit")}
@@ -218,7 +214,7 @@ def unit(args: argparse.Namespace, row: str, seed: int) -> None:
     gates, targets = Gates(args.gates, items), torch.tensor([item.target for item in items])
     gates.use(0)
     started = time.perf_counter()
-    model, report = fitted(args, row, seed) if row in FITTED else (build(args), {})
+    model, report = fitted(args, row, seed) if row in FITTED else (common.build(args), {})
     run = ADAPTED.get(row, shuffled if row == "shuffled" else logits_of)
     config, scores = data_config(model), {}
     for condition in conditions(args):
@@ -253,7 +249,7 @@ def publish(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as temporary:
         half, data = Path(temporary) / "adapter", Path(temporary) / f"{args.data.name}-judged"
-        model = quac.load_adapter(build(args), kept)
+        model = quac.load_adapter(common.build(args), kept)
         quac.save_adapter(model, half, dtype=torch.float16)
         if (kept / "fit_report.json").is_file():
             shutil.copyfile(kept / "fit_report.json", half / "fit_report.json")
@@ -261,7 +257,7 @@ def publish(args: argparse.Namespace) -> None:
             link = data / Path(item.path).parent.name / Path(item.path).name
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(Path(item.path).resolve())
-        model = quac.load_adapter(build(args), half).eval()
+        model = quac.load_adapter(common.build(args), half).eval()
         report = evaluate(model, data, corruptions="all", severities=args.severities, num_workers=0, progress=False)
         pushed = quac.push(
             half, name, metrics=report, license="apache-2.0", base_model=f"timm/{args.model}.in1k",

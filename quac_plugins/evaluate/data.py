@@ -28,7 +28,7 @@ __getattr__ = moved(__name__, read_image="quac_plugins.images")
 CLEAN = ("clean", 0)
 """The condition of images without corruption; a condition is a pair of corruption and severity."""
 
-_SYNSET = re.compile(r"n\d{8}")
+SYNSET = re.compile(r"n\d{8}")
 _SPLITS = {"train", "val", "valid", "validation", "test"}
 
 
@@ -175,7 +175,7 @@ def _class_indices(
 
 def _inferred_indices(names: list[str], num_classes: int | None) -> tuple[dict[str, int], str]:
     subset = infer_imagenet_subset({"num_classes": num_classes}) if num_classes else None
-    synsets = [name for name in names if _SYNSET.fullmatch(name)]
+    synsets = [name for name in names if SYNSET.fullmatch(name)]
     if subset and synsets:
         return {name: i for i, name in enumerate(ImageNetInfo(subset).label_names())}, f"the list of {subset}"
     if num_classes and len(names) < num_classes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from quac_plugins.core.inject.adapter import check_adapter_files
 from quac_plugins.core.names import split_name
+from quac_plugins.evaluate.data import SYNSET
 from quac_plugins.evaluate.packed import unpack
 from quac_plugins.hub.card import read_metrics, spread
 from quac_plugins.hub.fetch import FILES, model_config
@@ -17,7 +17,6 @@ from quac_plugins.hub.published import Published
 from quac_plugins.registry import KINDS, Entry, data_folder, published
 
 PACKED = "val.npz"
-_SYNSET = re.compile(r"n\d{8}\Z")  # as folders of ImageNet's classes are named
 _TOLERANCE = 0.05  # of a figure in percent: the third digit
 
 
@@ -101,7 +100,7 @@ def _accuracy_problems(entry: Entry, data: Path) -> Iterator[str]:
     from quac_plugins.evaluate import evaluate
 
     of_imagenet = all(
-        _SYNSET.match(folder.name) for folder in data.iterdir() if folder.is_dir() and folder.name[0] != "."
+        SYNSET.fullmatch(folder.name) for folder in data.iterdir() if folder.is_dir() and folder.name[0] != "."
     )
     if of_imagenet != (entry.input.get("num_classes", 1000) == 1000):
         return  # of other classes than these

@@ -90,6 +90,12 @@ def finite(images: Tensor) -> Tensor:
     return pixels.masked_fill_(broken, 0.0).expand(-1, 3, -1, -1)
 
 
+def luminance(pixels: Tensor) -> Tensor:
+    """(B, H, W) of RGB (B, 3, H, W)."""
+    red, green, blue = pixels.unbind(1)
+    return red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2]
+
+
 def _moments(pixels: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel of (B, 3, H, W); (B, 3) each, in the dtype ``wide``."""
     count = pixels.shape[2] * pixels.shape[3]
@@ -102,9 +108,7 @@ def _moments(pixels: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
 
 def _percentiles(pixels: Tensor, wide: torch.dtype) -> Tensor:
     """Percentiles of the luminance of (B, 3, H, W) in [0, 1]; (B, 5), in the dtype ``wide``."""
-    red, green, blue = pixels.unbind(1)
-    luminance = red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2]
-    levels = (luminance * (_LEVELS - 1)).round_().clamp_(max=_LEVELS - 1).flatten(1)
+    levels = (luminance(pixels) * (_LEVELS - 1)).round_().clamp_(max=_LEVELS - 1).flatten(1)
     last = torch.zeros_like(levels[:, :1], dtype=torch.int32) + (levels.shape[1] - 1)  # rank of the brightest pixel
     position = torch.cat([last.to(wide) * (percentile / 100.0) for percentile in PERCENTILES], dim=1)
     lower = position.floor()

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quac_plugins.core.quality.brisque_tone import luminance
+
 CHANNELS = 16
-_LUMA = (0.299, 0.587, 0.114)  # Rec. 601
 _LEAST = 1e-4  # a fortieth of a level of 8 bits: what is flat has the logarithm of that
 _RINGS = (0.4, 0.8)  # of half the shorter side
 _DARK, _BRIGHT = 0.33, 0.6
@@ -38,7 +39,7 @@ def detail(pixels: Tensor) -> Tensor:
         >>> detail(torch.rand(2, 3, 64, 48)).shape
         torch.Size([2, 16])
     """
-    brightness = (pixels * pixels.new_tensor(_LUMA)[:, None, None]).sum(1, keepdim=True)
+    brightness = luminance(pixels)[:, None]
     scales = [brightness]
     for _ in range(3):
         scales.append(_halved(scales[-1]))

@@ -2,7 +2,6 @@
 
 import traceback
 
-import pytest
 import timm
 import torch
 
@@ -12,8 +11,7 @@ from quac_plugins.core.kernels import operator
 def test_a_site_is_few_frames_from_its_kernels(monkeypatch):
     monkeypatch.setenv("QUAC_KERNELS", "fused")
     kernels, ways = operator.kernels_of("cpu", torch.float32), {}
-    if kernels is None:
-        pytest.skip("no compiler of C++")
+    assert kernels is not None  # without a compiler of C++ nothing is shown here
 
     def noted(name):
         def run(*args):
