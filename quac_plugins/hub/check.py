@@ -21,7 +21,7 @@ _TOLERANCE = 0.05  # of a figure in percent: the third digit
 
 
 def check_registry(on_hub: bool = False, data: Path | None = None) -> Iterator[tuple[str, list[str]]]:
-    """Each entry's name with what is wrong with it; folders of ``hub/`` that no entry names come last.
+    """Each entry's name, said if it was not measured, with what is wrong; folders that no entry names come last.
 
     Args:
         on_hub: also fetch what lies on the Hub.
@@ -37,7 +37,9 @@ def check_registry(on_hub: bool = False, data: Path | None = None) -> Iterator[t
             unpacked = stack.enter_context(tempfile.TemporaryDirectory(prefix="quac-check-"))
             data = unpack(data / PACKED, Path(unpacked) / PACKED)
         for name, entry in entries.items():
-            yield name, list(_problems(entry, on_hub, data))
+            fitting = data if data is not None and _is_of(entry, data) else None
+            left_out = data is not None and fitting is None
+            yield f"{name} (not measured)" if left_out else name, list(_problems(entry, on_hub, fitting))
     for folder in sorted(path for path in data_folder("hub").iterdir() if path.is_dir()):
         if folder.name not in entries:
             yield folder.name, ["hub/ holds it, and no entry of the registry names it"]
@@ -69,8 +71,15 @@ def _problems(entry: Entry, on_hub: bool, data: Path | None) -> Iterator[str]:
         for name in ("README.md", "metrics.json"):
             if not (entry.folder / name).is_file():
                 yield f"hub/{entry.name}/{name} is missing"
-    if data is not None and entry.kind != "pipeline":  # pipelines are measured where they are trained
+    if data is not None:
         yield from _accuracy_problems(entry, data)
+
+
+def _is_of(entry: Entry, data: Path) -> bool:
+    """Whether a model's classes are those of folders of images; pipelines are measured where they are trained."""
+    names = [folder.name for folder in data.iterdir() if folder.is_dir() and folder.name[0] != "."]
+    of_imagenet = all(SYNSET.fullmatch(name) for name in names)
+    return entry.kind != "pipeline" and of_imagenet == (entry.input.get("num_classes", 1000) == 1000)
 
 
 def _folder_problems(entry: Entry, folder: Path) -> Iterator[str]:
@@ -99,11 +108,6 @@ def _accuracy_problems(entry: Entry, data: Path) -> Iterator[str]:
 
     from quac_plugins.evaluate import evaluate
 
-    of_imagenet = all(
-        SYNSET.fullmatch(folder.name) for folder in data.iterdir() if folder.is_dir() and folder.name[0] != "."
-    )
-    if of_imagenet != (entry.input.get("num_classes", 1000) == 1000):
-        return  # of other classes than these
     wanted = entry.metrics.get("val_top1")
     if wanted is None:
         yield "the entry tells no val_top1 to compare with"
