@@ -145,6 +145,7 @@ def activation(args: argparse.Namespace) -> list[dict[str, Any]]:
             name = "SiLU" if init == "paper" else "ReLU"
             found = {}
             for way, run in (("forward", forward), ("forward + backward", both)):
+                site.train(run is both)
                 found[way] = measure(
                     args,
                     {
