@@ -7,7 +7,8 @@ degradations that are not fitted stay.
 
 A few photographs are few examples of each degradation, but much of what degradations do to a network is the same. So a
 margin is fitted as a sum of what is common to all, to a group of degradations (noise, blur, …), to the severities of
-one, and of its own; each picture then teaches all that it says something about.
+one, and of its own; each picture then teaches all that it says something about. At the end the host's confidence is
+set right (:mod:`quac_plugins.fit.confidence`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.nn.utils import parametrize
 from quac_plugins.core.prior.margins import SEVERITIES, Margin, spread
 from quac_plugins.core.prior.matching import match
 from quac_plugins.degradations import GROUPS
+from quac_plugins.fit.confidence import set_confidence
 from quac_plugins.fit.loop import Fit, run_stage
 from quac_plugins.fit.photographs import digest_of
 from quac_plugins.fit.student import Student
@@ -69,6 +71,12 @@ def fit_margins(
                 parameter.copy_(start[name])
     names = np.array([*draws.kinds, "clean"])[draws.kind]
     mixture = margins[0].shared
+    shares = torch.ones(len(names), 1)
+    if mixture is not None:
+        severity = torch.from_numpy(draws.severity).float()
+        severity[severity == 0] = _MIDDLE
+        went = torch.from_numpy(names[:, None] == np.array(experts)).float()
+        shares = spread(went, severity if mixture.severity is not None else None)
     fit: Fit
 
     @contextlib.contextmanager
@@ -76,14 +84,7 @@ def fit_margins(
         if mixture is None or fit.step >= _TOLD * recipe.steps:
             yield
             return
-        chosen = torch.zeros(len(indices), len(experts))
-        for row, name in enumerate(names[indices]):
-            if name in experts:
-                chosen[row, experts.index(name)] = 1
-        severity = torch.from_numpy(draws.severity[indices]).float()
-        severity[severity == 0] = _MIDDLE
-        given = spread(chosen, severity if mixture.severity is not None else None).to(student.device)
-        mixture.given = given
+        mixture.given = shares[indices].to(student.device)
         try:
             yield
         finally:
@@ -107,6 +108,9 @@ def fit_margins(
         for margin in margins:
             if parametrize.is_parametrized(margin, "table"):
                 parametrize.remove_parametrizations(margin, "table")
+    confidence = set_confidence(student, margins[-1], pictures, shares)
+    if confidence is not None:
+        student.report.stages["margins"]["confidence"] = confidence
 
 
 def _shared(kinds: list[str], experts: list[str], kept: int) -> Tensor:

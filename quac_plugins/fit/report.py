@@ -28,7 +28,8 @@ class FitReport:
         unfitted: places of a prior that stay the identity, since there are too few images for them.
         kinds: the degradations, in the order of the stages' names.
         stages: stage → its curve (step, loss, held_out), best_step, stopped, the held-out loss of the untouched host
-            (first) and of what was kept (best), and the strength that the fitted residual was scaled to at the end; a
+            (first) and of what was kept (best), and the strength that the fitted residual was scaled to at the end; for
+            margins also how far logits are from those on clean pictures, before and after they were scaled; a
             loss that was not finite is None.
         gate: where the gate of a routed prior, as it is saved, sends pictures of images that were held out, by
             degradation and severity; else None.

@@ -1,0 +1,92 @@
+"""The confidence of a host with margins: the last ones are scaled until logits are as large as on clean pictures.
+
+A regression of features leads to their mean where a degraded picture does not tell them: classes keep their order, but
+logits shrink, and a network that is right calls itself unsure. One number for each margin mends that, chosen on
+pictures that the margins were not fitted on: a scale of the host's last norm, from there on that of the logits where
+the network is (nearly) homogeneous, as it is behind ReLU, pooling and a classifier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from quac_plugins.core.prior.comparison import Pictures, batches
+from quac_plugins.core.prior.features import LOGITS, Watch
+from quac_plugins.core.prior.margins import Margin
+from quac_plugins.fit.student import Student
+
+FACTORS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
+"""What a margin may be scaled by; 1 first."""
+_MOST = 480  # pictures
+_FEW = 4  # photographs held out; of fewer, those that were fitted on choose as well
+
+
+def set_confidence(student: Student, last: Margin, pictures: Pictures, shares: Tensor) -> dict[str, float] | None:
+    """Scale each margin of the last place by what brings the logits nearest to the untouched host's on clean pictures.
+
+    Args:
+        student: open, with margins that are fitted.
+        last: the margins that the host comes to last.
+        pictures: those of the fit; those held out choose, all of them if they are of fewer than four photographs.
+        shares: (N, R) how much of each margin each picture is an example of; columns of zeros: that margin stays.
+
+    Returns:
+        Divergence KL(untouched, clean ‖ student, degraded) in nats, ``"before"`` and ``"after"``; None where the host
+        gives no logits, or nothing was fitted.
+    """
+    images = pictures.image if pictures.image is not None else np.arange(len(pictures.clean))
+    held = pictures.held
+    if len(set(images[pictures.view[held]].tolist())) < _FEW:
+        held = np.arange(len(pictures.degraded))
+    chosen = held[np.linspace(0, len(held) - 1, min(len(held), _MOST)).round().astype(int)]
+    weights = shares[chosen].double()
+    fitted = (last.table.detach() != 0).any(dim=1).cpu() & (weights.sum(0) > 0)
+    wanted = _logits(student, student.teacher, pictures.clean, sorted(set(pictures.view[chosen].tolist())))
+    if not fitted.any() or not wanted:
+        return None
+    start, ones = last.table.detach().clone(), torch.ones(len(fitted))
+
+    def distances(factors: Tensor) -> Tensor:
+        """(N,) of the pictures, with margins scaled so."""
+        _scale(last, start, factors)
+        own = _logits(student, student.model, pictures.degraded, chosen.tolist())
+        pairs = [
+            (own[i].log_softmax(0), wanted[view].log_softmax(0))
+            for i, view in zip(own, pictures.view[chosen], strict=True)
+        ]
+        return torch.stack([F.kl_div(*pair, reduction="sum", log_target=True) for pair in pairs])
+
+    of_all = torch.stack([distances(torch.where(fitted, factor * ones, ones)) for factor in FACTORS])
+    best = (of_all @ weights).argmin(dim=0)
+    before, after = of_all[0].mean().item(), distances(torch.where(fitted, torch.tensor(FACTORS)[best], ones))
+    if not after.mean().item() < before:  # together they do other than each
+        _scale(last, start, ones)
+        after = of_all[0]
+    return {"before": before, "after": after.mean().item()}
+
+
+def _scale(margin: Margin, table: Tensor, factors: Tensor) -> None:
+    """Let the margins of a table give so many times the features; with a factor of 1 they stay bit for bit."""
+    scale, shift = table.chunk(2, dim=1)
+    factors = factors.to(table)[:, None]
+    with torch.no_grad():
+        margin.table.copy_(torch.where(factors == 1, table, torch.cat([factors * (scale + 1) - 1, factors * shift], 1)))
+
+
+@torch.no_grad()
+def _logits(
+    student: Student, network: torch.nn.Module, pictures: np.ndarray, which: Sequence[int]
+) -> dict[int, Tensor]:
+    """Those of some pictures in float64 on the CPU, by index; none of a network that gives no logits."""
+    watch, logits = Watch(network, []), {}
+    for batch in batches(list(which), student.recipe.batch_size):
+        told = watch.run(network, student.images(pictures[batch])).get(LOGITS)
+        if told is None:
+            return {}
+        logits |= dict(zip(batch, told.double().cpu(), strict=True))
+    return logits
