@@ -83,7 +83,8 @@ def _logits(
     student: Student, network: torch.nn.Module, pictures: np.ndarray, which: Sequence[int]
 ) -> dict[int, Tensor]:
     """Those of some pictures in float64 on the CPU, by index; none of a network that gives no logits."""
-    watch, logits = Watch(network, []), {}
+    watch = Watch(network, [])
+    logits: dict[int, Tensor] = {}
     for batch in batches(list(which), student.recipe.batch_size):
         told = watch.run(network, student.images(pictures[batch])).get(LOGITS)
         if told is None:
