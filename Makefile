@@ -1,5 +1,6 @@
 # make demo   sets everything up and runs the demonstration on a photograph
 # make test   sets everything up and runs the tests
+# make docs   builds the site of the documentation into site/, strictly; it works offline
 # make test-openmmlab   compiles MMCV's operators (half an hour) and runs the tests in mmdet and mmseg
 # Needs Python 3.10 or newer; uses uv where there is one, for speed.
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 JOBS ?= auto
 
-.PHONY: setup demo test test-openmmlab lint types doctest clean
+.PHONY: setup demo test test-openmmlab lint types doctest docs clean
 
 setup: $(VENV)/.installed
 
@@ -56,5 +57,8 @@ types: setup
 doctest: setup
 	$(BIN)/python -m pytest -n $(JOBS) --doctest-modules quac_plugins
 
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --site-dir site
+
 clean:
-	rm -rf $(VENV) $(OPENMMLAB) build dist demo-output
+	rm -rf $(VENV) $(OPENMMLAB) build dist demo-output site
