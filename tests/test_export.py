@@ -21,6 +21,7 @@ KINDS = {
     "qacon": ("test_resnet_qacon", {}),
     "single": ("test_resnet_ddp", {}),
     "routed": ("test_resnet_ddp", {"experts": ["fog", "gaussian_noise"]}),
+    "margins": ("test_resnet_ddp", {"fdm": "margin", "quality": "degradation", "experts": ["fog", "gaussian_noise"]}),
     "both": ("test_resnet_qacon_ddp", {"quality": "brisque_tone", "experts": ["fog", "gaussian_noise"]}),
 }
 SIZES = [(64, 64), (65, 97), (96, 80)]
@@ -64,7 +65,7 @@ def session(path):
     return lambda images: torch.from_numpy(loaded.run(None, {"images": images.numpy()})[0])
 
 
-@pytest.mark.parametrize("kind", ["qacon", "single", "routed"])
+@pytest.mark.parametrize("kind", ["qacon", "single", "routed", "margins"])
 def test_the_old_exporter_writes_onnx_for_every_batch_and_size(kind, models, tmp_path):
     axes = {"images": {0: "batch", 2: "height", 3: "width"}}
     with warnings.catch_warnings():
