@@ -53,11 +53,14 @@ def reference() -> dict[str, str]:
     lines: dict[str, list[str]] = {page: [f"# {TITLES[page]}\n"] for page in REFERENCE}
     for name in sorted(package.exports, key=str.lower):
         member = package.members[name]
-        module = (member.target_path if member.is_alias else member.path).removeprefix("quac_plugins.")
+        target = member.target_path if member.is_alias else member.path
+        if name in getattr(package.get_member(target.removeprefix("quac_plugins.")), "members", {}):
+            target = f"{target}.{name}"  # a function in a file of its name, which griffe takes for the file
+        module = target.removeprefix("quac_plugins.")
         owners = [page for page, modules in REFERENCE.items() if any(f"{module}.".startswith(f"{m}.") for m in modules)]
         if len(owners) != 1:
             raise PluginError(f"the reference has no page for {name} of quac_plugins.{module}: add it to docs/hooks.py")
-        lines[owners[0]].append(f"::: quac_plugins.{name}\n")
+        lines[owners[0]].append(f"::: {target}\n")
     pages = {f"reference/{page}.md": "\n".join(text) for page, text in lines.items()}
     for module, title in MODULES.items():
         pages[f"reference/{module}.md"] = f"# {title}\n\n::: quac_plugins.{module}\n    options:\n      members: true\n"

@@ -1,0 +1,63 @@
+"""The examples of the site's task pages run on small real pictures, and say what they show."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+from safetensors.torch import save_file
+
+import quac_plugins as quac
+from quac_plugins.core.quality import table
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run examples/NAME.py with arguments, in an empty folder; what it printed."""
+
+    def example(name, *arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return example
+
+
+def test_robust_fits_and_judges_a_network_and_writes_what_it_says(run, tmp_path):
+    save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.safetensors")
+    few = ("--crops", 1, "--draws", 1, "--corruptions", "contrast")
+    said = run("robust", "--model", "test_resnet", "--checkpoint", "weights.safetensors", *few)
+    assert "contrast/4: " in said
+    written = tmp_path / "robust-output"
+    assert json.loads((written / "report.json").read_text())["corruptions"]["contrast"]["4"]["n"] == 2
+    assert (written / "adapter/adapter_model.safetensors").is_file()
+    assert (written / "robust.png").is_file()
+
+
+def test_own_parts_keep_the_host_and_are_found_again_by_name(run, monkeypatch):
+    for known in (quac.ACTIVATIONS, quac.FDMS, table._TABLE):
+        for name in ("qsoft", "tiny", "contrast"):
+            monkeypatch.setitem(known, name, None)
+            monkeypatch.delitem(known, name)  # after the test it is not there either
+    said = run("own_parts")
+    assert "the host's answers, kept: True" in said
+    assert "QSoft" in said
+    assert "Tiny" in said
+
+
+@pytest.mark.parametrize("repo", [None, "me/my-adapter"])
+def test_share_sends_and_loads_what_gives_the_same_answers(run, repo, request):
+    if repo:
+        request.getfixturevalue("hub")
+    assert "the same answers: True" in run("share", *(("--repo", repo) if repo else ()))
+
+
+def test_deploy_writes_a_file_that_runs_without_this_package(run):
+    assert "(2, 1000) without this package: True" in run("deploy", "--format", "torchscript")
