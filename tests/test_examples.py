@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import timm
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import quac_plugins as quac
 from quac_plugins.core.quality import table
@@ -61,3 +61,18 @@ def test_share_sends_and_loads_what_gives_the_same_answers(run, repo, request):
 
 def test_deploy_writes_a_file_that_runs_without_this_package(run):
     assert "(2, 1000) without this package: True" in run("deploy", "--format", "torchscript")
+
+
+def test_train_learns_the_folder_and_its_weights_load(run, tmp_path):
+    said = run("train", "--epochs", 4).splitlines()
+    first, last = (float(line.split()[3].rstrip(",")) for line in (said[0], said[-1]))
+    assert last < first
+    model = timm.create_model("test_resnet_qacon", num_classes=3)
+    model.load_state_dict(load_file(tmp_path / "train-output/model.safetensors"))
+
+
+def test_restore_brings_a_rainy_photograph_nearer_to_the_clean_one(run, tmp_path):
+    pytest.importorskip("diffusers")
+    words = run("restore", "--side", 96).split()
+    assert float(words[6]) > float(words[3]) + 3
+    assert (tmp_path / "restore-output/restored.png").is_file()
