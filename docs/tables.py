@@ -208,8 +208,8 @@ def models() -> str:
                 deviation = f" ± {metrics['top1_std']:.1f}" if "top1_std" in metrics else ""
                 figure = f"top-1 {metrics['top1']:.1f}{deviation} % on clean pictures"
             lies = entry.get("repo", "in the package")
-            rows.append([f"`{name}`", entry["kind"], f"`{call}`", size, figure, lies, entry["license"]])
-    return rows_of(["name", "kind", "loaded by", "MB", "figure", "lies", "license"], rows)
+            rows.append([f"`{name}`", entry["kind"], size, figure, lies, entry["license"], f"`{call}`"])
+    return rows_of(["name", "kind", "MB", "figure", "lies", "license", "loaded by"], rows)
 
 
 def _first(thing: Any) -> str:
