@@ -206,7 +206,7 @@ def models() -> str:
                 figure = f"{metrics['psnr_before']:.2f} → {metrics['psnr']:.2f} dB"
             else:
                 deviation = f" ± {metrics['top1_std']:.1f}" if "top1_std" in metrics else ""
-                figure = f"top-1 {metrics['top1']:.1f}{deviation} % on clean pictures"
+                figure = f"top-1 {metrics['top1']:.1f}{deviation} %"
             lies = entry.get("repo", "in the package")
             rows.append([f"`{name}`", entry["kind"], size, figure, lies, entry["license"], f"`{call}`"])
     return rows_of(["name", "kind", "MB", "figure", "lies", "license", "loaded by"], rows)
