@@ -24,7 +24,7 @@ from tables import write_tables
 
 import quac_plugins as quac
 from quac_plugins.deploy import FORMATS
-from quac_plugins.evaluate.model import build_model
+from quac_plugins.evaluate.building import build_model
 from quac_plugins.evaluate.preprocessing import data_config
 
 OUT = Path(__file__).parent / "results" / "export"

@@ -24,7 +24,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from tables import spread, write_tables
 
 import quac_plugins.mmengine  # noqa: F401
-from quac_plugins.evaluate.packed import unpack
+from quac_plugins.evaluate.npz import unpack
 
 RESULTS = Path(__file__).parent / "results/mmengine_cifar10"
 HOST = {"type": "ResNet_CIFAR", "depth": 18, "num_stages": 4, "out_indices": (3,), "base_channels": 16}

@@ -43,7 +43,7 @@ from torchvision import transforms
 import quac_plugins as quac
 from quac_plugins.degradations import CORRUPTIONS, corrupt, image_seed
 from quac_plugins.evaluate import EvaluationReport, evaluate
-from quac_plugins.evaluate.packed import unpack
+from quac_plugins.evaluate.npz import unpack
 from quac_plugins.registry import write_entry
 
 ROOT = Path(__file__).parents[1]

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from quac_plugins.core.files import write_file
 from quac_plugins.core.host.facts import facts_of
-from quac_plugins.core.names import unknown
+from quac_plugins.core.naming import unknown
 
 __all__ = ["FORMATS", "Exported", "export", "pictures"]
 

@@ -33,7 +33,7 @@ from quac_plugins.core.activations import ACTIVATIONS, ChannelActivation
 from quac_plugins.core.inject import Injection, PriorConfig, QuACConfig, inject, injection_of
 from quac_plugins.core.inject.images import same
 from quac_plugins.core.inject.surgery import WidthSwitch
-from quac_plugins.core.names import SUFFIXES, split_name, unknown
+from quac_plugins.core.naming import SUFFIXES, split_name, unknown
 from quac_plugins.core.options import check_foreign
 from quac_plugins.core.prior.fdm import FDMS
 from quac_plugins.core.prior.grid import SizeNote

@@ -98,7 +98,7 @@ def test_evaluations_with_and_without_an_adapter_can_be_told_apart(images, weigh
 
 def test_mean_and_std_reach_the_modules_that_look_at_the_image(weights):
     from quac_plugins.core.quality.tap import QualityTap
-    from quac_plugins.evaluate.model import build_model
+    from quac_plugins.evaluate.building import build_model
 
     model = build_model("test_resnet_qacon", base_checkpoint=weights, num_classes=4, mean=[0.5], std=0.25)
     taps = [module for module in model.modules() if isinstance(module, QualityTap)]

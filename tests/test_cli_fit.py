@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import quac_plugins
 from quac_plugins.commands import app
-from quac_plugins.commands.student import build_student
+from quac_plugins.commands.fit_network import build_student
 from quac_plugins.core.inject.surgery import injection_of
 from quac_plugins.fit.loop import Fit
 

@@ -12,7 +12,7 @@ import timm
 from safetensors.torch import load_file, save_file
 
 import quac_plugins as quac
-from quac_plugins.core.quality import table
+from quac_plugins.core.quality import registry
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -42,7 +42,7 @@ def test_robust_fits_and_judges_a_network_and_writes_what_it_says(run, tmp_path)
 
 
 def test_own_parts_keep_the_host_and_are_found_again_by_name(run, monkeypatch):
-    for known in (quac.ACTIVATIONS, quac.FDMS, table._TABLE):
+    for known in (quac.ACTIVATIONS, quac.FDMS, registry._TABLE):
         for name in ("qsoft", "tiny", "contrast"):
             monkeypatch.setitem(known, name, None)
             monkeypatch.delitem(known, name)  # after the test it is not there either

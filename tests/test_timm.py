@@ -17,7 +17,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 import quac_plugins as quac
 from quac_plugins import injection_of
-from quac_plugins.core.names import split_name
+from quac_plugins.core.naming import split_name
 from quac_plugins.hub.verify import sha256_of
 from quac_plugins.registry import Entry, published
 

@@ -14,7 +14,7 @@ from quac_plugins.commands.evaluate import evaluate_command
 from quac_plugins.commands.export import export_command
 from quac_plugins.commands.fit import fit_prior_command, fit_qacon_command
 from quac_plugins.commands.hub import info_command, pull_command, push_command
-from quac_plugins.commands.names import list_command
+from quac_plugins.commands.listing import list_command
 from quac_plugins.commands.predict import predict_command
 from quac_plugins.commands.registry import app as registry_app
 from quac_plugins.commands.restore import restore_command

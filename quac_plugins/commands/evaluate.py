@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import rich.console
 import typer
 
-from quac_plugins.commands import common
+from quac_plugins.commands import console
 from quac_plugins.hub.verify import sha256_of
 from quac_plugins.parsing import key_values, numbers
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 def evaluate_command(
-    model: common.Model,
+    model: console.Model,
     data: Annotated[Path, typer.Option(help="A directory of folders of classes, or one laid out as ImageNet-C.")],
-    base_checkpoint: common.BaseCheckpoint = None,
-    checkpoint: common.Checkpoint = None,
-    adapter: common.Adapter = None,
-    pretrained: common.Pretrained = None,
-    model_kwargs: common.ModelKwargs = None,
-    num_classes: common.NumClasses = None,
-    class_map: common.ClassMap = None,
+    base_checkpoint: console.BaseCheckpoint = None,
+    checkpoint: console.Checkpoint = None,
+    adapter: console.Adapter = None,
+    pretrained: console.Pretrained = None,
+    model_kwargs: console.ModelKwargs = None,
+    num_classes: console.NumClasses = None,
+    class_map: console.ClassMap = None,
     corruptions: Annotated[
         str, typer.Option(help="Names, groups (noise, blur, weather, digital), all, extra or every; comma-separated.")
     ] = "",
@@ -37,13 +37,13 @@ def evaluate_command(
     clean: Annotated[bool, typer.Option(help="Measure the images without corruption too.")] = True,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many images, spread over classes.")] = None,
     seed: Annotated[int, typer.Option(help="Of the corruptions and the choice of images.")] = 0,
-    mean: common.Mean = None,
-    std: common.Std = None,
-    input_size: common.InputSize = None,
-    crop_pct: common.CropPct = None,
-    interpolation: common.Interpolation = None,
+    mean: console.Mean = None,
+    std: console.Std = None,
+    input_size: console.InputSize = None,
+    crop_pct: console.CropPct = None,
+    interpolation: console.Interpolation = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 32,
-    device: common.Device = None,
+    device: console.Device = None,
     amp: Annotated[bool, typer.Option("--amp", help="Mixed precision.")] = False,
     num_workers: Annotated[
         int | None, typer.Option(min=0, help="Processes that read and corrupt. Default: 2, if there are as many cores.")
@@ -51,23 +51,23 @@ def evaluate_command(
     outcomes: Annotated[
         bool, typer.Option(help="Keep what was predicted for each image in the JSON, for paired comparisons.")
     ] = True,
-    json: common.Json = None,
-    plot: common.Plot = None,
-    debug: common.Debug = False,
+    json: console.Json = None,
+    plot: console.Plot = None,
+    debug: console.Debug = False,
 ) -> None:
     """Measure top-1 and top-5 of a network, clean and under the corruptions of ImageNet-C.
 
     Runs on several GPUs or processes with: torchrun --nproc-per-node N -m quac_plugins.cli evaluate …
     """
-    with common.plain_errors(debug):
-        inputs = [data, base_checkpoint, checkpoint, class_map, *common.files_of(adapter)]
-        common.check_outputs(json, plot, inputs=inputs)
-        images = common.images_of(mean, std, input_size)
+    with console.plain_errors(debug):
+        inputs = [data, base_checkpoint, checkpoint, class_map, *console.files_of(adapter)]
+        console.check_outputs(json, plot, inputs=inputs)
+        images = console.images_of(mean, std, input_size)
         severities = numbers(severity, int, "--severity")
         import torch
 
         from quac_plugins.evaluate import evaluate
-        from quac_plugins.evaluate.model import build_model
+        from quac_plugins.evaluate.building import build_model
         from quac_plugins.processes import is_main_process
 
         torch.manual_seed(seed)
@@ -90,7 +90,7 @@ def evaluate_command(
             batch_size=batch_size,
             crop_pct=crop_pct,
             interpolation=interpolation,
-            device=common.checked_device(device),
+            device=console.checked_device(device),
             amp=amp,
             num_workers=min(2, os.cpu_count() or 1) if num_workers is None else num_workers,
             clean=clean,
@@ -102,7 +102,7 @@ def evaluate_command(
         if is_main_process():
             _write(report, json, plot)
     if report.unreadable:
-        raise typer.Exit(common.UNREADABLE)
+        raise typer.Exit(console.UNREADABLE)
 
 
 def _described(given: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def _described(given: dict[str, Any]) -> dict[str, Any]:
 
 def _write(report: EvaluationReport, json: Path | None, plot: Path | None) -> None:
     rich.console.Console(soft_wrap=not sys.stdout.isatty()).print(report.table())  # first: a disk may be full
-    common.tell_unreadable(report.unreadable)
+    console.tell_unreadable(report.unreadable)
     for condition, count in report.nan_outputs.items():
         typer.echo(f"NaN in the output for {count} images ({condition}), counted as wrong", err=True)
     if json is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quac_plugins.commands import common
+from quac_plugins.commands import console
 from quac_plugins.parsing import key_values
 
 if TYPE_CHECKING:
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 
 def export_command(
-    model: common.Model,
+    model: console.Model,
     out: Annotated[Path, typer.Option(help="File to write.")],
     format: Annotated[str, typer.Option(help="onnx, torch-export or torchscript.")] = "onnx",
-    base_checkpoint: common.BaseCheckpoint = None,
-    checkpoint: common.Checkpoint = None,
-    adapter: common.Adapter = None,
-    pretrained: common.Pretrained = None,
-    model_kwargs: common.ModelKwargs = None,
-    num_classes: common.NumClasses = None,
-    mean: common.Mean = None,
-    std: common.Std = None,
-    input_size: common.InputSize = None,
+    base_checkpoint: console.BaseCheckpoint = None,
+    checkpoint: console.Checkpoint = None,
+    adapter: console.Adapter = None,
+    pretrained: console.Pretrained = None,
+    model_kwargs: console.ModelKwargs = None,
+    num_classes: console.NumClasses = None,
+    mean: console.Mean = None,
+    std: console.Std = None,
+    input_size: console.InputSize = None,
     images: Annotated[
         Path | None, typer.Option(help="Picture or folder of pictures to compare on, the first four. Default: made up.")
     ] = None,
@@ -35,20 +35,20 @@ def export_command(
     tolerance: Annotated[
         float, typer.Option(min=0, help="What the outputs may differ by, relative to their largest value.")
     ] = 1e-4,
-    debug: common.Debug = False,
+    debug: console.Debug = False,
 ) -> None:
     """Write a network as ONNX, torch.export or TorchScript for batches of any size, and compare the file with it."""
-    with common.plain_errors(debug):
-        files = [base_checkpoint, checkpoint, images, *common.files_of(adapter)]
-        common.check_output("--out", out, files)
-        preprocessing = common.images_of(mean, std, input_size)
+    with console.plain_errors(debug):
+        files = [base_checkpoint, checkpoint, images, *console.files_of(adapter)]
+        console.check_output("--out", out, files)
+        preprocessing = console.images_of(mean, std, input_size)
         from quac_plugins.deploy import FORMATS, export, require_onnx
 
         if format not in FORMATS:
             raise ValueError(f"--format: {format!r} is none of {', '.join(FORMATS)}")
         if format == "onnx":
             require_onnx()
-        from quac_plugins.evaluate.model import build_model
+        from quac_plugins.evaluate.building import build_model
 
         network = build_model(
             model,

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from quac_plugins.commands import common
-from quac_plugins.commands.student import build_student, labelled_files
+from quac_plugins.commands import console
+from quac_plugins.commands.fit_network import build_student, labelled_files
 from quac_plugins.parsing import key_values, numbers
 
 if TYPE_CHECKING:
@@ -45,11 +45,11 @@ def _shared(
         tuple[Path, Path] | None,
         typer.Option(help="Two folders of the same pictures, in place of --images.", metavar="DEGRADED CLEAN"),
     ] = None,
-    base_checkpoint: common.BaseCheckpoint = None,
-    checkpoint: common.Checkpoint = None,
-    pretrained: common.Pretrained = None,
-    model_kwargs: common.ModelKwargs = None,
-    num_classes: common.NumClasses = None,
+    base_checkpoint: console.BaseCheckpoint = None,
+    checkpoint: console.Checkpoint = None,
+    pretrained: console.Pretrained = None,
+    model_kwargs: console.ModelKwargs = None,
+    num_classes: console.NumClasses = None,
     adapter: Annotated[str | None, typer.Option(help="Begin with this adapter, and keep what it holds.")] = None,
     corruptions: Annotated[
         str | None,
@@ -73,21 +73,21 @@ def _shared(
         typer.Option(help="Share of the images that judge which state is kept. Default: a fifth; of margins a tenth."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
-    mean: common.Mean = None,
-    std: common.Std = None,
-    input_size: common.InputSize = None,
-    crop_pct: common.CropPct = None,
-    interpolation: common.Interpolation = None,
-    device: common.Device = None,
+    mean: console.Mean = None,
+    std: console.Std = None,
+    input_size: console.InputSize = None,
+    crop_pct: console.CropPct = None,
+    interpolation: console.Interpolation = None,
+    device: console.Device = None,
     amp: Annotated[Amp, typer.Option(help="Mixed precision.")] = Amp.no,
-    num_workers: common.NumWorkers = 0,
+    num_workers: console.NumWorkers = 0,
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Go on with an unfinished fit in the folder of --out.")
     ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter that is there already.")] = False,
-    json: common.Json = None,
+    json: console.Json = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the held-out loss here: .png, .svg, .pdf, ….")] = None,
-    debug: common.Debug = False,
+    debug: console.Debug = False,
 ) -> None:
     """The options of both commands."""
 
@@ -100,7 +100,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
 
     def command(**options: Any) -> None:
         given = SimpleNamespace(**{name: options.pop(name) for name in shared})
-        with common.plain_errors(given.debug):
+        with console.plain_errors(given.debug):
             _check(given, options.get("class_map"))
             function(given, **options)
 
@@ -159,7 +159,7 @@ def fit_qacon_command(
         bool, typer.Option("--labels", help="The images lie in folders of classes: learn from their labels too.")
     ] = False,
     label_weight: Annotated[float, typer.Option(help="Weight of the labels.")] = 1.0,
-    class_map: common.ClassMap = None,
+    class_map: console.ClassMap = None,
     with_prior: Annotated[
         bool, typer.Option("--with-prior", help="Fit the degradation prior too; one is put in if there is none.")
     ] = False,
@@ -183,7 +183,7 @@ def _data(given: Any) -> Data:
     """What the fit learns from, as the options say."""
     from quac_plugins.fit import Data
 
-    read = vars(given) | common.images_of(given.mean, given.std, given.input_size)
+    read = vars(given) | console.images_of(given.mean, given.std, given.input_size)
     read["severity"] = numbers(given.severity, int, "--severity")
     names = {field.name for field in fields(Data)}
     return Data(**_said(**{name: value for name, value in read.items() if name in names}))
@@ -192,7 +192,7 @@ def _data(given: Any) -> Data:
 def _student(given: Any, wanted: set[str], **prior: Any) -> nn.Module:
     names = ("adapter", "seed", "base_checkpoint", "checkpoint", "pretrained", "num_classes")
     options = {name: getattr(given, name) for name in names}
-    options |= common.images_of(given.mean, given.std, given.input_size)
+    options |= console.images_of(given.mean, given.std, given.input_size)
     return build_student(given.model, wanted, model_kwargs=key_values(given.model_kwargs or []), **options, **prior)
 
 
@@ -211,20 +211,20 @@ def _fit(kind: str, network: nn.Module, data: Data, given: Any, **options: Any) 
             states.rmdir()
     deep = None if given.deep == ["none"] else _one_or_several(given.deep) or "stages"
     options |= {"steps": given.steps, "lr": given.lr, "batch_size": given.batch_size, "amp": given.amp.value}
-    device = common.checked_device(given.device)
+    device = console.checked_device(given.device)
     try:
         fit = getattr(quac_plugins, kind)
         report = fit(network, data, checkpoint=states, deep=deep, device=device, **_said(**options))
     except KeyboardInterrupt:
         if main and any(states.glob("fit-*.pt")):
             typer.echo("interrupted; the same command goes on from where it was", err=True)
-        raise typer.Exit(common.INTERRUPTED) from None
+        raise typer.Exit(console.INTERRUPTED) from None
     if main:
         _save(network, given.out, states)
         from quac_plugins.fit.report import REPORT_NAME
 
         typer.echo(str(report))
-        common.tell_unreadable(report.unreadable)
+        console.tell_unreadable(report.unreadable)
         report.to_json(given.out / REPORT_NAME)
         if given.json is not None:
             report.to_json(given.json)
@@ -235,7 +235,7 @@ def _fit(kind: str, network: nn.Module, data: Data, given: Any, **options: Any) 
             typer.echo("the loss was not finite: the adapter holds the best state before; try a lower --lr", err=True)
         raise typer.Exit(1)
     if report.unreadable:
-        raise typer.Exit(common.UNREADABLE)
+        raise typer.Exit(console.UNREADABLE)
 
 
 def _save(network: nn.Module, out: Path, states: Path) -> None:
@@ -261,16 +261,16 @@ def _check(given: Any, class_map: Path | None) -> None:
         raise ValueError("--pairs are degraded already: leave --corruptions out")
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out: {out} is a file, not a folder")
-    from quac_plugins.core.inject.saved import CONFIG_NAME, WEIGHTS_NAME
+    from quac_plugins.core.inject.adapter_files import CONFIG_NAME, WEIGHTS_NAME
     from quac_plugins.fit.report import REPORT_NAME
 
     there = [name for name in (CONFIG_NAME, WEIGHTS_NAME, REPORT_NAME) if (out / name).exists()]
     if there and not given.overwrite:
         raise FileExistsError(f"{out} holds {there[0]} already; give another folder, or --overwrite")
-    common.check_folder(out)
+    console.check_folder(out)
     inputs = [images, *(pairs or ()), given.base_checkpoint, given.checkpoint, class_map]
-    inputs += [*common.files_of(given.adapter), *common.files_of(str(out))]
-    common.check_outputs(given.json, given.plot, inputs=inputs)
+    inputs += [*console.files_of(given.adapter), *console.files_of(str(out))]
+    console.check_outputs(given.json, given.plot, inputs=inputs)
 
 
 def _said(**options: Any) -> dict[str, Any]:

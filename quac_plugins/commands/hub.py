@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quac_plugins.commands import common
+from quac_plugins.commands import console
 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace other files of the same names in --out.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit.")]
@@ -41,10 +41,10 @@ def push_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Write what would be sent to a folder instead.")] = False,
     out: Annotated[Path | None, typer.Option(help="That folder. By default ./push/ORG/NAME.")] = None,
     overwrite: Overwrite = False,
-    debug: common.Debug = False,
+    debug: console.Debug = False,
 ) -> None:
     """Send an adapter or a model to the Hub in one commit, with a card written from what was measured."""
-    with common.plain_errors(debug):
+    with console.plain_errors(debug):
         if out is not None and not dry_run:
             raise ValueError("--out goes with --dry-run")
         from quac_plugins.hub.push import push, push_all
@@ -72,10 +72,10 @@ def pull_command(
     revision: Revision = None,
     force: Annotated[bool, typer.Option("--force", help="Fetch again what the cache has.")] = False,
     overwrite: Overwrite = False,
-    debug: common.Debug = False,
+    debug: console.Debug = False,
 ) -> None:
     """Fetch an adapter or a model from the Hub, verify it, and print its folder."""
-    with common.plain_errors(debug):
+    with console.plain_errors(debug):
         from quac_plugins.hub.fetch import pull
 
         typer.echo(str(pull(repo_id, out, revision=revision, force=force, overwrite=overwrite)))
@@ -85,10 +85,10 @@ def info_command(
     name: Annotated[str, typer.Argument(help="A published NAME.TAG, a folder, or org/name of the Hub.")],
     revision: Revision = None,
     json_output: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
-    debug: common.Debug = False,
+    debug: console.Debug = False,
 ) -> None:
     """Say what a published model or an adapter is: host, what is put where, figures, licence."""
-    with common.plain_errors(debug):
+    with console.plain_errors(debug):
         found = _info(name, revision)
         if json_output:
             typer.echo(json.dumps(found, indent=1))
@@ -100,7 +100,7 @@ def info_command(
 
 
 def _info(name: str, revision: str | None) -> dict[str, Any]:
-    from quac_plugins.core.inject.saved import CONFIG_NAME
+    from quac_plugins.core.inject.adapter_files import CONFIG_NAME
     from quac_plugins.hub.fetch import model_config, pull
     from quac_plugins.hub.published import find_published
 
@@ -139,7 +139,7 @@ def _of_timm(name: str) -> dict[str, Any]:
     """A name that nothing of this project is published under."""
     import timm
 
-    from quac_plugins.core.names import split_name
+    from quac_plugins.core.naming import split_name
 
     if not timm.is_model(name):
         raise ValueError(f"{name!r} is no model of timm, no folder and no org/name; quac list PATTERN lists names")

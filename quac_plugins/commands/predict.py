@@ -8,51 +8,51 @@ from typing import Annotated, Any
 
 import typer
 
-from quac_plugins.commands import common
+from quac_plugins.commands import console
 from quac_plugins.parsing import key_values
 
 
 def predict_command(
     images: Annotated[list[Path], typer.Argument(help="Pictures.")],
     model: Annotated[str, typer.Option(help="A timm name, such as resnet50.a1_in1k, or hf-hub:….")],
-    base_checkpoint: common.BaseCheckpoint = None,
-    checkpoint: common.Checkpoint = None,
-    adapter: common.Adapter = None,
-    pretrained: common.Pretrained = None,
-    model_kwargs: common.ModelKwargs = None,
-    num_classes: common.NumClasses = None,
+    base_checkpoint: console.BaseCheckpoint = None,
+    checkpoint: console.Checkpoint = None,
+    adapter: console.Adapter = None,
+    pretrained: console.Pretrained = None,
+    model_kwargs: console.ModelKwargs = None,
+    num_classes: console.NumClasses = None,
     degrade: Annotated[
         str | None, typer.Option(help="Degrade the pictures first: a corruption and a severity, such as fog:3.")
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="So many classes.")] = 5,
-    mean: common.Mean = None,
-    std: common.Std = None,
-    input_size: common.InputSize = None,
-    crop_pct: common.CropPct = None,
-    interpolation: common.Interpolation = None,
-    device: common.Device = None,
-    json: common.Json = None,
-    debug: common.Debug = False,
+    mean: console.Mean = None,
+    std: console.Std = None,
+    input_size: console.InputSize = None,
+    crop_pct: console.CropPct = None,
+    interpolation: console.Interpolation = None,
+    device: console.Device = None,
+    json: console.Json = None,
+    debug: console.Debug = False,
 ) -> None:
     """Tell the most likely classes of pictures, with and without what was put in, and what their quality is."""
-    with common.plain_errors(debug):
+    with console.plain_errors(debug):
         from quac_plugins.images import read_image
 
-        common.check_outputs(json, None, inputs=[*images, base_checkpoint, checkpoint, *common.files_of(adapter)])
-        looks = common.images_of(mean, std, input_size)
+        console.check_outputs(json, None, inputs=[*images, base_checkpoint, checkpoint, *console.files_of(adapter)])
+        looks = console.images_of(mean, std, input_size)
         kind, severity = _degradation(degrade)
         pictures = {str(path): _degraded(read_image(path), kind, severity) for path in images}
         import copy
 
         from quac_plugins.core.inject.record import injection_of
         from quac_plugins.core.inject.surgery import remove
-        from quac_plugins.evaluate.model import build_model
+        from quac_plugins.evaluate.building import build_model
         from quac_plugins.evaluate.predict import predict
 
         network = build_model(
             model, base_checkpoint=base_checkpoint, checkpoint=checkpoint, adapter=adapter, pretrained=pretrained,
             model_kwargs=key_values(model_kwargs or []), num_classes=num_classes, **looks,
-        ).to(common.checked_device(device))  # fmt: skip
+        ).to(console.checked_device(device))  # fmt: skip
         host = remove(copy.deepcopy(network)) if injection_of(network) is not None else None
         told = {}
         for name, picture in pictures.items():

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quac_plugins.commands import common
+from quac_plugins.commands import console
 
 app = typer.Typer(help="The registry of published models.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -24,10 +24,10 @@ def check_command(
         Path | None, typer.Option(help="What it is measured on: class folders, or a folder with val.npz.")
     ] = None,
     on_hub: Annotated[bool, typer.Option("--hub", help="Compare with the Hub too.")] = False,
-    debug: common.Debug = False,
+    debug: console.Debug = False,
 ) -> None:
     """Compare every entry with hub/, with the Hub if asked, and its figures with a new measurement."""
-    with common.plain_errors(debug):
+    with console.plain_errors(debug):
         if accuracy != (data is not None):
             raise ValueError("--accuracy and --data go together")
         from quac_plugins.hub.check import check_registry

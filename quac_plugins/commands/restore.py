@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from quac_plugins.commands import common
+from quac_plugins.commands import console
 
 DEFAULT = "restoration_qacon.bsds"  # in the package
 _NOTED = ("JPEG", "MPO", "PNG", "WEBP")  # formats whose notes are the camera's alone, not of how the file is laid out
@@ -27,20 +27,20 @@ def restore_command(
     ] = None,
     tile_size: Annotated[int, typer.Option(min=8, help="Largest side that goes through the network at once.")] = 512,
     seed: Annotated[int, typer.Option(min=-(2**63), max=2**64 - 1, help="For pipelines that begin with noise.")] = 0,
-    device: common.Device = None,
+    device: console.Device = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a result that is there already.")] = False,
-    debug: common.Debug = False,
+    debug: console.Debug = False,
 ) -> None:
     """Restore a blurred, noisy, hazy, dark or compressed picture."""
-    with common.plain_errors(debug):
+    with console.plain_errors(debug):
         picture = _open(image)
         if out.suffix.lower() not in _WRITTEN:
             raise ValueError(f"{out.name} must end in one of {', '.join(_WRITTEN)}")
-        common.check_output("the result", out, [image])
+        console.check_output("the result", out, [image])
         if out.is_file() and not overwrite:
             raise FileExistsError(f"{out} is there already; give another file, or --overwrite")
-        common.check_outputs(None, compare, "--compare", inputs=[image, out])
-        where = common.checked_device(device)
+        console.check_outputs(None, compare, "--compare", inputs=[image, out])
+        where = console.checked_device(device)
         import torch
 
         from quac_plugins.diffusers import QuACRestorationPipeline

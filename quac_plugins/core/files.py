@@ -59,7 +59,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
 
     A folder that is not there yet appears with all of them at once. In one that is there each file is replaced at once,
     weights (``.safetensors``) first. Until the last one is, those that are left lie in a subfolder ``BESIDE…``, where
-    :func:`quac_plugins.core.inject.saved.read_adapter` finds the config of weights that have been replaced already.
+    :func:`quac_plugins.core.inject.adapter_files.read_adapter` finds the config of weights that have been replaced.
 
     Raises:
         OSError: something could not be written; what was there is as it was, unless the disk refuses one of the files

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from quac_plugins.core.colours import CHANNEL_ORDERS
-from quac_plugins.core.names import matcher, unknown
+from quac_plugins.core.naming import matcher, unknown
 
 C = TypeVar("C", bound="QualityOptions")
 
@@ -49,7 +49,7 @@ def read_options(cls: Any, given: Any, path: str, key_of: Callable[[str], str] |
         Traceback (most recent call last):
         ValueError: model.quac.qualty: unknown option 'qualty'; did you mean 'quality'? Known: ...
     """
-    from quac_plugins.core.quality.table import resolve_quality  # which knows what this file holds
+    from quac_plugins.core.quality.registry import resolve_quality  # which knows what this file holds
 
     if isinstance(given, cls):
         return given

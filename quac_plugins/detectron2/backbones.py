@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from quac_plugins.core.inject import PriorConfig, QuACConfig, inject, injection_of
 from quac_plugins.core.inject.surgery import all_or_nothing
-from quac_plugins.core.names import split_name
+from quac_plugins.core.naming import split_name
 from quac_plugins.core.options import named, one_of, read_options
-from quac_plugins.core.quality.table import in_use
+from quac_plugins.core.quality.registry import in_use
 from quac_plugins.detectron2.blocks import with_activations
 from quac_plugins.detectron2.config import KEY, PRIOR_KEY, TIMM_KEY, configs_of, in_unit_range
 

@@ -20,11 +20,11 @@ from quac_plugins.core.inject import QuACConfig, injection_of
 from quac_plugins.core.inject.sites import PLACES, Site, find_sites
 from quac_plugins.core.inject.surgery import place
 from quac_plugins.core.inject.trace import Trace, trace
-from quac_plugins.core.names import matcher
+from quac_plugins.core.naming import matcher
 from quac_plugins.core.options import named
 from quac_plugins.core.quality.context import QualityContext, QualityError
 from quac_plugins.core.quality.padding import is_traced
-from quac_plugins.core.quality.table import resolve_quality
+from quac_plugins.core.quality.registry import resolve_quality
 from quac_plugins.core.quality.tap import QualityTap
 from quac_plugins.detectron2.blocks import with_activations
 from quac_plugins.detectron2.config import KEY, configs_of, head_patterns, patterns

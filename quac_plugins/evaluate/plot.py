@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quac_plugins.core.files import write_file
-from quac_plugins.evaluate.labels import details_of, labels_of
 from quac_plugins.evaluate.report import EvaluationReport
+from quac_plugins.evaluate.report_names import details_of, labels_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

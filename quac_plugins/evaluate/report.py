@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quac_plugins.core.files import write_file
-from quac_plugins.evaluate.labels import details_of, label_of
 from quac_plugins.evaluate.outcomes import paired_rows
+from quac_plugins.evaluate.report_names import details_of, label_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,7 +42,7 @@ class EvaluationReport:
             for each setting ``"given"``, ``"network"`` (its own config) or ``"timm"`` (the default).
         versions: of the software, and the platform.
         seconds: how long it took.
-        network: what `quac_plugins.evaluate.network.describe_network` says of it: ``host``, ``weights``, ``inside``;
+        network: what `quac_plugins.evaluate.lending.describe_network` says of it: ``host``, ``weights``, ``inside``;
             from the command also ``given``: ``base_checkpoint`` and ``checkpoint`` (``path``, ``sha256``), ``adapter``
             (``name``), ``model_kwargs``, ``num_classes`` and ``pretrained``, as they were given.
         device: where it ran, with the name of a GPU.

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from quac_plugins.degradations import CORRUPTIONS, EXTRA_CORRUPTIONS, check_severity, corruption_names
 from quac_plugins.evaluate.data import CLEAN, ImageDirectory, Item
 from quac_plugins.evaluate.images import CorruptedImages, Job, worker_init
-from quac_plugins.evaluate.network import describe_network, lent
+from quac_plugins.evaluate.lending import describe_network, lent
 from quac_plugins.evaluate.outcomes import NAN, UNREAD, interleaved, judge, name_of, outcomes_of, scores_of
 from quac_plugins.evaluate.preprocessing import Crop, data_config, normalized, sources_of
 from quac_plugins.evaluate.report import EvaluationReport, software_versions

@@ -23,13 +23,13 @@ from quac_plugins.core.inject.fingerprint import fingerprint
 from quac_plugins.core.inject.images import SETTINGS, Images
 from quac_plugins.core.inject.surgery import Injection, inject, injection_of, remove, take_prior, unwrap
 from quac_plugins.core.inject.trace import Trace, trace
+from quac_plugins.core.module_names import tensor_names
 from quac_plugins.core.options import QualityOptions
-from quac_plugins.core.parts import tensor_names
 from quac_plugins.core.prior.comparison import Comparison, Pictures
 from quac_plugins.core.prior.config import PriorConfig
 from quac_plugins.core.prior.recipe import Recipe
 from quac_plugins.core.prior.sites import PriorSite, find_prior_sites
-from quac_plugins.evaluate.network import device_of, lent
+from quac_plugins.evaluate.lending import device_of, lent
 from quac_plugins.evaluate.preprocessing import check_tap, taps_of
 from quac_plugins.fit.checkpoint import Checkpoints
 from quac_plugins.fit.photographs import Photographs

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from quac_plugins.core.files import read_json
-from quac_plugins.core.inject.saved import CONFIG_NAME
-from quac_plugins.evaluate.labels import details_of, differences_of
+from quac_plugins.core.inject.adapter_files import CONFIG_NAME
 from quac_plugins.evaluate.report import EvaluationReport
+from quac_plugins.evaluate.report_names import details_of, differences_of
 from quac_plugins.registry import data_folder
 
 _TEMPLATE = "card_template.md"

@@ -8,9 +8,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from quac_plugins.core.inject.adapter import check_adapter_files
-from quac_plugins.core.names import split_name
+from quac_plugins.core.naming import split_name
 from quac_plugins.evaluate.data import SYNSET
-from quac_plugins.evaluate.packed import unpack
+from quac_plugins.evaluate.npz import unpack
 from quac_plugins.hub.card import read_metrics, spread
 from quac_plugins.hub.fetch import FILES, model_config
 from quac_plugins.hub.published import Published

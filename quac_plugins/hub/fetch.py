@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quac_plugins.core.files import copy_files, disk_errors, read_json
-from quac_plugins.core.inject.saved import CONFIG_NAME, WEIGHTS_NAME
+from quac_plugins.core.inject.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from quac_plugins.hub.verify import check_cached, check_file, check_hash, refuse_pickles
 
 ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME)

@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from quac_plugins.core.inject.adapter import load_adapter_folder
+from quac_plugins.core.inject.adapter_files import WEIGHTS_NAME
 from quac_plugins.core.inject.example import Example
-from quac_plugins.core.inject.saved import WEIGHTS_NAME
 from quac_plugins.hub.fetch import fetch
 from quac_plugins.hub.published import find_published
 from quac_plugins.hub.verify import refuse_pickles

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from quac_plugins.core.names import split_name
+from quac_plugins.core.naming import split_name
 from quac_plugins.hub.fetch import FILES, MODEL_FILES, fetch
 from quac_plugins.hub.verify import check_file
 from quac_plugins.registry import KINDS, Entry, published

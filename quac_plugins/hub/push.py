@@ -18,8 +18,8 @@ from torch import nn
 
 from quac_plugins.core.files import copy_files, disk_errors
 from quac_plugins.core.inject.adapter import check_adapter_files, is_fresh, write_files
+from quac_plugins.core.inject.adapter_files import WEIGHTS_NAME
 from quac_plugins.core.inject.savable import check_savable
-from quac_plugins.core.inject.saved import WEIGHTS_NAME
 from quac_plugins.core.inject.surgery import injection_of, nothing_inside
 from quac_plugins.evaluate.report import EvaluationReport
 from quac_plugins.hub.card import make_card, read_metrics

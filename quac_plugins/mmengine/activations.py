@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from quac_plugins.core.activations import ACTIVATIONS, ChannelActivation
 from quac_plugins.core.inject import QuACConfig
 from quac_plugins.core.quality.context import QualityContext
-from quac_plugins.core.quality.table import resolve_quality
+from quac_plugins.core.quality.registry import resolve_quality
 
 PLAN = "_quac_plan"  # attribute of an activation that came from a plan
 

@@ -21,7 +21,7 @@ from mmengine.runner._flexible_runner import BaseStrategy
 from torch import nn
 
 from quac_plugins.core.inject.trace import DoesNotRun
-from quac_plugins.core.quality.table import in_use
+from quac_plugins.core.quality.registry import in_use
 from quac_plugins.mmengine.activations import PLANNED
 from quac_plugins.mmengine.checking import SiteError, check_config, name_of, path_of
 from quac_plugins.mmengine.finishing import finish

@@ -11,7 +11,7 @@ from torch import nn
 
 from quac_plugins.core.inject import PriorConfig, QuACConfig
 from quac_plugins.core.options import named, read_options, whole_number
-from quac_plugins.core.quality.table import resolve_quality
+from quac_plugins.core.quality.registry import resolve_quality
 from quac_plugins.mmengine.activations import PLANNED, planned_config
 
 HOLDERS = ("QuACBackbone", "QuACResNet", "DegradationPrior")

@@ -17,7 +17,7 @@ from quac_plugins.core.inject.sites import find_sites
 from quac_plugins.core.inject.surgery import _swap, place
 from quac_plugins.core.inject.tapping import listen, tap_for, unlisten
 from quac_plugins.core.inject.trace import Trace, trace
-from quac_plugins.core.quality.table import QualityFunction, resolve_quality
+from quac_plugins.core.quality.registry import QualityFunction, resolve_quality
 from quac_plugins.core.quality.tap import QualityTap
 from quac_plugins.mmengine.activations import PlannedActivation, plan_of
 from quac_plugins.mmengine.preprocessing import listen_to, normalization_of, prepares_images

@@ -7,7 +7,7 @@ from typing import Any
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from quac_plugins.core.quality.table import resolve_quality
+from quac_plugins.core.quality.registry import resolve_quality
 
 
 @MODELS.register_module(name="QuACQuality", force=True)

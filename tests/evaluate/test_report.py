@@ -8,8 +8,8 @@ from PIL import Image
 
 from quac_plugins.degradations import CORRUPTIONS
 from quac_plugins.evaluate import EvaluationReport
-from quac_plugins.evaluate.labels import labels_of
 from quac_plugins.evaluate.plot import plot_reports
+from quac_plugins.evaluate.report_names import labels_of
 
 
 def scores(top1, n=200):

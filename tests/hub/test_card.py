@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 import quac_plugins as quac
 from quac_plugins.evaluate import EvaluationReport
-from quac_plugins.evaluate.network import describe_network
+from quac_plugins.evaluate.lending import describe_network
 from quac_plugins.hub.card import read_metrics
 
 

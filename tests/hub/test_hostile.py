@@ -10,7 +10,7 @@ from hub_fixtures import CATASTROPHE, changed
 from huggingface_hub import file_download
 
 import quac_plugins as quac
-from quac_plugins.core.inject.saved import CONFIG_NAME, WEIGHTS_NAME
+from quac_plugins.core.inject.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from quac_plugins.hub.fetch import fetch
 
 REPO, WHOLE = "me/adapter", "me/whole"

@@ -21,7 +21,7 @@ import quac_plugins as quac
 from quac_plugins.commands import app
 from quac_plugins.degradations import corrupt
 from quac_plugins.evaluate import evaluate
-from quac_plugins.evaluate.packed import unpack
+from quac_plugins.evaluate.npz import unpack
 from quac_plugins.evaluate.predict import predict
 from quac_plugins.hub.check import check_registry
 from quac_plugins.hub.verify import sha256_of

@@ -20,7 +20,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 import quac_plugins as quac
-from quac_plugins.core.inject.saved import CONFIG_NAME, WEIGHTS_NAME
+from quac_plugins.core.inject.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from quac_plugins.fit.confusion import Confusion
 from quac_plugins.fit.report import FitReport
 from quac_plugins.hub.fetch import fetch

@@ -16,7 +16,7 @@ from quac_plugins.core.graphs import called_whole
 from quac_plugins.core.hooks import without_hooks
 from quac_plugins.core.kernels import activate
 from quac_plugins.core.kernels.plain import per_channel
-from quac_plugins.core.names import unknown
+from quac_plugins.core.naming import unknown
 from quac_plugins.core.quality.context import QualityContext
 
 INITS = ("paper", "preserve")

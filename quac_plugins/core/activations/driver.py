@@ -20,7 +20,7 @@ from quac_plugins.core.kernels.native import DTYPES
 from quac_plugins.core.kernels.plain import per_channel
 from quac_plugins.core.precision import full_precision
 from quac_plugins.core.quality.context import QualityError
-from quac_plugins.core.quality.rows import EXPANSIONS, can_expand, expand_rows
+from quac_plugins.core.quality.expansion import EXPANSIONS, can_expand, expand_rows
 
 NORMS = ("batch", "layer", "group", "none")
 

@@ -19,6 +19,15 @@ from torch import Tensor, nn
 
 from quac_plugins.core.hooks import PRIOR_NAME
 from quac_plugins.core.host.facts import facts_of
+from quac_plugins.core.inject.adapter_files import (
+    CONFIG_NAME,
+    FORMATS,
+    WEIGHTS_NAME,
+    Saved,
+    read_adapter,
+    read_config,
+    write_adapter,
+)
 from quac_plugins.core.inject.bounds import bound_problems
 from quac_plugins.core.inject.compare import (
     differences,
@@ -40,24 +49,15 @@ from quac_plugins.core.inject.record import (
     unwrap,
 )
 from quac_plugins.core.inject.savable import check_savable
-from quac_plugins.core.inject.saved import (
-    CONFIG_NAME,
-    FORMATS,
-    WEIGHTS_NAME,
-    Saved,
-    read_adapter,
-    read_config,
-    write_adapter,
-)
 from quac_plugins.core.inject.sites import Site, usable_sites
 from quac_plugins.core.inject.surgery import build_priors, inject, inject_at, remove, take_prior
 from quac_plugins.core.inject.trace import Trace
-from quac_plugins.core.parts import parts, tensor_names
+from quac_plugins.core.module_names import parts, tensor_names
 from quac_plugins.core.prior.config import PriorConfig
 from quac_plugins.core.prior.fdm import FDM
 from quac_plugins.core.prior.routed import Gate
 from quac_plugins.core.quality.context import QualityContext
-from quac_plugins.core.quality.table import QualityFunction, resolve_quality
+from quac_plugins.core.quality.registry import QualityFunction, resolve_quality
 
 C = TypeVar("C", QuACConfig, PriorConfig)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from quac_plugins.core.hooks import PRIOR_NAME
-from quac_plugins.core.inject.saved import Saved
+from quac_plugins.core.inject.adapter_files import Saved
 from quac_plugins.core.prior.margins import Margin
 
 

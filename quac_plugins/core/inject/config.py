@@ -11,7 +11,7 @@ from quac_plugins.core.activations import ACTIVATIONS, ChannelActivation, Driven
 from quac_plugins.core.activations.base import INITS
 from quac_plugins.core.activations.driver import NORMS
 from quac_plugins.core.options import QualityOptions, one_of, pattern_list, whole_number
-from quac_plugins.core.quality.rows import EXPANSIONS
+from quac_plugins.core.quality.expansion import EXPANSIONS
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import nn
 from quac_plugins.core.hooks import PRIOR_NAME, TAP_NAME, add_hook, prior_hook, remove_hooks
 from quac_plugins.core.inject.example import Example
 from quac_plugins.core.inject.trace import OURS, Trace, trace
-from quac_plugins.core.parts import module_at
+from quac_plugins.core.module_names import module_at
 
 _CHILDREN = {"children", "named_children", "_modules"}  # how a module's code names them
 # classes whose code names their children, as they turned out to be

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quac_plugins.core.host.facts import facts_of
 from quac_plugins.core.inject.surgery import names_in_host, unwrap
-from quac_plugins.core.names import split_name
+from quac_plugins.core.naming import split_name
 
 _PRECISIONS = (torch.float16, torch.bfloat16)
 

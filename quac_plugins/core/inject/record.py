@@ -13,10 +13,10 @@ from quac_plugins.core.hooks import PRIOR_NAME
 from quac_plugins.core.inject.config import QuACConfig
 from quac_plugins.core.inject.images import Images
 from quac_plugins.core.inject.sites import Site
-from quac_plugins.core.parts import parts, paths, tensor_names
+from quac_plugins.core.module_names import parts, paths, tensor_names
 from quac_plugins.core.prior.config import PriorConfig
 from quac_plugins.core.prior.sites import PriorSite
-from quac_plugins.core.quality.table import QualityFunction
+from quac_plugins.core.quality.registry import QualityFunction
 
 RECORD = "_quac_injection"
 _OF_HOST = re.compile(r"(widths\.\d+\.)?host\.")  # behind a site's name: parameters of the activation that it keeps

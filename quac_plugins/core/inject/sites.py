@@ -9,8 +9,8 @@ from torch import nn
 
 from quac_plugins.core.inject.hosts import is_activation
 from quac_plugins.core.inject.trace import OURS, Call, Trace
-from quac_plugins.core.names import matcher
-from quac_plugins.core.parts import parts
+from quac_plugins.core.module_names import parts
+from quac_plugins.core.naming import matcher
 
 PLACES = ("auto", "spatial", "all", "last")
 # "auto" is "spatial" where that reaches a fifth of the activations: below, it is hardly more than the stem (tokens,

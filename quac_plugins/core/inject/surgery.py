@@ -38,8 +38,8 @@ from quac_plugins.core.inject.record import (
 from quac_plugins.core.inject.sites import Site, find_sites
 from quac_plugins.core.inject.tapping import listen, tap_for, unlisten, untap
 from quac_plugins.core.inject.trace import Trace, trace
+from quac_plugins.core.module_names import module_at
 from quac_plugins.core.options import QualityOptions
-from quac_plugins.core.parts import module_at
 from quac_plugins.core.prior.config import PriorConfig
 from quac_plugins.core.prior.fdm import FDM, resolve_fdm
 from quac_plugins.core.prior.grid import ImageSize, SizeNote
@@ -47,7 +47,7 @@ from quac_plugins.core.prior.margins import Margin, margins_at
 from quac_plugins.core.prior.routed import RoutedFDM
 from quac_plugins.core.prior.sites import PriorSite, find_prior_sites
 from quac_plugins.core.quality.context import QualityContext
-from quac_plugins.core.quality.table import QualityFunction, resolve_quality
+from quac_plugins.core.quality.registry import QualityFunction, resolve_quality
 from quac_plugins.core.quality.tap import QualityTap
 
 

@@ -19,12 +19,12 @@ from quac_plugins.core.hooks import (
 )
 from quac_plugins.core.inject.images import normalization_of
 from quac_plugins.core.inject.trace import Trace
+from quac_plugins.core.module_names import module_at
 from quac_plugins.core.options import QualityOptions
-from quac_plugins.core.parts import module_at
 from quac_plugins.core.prior.config import PriorConfig
 from quac_plugins.core.quality.context import QualityContext
 from quac_plugins.core.quality.passes import parts_of
-from quac_plugins.core.quality.table import QualityFunction
+from quac_plugins.core.quality.registry import QualityFunction
 from quac_plugins.core.quality.tap import QualityTap
 
 

@@ -32,7 +32,7 @@ from quac_plugins.core.inject.detectors import TakenApart, find_part, in_words
 from quac_plugins.core.inject.example import Arguments, Example, arguments_of
 from quac_plugins.core.inject.hosts import is_activation
 from quac_plugins.core.inject.labels import BATCH, Label, Labels, label_of
-from quac_plugins.core.parts import parts
+from quac_plugins.core.module_names import parts
 from quac_plugins.core.private import FAKE_TENSORS, fake_mode
 from quac_plugins.core.quality.given import contexts_of, quality_given
 

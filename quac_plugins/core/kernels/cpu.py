@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quac_plugins.core.kernels.forms import FORMS
+from quac_plugins.core.kernels.equations import FORMS
 from quac_plugins.core.kernels.layouts import BELOW, WIDE, Kernels, Layout
 from quac_plugins.core.kernels.native import load
 from quac_plugins.core.kernels.vectors import ALONE, TYPES, prelude

@@ -1,7 +1,7 @@
 """The fused kernels in Triton, for a GPU: one pass forward, one backward with its sums.
 
 They take strides, so that rows (NCHW) and columns (channels_last, tokens) are the same code over tiles of another
-shape. Computed in float32, for x in float32, bfloat16 and float16. The equations are those of :mod:`forms`.
+shape. Computed in float32, for x in float32, bfloat16 and float16. The equations are those of :mod:`equations`.
 """
 
 from __future__ import annotations

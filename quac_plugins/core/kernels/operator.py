@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quac_plugins.core.kernels import plain
-from quac_plugins.core.kernels.forms import FORMS
+from quac_plugins.core.kernels.equations import FORMS
 from quac_plugins.core.kernels.layouts import WIDE, Kernels, Layout, layout_of
 from quac_plugins.core.kernels.native import WrongNumbersError, built_or_none, in_graph, reads
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from quac_plugins.core.activations import ACTIVATIONS, ChannelActivation, DrivenActivation
 from quac_plugins.core.graphs import called_whole, exporting
-from quac_plugins.core.names import unknown
+from quac_plugins.core.naming import unknown
 from quac_plugins.core.prior.sites import Grid, PriorSite
 
 FDMS: dict[str, type[FDM]] = {}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quac_plugins.core.host.facts import facts_of
-from quac_plugins.core.parts import module_at
+from quac_plugins.core.module_names import module_at
 
 LOGITS = "logits"
 

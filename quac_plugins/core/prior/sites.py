@@ -18,8 +18,8 @@ from torch import nn
 
 from quac_plugins.core.host.facts import facts_of
 from quac_plugins.core.inject.trace import OURS, Feature, Trace
-from quac_plugins.core.names import matcher
-from quac_plugins.core.parts import module_at
+from quac_plugins.core.module_names import module_at
+from quac_plugins.core.naming import matcher
 
 PLACES = ("auto", "stages", "norms")
 Grid = tuple[int, int]

@@ -1,6 +1,6 @@
 """Quality functions, one file each."""
 
-from quac_plugins.core.quality.table import (
+from quac_plugins.core.quality.registry import (
     QualityFunction,
     quality_family,
     quality_function,

@@ -24,7 +24,7 @@ from torch import Tensor
 from quac_plugins.core.graphs import count_up_to, exporting, in_graph, log_gamma, without_grad
 from quac_plugins.core.kernels.native import WrongNumbersError, built_or_none, may_read
 from quac_plugins.core.quality import brisque_cpu
-from quac_plugins.core.quality.table import quality_function
+from quac_plugins.core.quality.registry import quality_function
 
 # Luminance of 8-bit RGB in fixed point, 15 bits after the point (Rec. 601). Sums stay below 2^24: exact in float32.
 _LUMA = (9798, 19235, 3735)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quac_plugins.core.graphs import exporting, in_graph
 from quac_plugins.core.quality.brisque import brisque
-from quac_plugins.core.quality.table import quality_function
+from quac_plugins.core.quality.registry import quality_function
 
 PERCENTILES = (1.0, 25.0, 50.0, 75.0, 99.0)
 # Luminance of RGB (Rec. 601).

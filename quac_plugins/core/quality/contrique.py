@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from quac_plugins.core.private import has_numbers
-from quac_plugins.core.quality.table import QualityFunction, quality_family, shared
+from quac_plugins.core.quality.registry import QualityFunction, quality_family, shared
 
 CHANNELS = 2048
 ENVIRONMENT = "QUAC_CONTRIQUE"

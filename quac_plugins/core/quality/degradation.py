@@ -20,7 +20,7 @@ from torch import Tensor
 from quac_plugins.core.precision import full_precision
 from quac_plugins.core.quality.brisque_tone import blocks, brisque_tone, finite
 from quac_plugins.core.quality.detail import detail
-from quac_plugins.core.quality.table import quality_function
+from quac_plugins.core.quality.registry import quality_function
 
 CLEAN = "clean"
 KINDS = (

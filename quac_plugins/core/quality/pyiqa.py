@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quac_plugins.core.names import unknown
+from quac_plugins.core.naming import unknown
 from quac_plugins.core.private import has_numbers
-from quac_plugins.core.quality.table import QualityFunction, quality_family, shared
+from quac_plugins.core.quality.registry import QualityFunction, quality_family, shared
 
 # Listed by pyiqa as no-reference, but of folders of images, or of images with captions.
 _NOT_OF_AN_IMAGE = ("clipscore", "fid", "fid_dinov2", "inception_score", "sfid")

@@ -24,9 +24,9 @@ from quac_plugins.core.graphs import called_whole, compiling
 from quac_plugins.core.hooks import TAP_HOOKS, TAP_NAME, remove_hooks
 from quac_plugins.core.precision import full_precision
 from quac_plugins.core.quality.context import QualityContext, QualityError
+from quac_plugins.core.quality.expansion import can_expand, expand_rows
 from quac_plugins.core.quality.padding import quality_of_each, sizes_of
-from quac_plugins.core.quality.rows import can_expand, expand_rows
-from quac_plugins.core.quality.table import QualityFunction
+from quac_plugins.core.quality.registry import QualityFunction
 
 FAR = (-2.0, 3.0)  # beyond what noise, padding and resizing leave of undone images
 

@@ -13,7 +13,7 @@ import quac_plugins as quac
 from quac_plugins import PriorConfig, load_adapter, save_adapter
 from quac_plugins.core.inject.images import Images
 from quac_plugins.core.quality.tap import QualityTap
-from quac_plugins.evaluate.model import build_model
+from quac_plugins.evaluate.building import build_model
 from quac_plugins.evaluate.preprocessing import data_config, sources_of
 
 CONFIG = "adapter_config.json"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from quac_plugins.core.kernels import operator
-from quac_plugins.core.kernels.forms import FORMS
+from quac_plugins.core.kernels.equations import FORMS
 from quac_plugins.core.kernels.layouts import BELOW, layout_of
 
 pytestmark = pytest.mark.skipif(

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from quac_plugins.core.activations import ACTIVATIONS, QACON, AconC, QPReLU
 from quac_plugins.core.kernels import activate, means, native, operator, plain
-from quac_plugins.core.kernels.forms import FORMS
+from quac_plugins.core.kernels.equations import FORMS
 from quac_plugins.core.kernels.native import kernels_choice, may_read
 
 pytestmark = pytest.mark.filterwarnings("error:fused activations")

@@ -11,7 +11,7 @@ from skimage import data
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quac_plugins.core.quality.brisque import brisque
-from quac_plugins.core.quality.table import resolve_quality
+from quac_plugins.core.quality.registry import resolve_quality
 
 SHAPES = [0, 2, 6, 10, 14, 18, 20, 24, 28, 32]
 MEANS = [3, 7, 11, 15, 21, 25, 29, 33]

@@ -14,7 +14,7 @@ from quac_plugins import QuACConfig, inject
 from quac_plugins.core.quality.brisque import brisque
 from quac_plugins.core.quality.brisque_tone import brisque_tone
 from quac_plugins.core.quality.given import contexts_of
-from quac_plugins.core.quality.table import quality_names, resolve_quality
+from quac_plugins.core.quality.registry import quality_names, resolve_quality
 from quac_plugins.degradations import corrupt
 
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models import resnet50
 
 from quac_plugins.core.quality.contrique import Contrique, contrique, contrique_encoder, load_contrique
-from quac_plugins.core.quality.table import resolve_quality
+from quac_plugins.core.quality.registry import resolve_quality
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import torch
 from skimage import data
 
 from quac_plugins.core.quality.pyiqa import PyIQA
-from quac_plugins.core.quality.table import resolve_quality
+from quac_plugins.core.quality.registry import resolve_quality
 
 INSTALLED = importlib.util.find_spec("pyiqa") is not None
 
@@ -30,9 +30,8 @@ def test_missing_package_is_named(missing, spec):
 
 
 def test_known_without_importing_the_package():
-    code = (
-        "import sys; from quac_plugins.core.quality.table import quality_names; assert 'pyiqa[:…]' in quality_names()"
-    )
+    code = "import sys; from quac_plugins.core.quality.registry import quality_names"
+    code += "; assert 'pyiqa[:…]' in quality_names()"
     code += "; assert 'pyiqa' not in sys.modules and 'cv2' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 

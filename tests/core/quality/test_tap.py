@@ -10,7 +10,7 @@ from torch import nn
 import quac_plugins as quac
 from quac_plugins import QuACConfig
 from quac_plugins.core.quality.context import QualityContext
-from quac_plugins.core.quality.table import QualityFunction
+from quac_plugins.core.quality.registry import QualityFunction
 from quac_plugins.core.quality.tap import QualityTap
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from quac_plugins.core.graphs import without_grad
-from quac_plugins.core.names import unknown
+from quac_plugins.core.naming import unknown
 
 QualityCallable = Callable[[Tensor], Tensor]
 

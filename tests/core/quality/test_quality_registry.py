@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import quac_plugins as quac
 import quac_plugins.core.quality as package
-from quac_plugins.core.quality import table
-from quac_plugins.core.quality.table import QualityFunction, quality_names, resolve_quality, shared
+from quac_plugins.core.quality import registry
+from quac_plugins.core.quality.registry import QualityFunction, quality_names, resolve_quality, shared
 from quac_plugins.core.quality.tap import QualityTap
 
 
@@ -85,7 +85,7 @@ def test_activations_and_prior_with_a_family_of_one_name_share_one_tap(monkeypat
         def __call__(self, images):
             return images.mean((1, 2, 3))[:, None]
 
-    monkeypatch.setitem(table._FAMILIES, "mean", lambda name: QualityFunction(f"mean:{name}", 1, shared(Mean, name)))
+    monkeypatch.setitem(registry._FAMILIES, "mean", lambda name: QualityFunction(f"mean:{name}", 1, shared(Mean, name)))
     assert resolve_quality("mean:a") == resolve_quality("mean:a") != resolve_quality("mean:b")
     for second, taps in (("mean:a", 1), ("mean:b", 2)):
         model = timm.create_model("test_resnet")
@@ -121,7 +121,7 @@ def test_gradient_flows_only_if_asked():
 def test_a_file_is_found_by_being_there(tmp_path, monkeypatch):
     (tmp_path / "lightness.py").write_text(
         '"""Mean of each channel."""\n'
-        "from quac_plugins.core.quality.table import QualityFunction, quality_family, quality_function\n"
+        "from quac_plugins.core.quality.registry import QualityFunction, quality_family, quality_function\n"
         '@quality_function("lightness", channels=3)\n'
         "def lightness(images):\n"
         "    return images.mean((2, 3))\n"
@@ -130,8 +130,8 @@ def test_a_file_is_found_by_being_there(tmp_path, monkeypatch):
         '    return QualityFunction(f"power:{argument}", 3, lambda images: (images ** float(argument)).mean((2, 3)))\n'
     )
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
-    monkeypatch.setattr(table, "_TABLE", dict(table._TABLE))
-    monkeypatch.setattr(table, "_FAMILIES", dict(table._FAMILIES))
+    monkeypatch.setattr(registry, "_TABLE", dict(registry._TABLE))
+    monkeypatch.setattr(registry, "_FAMILIES", dict(registry._FAMILIES))
     try:
         images = torch.rand(2, 3, 8, 8)
         assert torch.equal(resolve_quality("lightness")(images), images.mean((2, 3)))

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from quac_plugins.evaluate import packed
+from quac_plugins.evaluate import npz
 from quac_plugins.evaluate.data import CLEAN, ImageDirectory
 
 
@@ -34,7 +34,7 @@ def pack(path, files, labels=(1, 0, 1), classes=("cat", "dog"), **changes):
 
 
 def test_pictures_come_out_byte_for_byte_under_their_classes(tmp_path, photographs):
-    folder = packed.unpack(pack(tmp_path / "val.npz", photographs), tmp_path / "val")
+    folder = npz.unpack(pack(tmp_path / "val.npz", photographs), tmp_path / "val")
     items = ImageDirectory(folder, num_classes=2).conditions[CLEAN]
     assert [(item.key, item.target) for item in items] == [
         ("cat/00001.jpg", 0),
@@ -46,10 +46,10 @@ def test_pictures_come_out_byte_for_byte_under_their_classes(tmp_path, photograp
 
 def test_again_into_the_same_folder(tmp_path, photographs):
     path = pack(tmp_path / "val.npz", photographs)
-    packed.unpack(path, tmp_path / "val")
+    npz.unpack(path, tmp_path / "val")
     (tmp_path / "val/cat/00001.jpg").unlink()
     kept = (tmp_path / "val/dog/00000.jpg").stat().st_mtime_ns
-    packed.unpack(path, tmp_path / "val")
+    npz.unpack(path, tmp_path / "val")
     assert (tmp_path / "val/cat/00001.jpg").read_bytes() == photographs[1]
     assert (tmp_path / "val/dog/00000.jpg").stat().st_mtime_ns == kept
 
@@ -73,14 +73,14 @@ def test_again_into_the_same_folder(tmp_path, photographs):
 def test_what_is_no_packed_set_is_refused(changes, message, tmp_path, photographs):
     path = pack(tmp_path / "val.npz", photographs, **changes)
     with pytest.raises(ValueError, match=message):
-        packed.unpack(path, tmp_path / "val")
+        npz.unpack(path, tmp_path / "val")
     assert not (tmp_path / "val").exists()
 
 
 def test_what_is_no_npz_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file"):
-        packed.unpack(tmp_path / "val.npz", tmp_path / "val")
+        npz.unpack(tmp_path / "val.npz", tmp_path / "val")
     for content in (b"", b"text", b"PK\x03\x04cut off"):
         (tmp_path / "val.npz").write_bytes(content)
         with pytest.raises(ValueError, match="is no packed set"):
-            packed.unpack(tmp_path / "val.npz", tmp_path / "val")
+            npz.unpack(tmp_path / "val.npz", tmp_path / "val")

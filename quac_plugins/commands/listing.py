@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from quac_plugins.commands import common
+from quac_plugins.commands import console
 
 
 class What(str, Enum):
@@ -27,12 +27,12 @@ def list_command(
         bool, typer.Option("--pretrained", help="Only models with weights, with their tags.")
     ] = False,
     what: Annotated[What, typer.Option(help="What to list.")] = What.models,
-    debug: common.Debug = False,
+    debug: console.Debug = False,
 ) -> None:
     """List names, one a line: models, quality functions, activations, priors, corruptions, restoration pipelines."""
     from quac_plugins.parsing import matching
 
-    with common.plain_errors(debug):
+    with console.plain_errors(debug):
         names = matching(_names(what, pretrained), pattern)
         typer.echo("".join(f"{name}\n" for name in names), nl=False)
         if not names:
@@ -56,7 +56,7 @@ def _names(what: What, pretrained: bool) -> list[str]:
         return sorted(quac_plugins.FDMS)
     import timm
 
-    from quac_plugins.core.names import split_name
+    from quac_plugins.core.naming import split_name
 
     ours = quac_plugins.registry.published()
     return [name for name in timm.list_models(pretrained=pretrained) if split_name(name)[1] or name in ours]

@@ -30,7 +30,7 @@ def build_student(
         said: options of the command line that say what the prior is, to be refused where the adapter says so.
         model_kwargs: of timm, `QuACConfig` and `PriorConfig`.
         seed: of what is put in.
-        **options: of `quac_plugins.evaluate.model.build_model`.
+        **options: of `quac_plugins.evaluate.building.build_model`.
 
     Raises:
         ValueError: an option says of what the adapter holds what it is.
@@ -38,8 +38,8 @@ def build_student(
     import torch
 
     from quac_plugins import PriorConfig, QuACConfig, inject, injection_of
-    from quac_plugins.core.names import split_name
-    from quac_plugins.evaluate.model import build_model
+    from quac_plugins.core.naming import split_name
+    from quac_plugins.evaluate.building import build_model
     from quac_plugins.evaluate.preprocessing import data_config
     from quac_plugins.timm import OPTIONS, PRIOR_OPTIONS
 

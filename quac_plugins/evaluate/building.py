@@ -13,9 +13,9 @@ import torch
 from timm.models import load_state_dict
 from torch import nn
 
+from quac_plugins.core.inject.adapter_files import read_adapter
 from quac_plugins.core.inject.images import Images
-from quac_plugins.core.inject.saved import read_adapter
-from quac_plugins.core.names import split_name
+from quac_plugins.core.naming import split_name
 from quac_plugins.evaluate.preprocessing import per_channel, square_or_not
 
 __all__ = ["build_model"]

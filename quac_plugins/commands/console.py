@@ -137,7 +137,7 @@ def check_output(option: str, path: Path, inputs: Iterable[Path | None]) -> None
 
 def files_of(adapter: str | None) -> list[Path]:
     """The files of an adapter that is a folder here, which no output may replace."""
-    from quac_plugins.core.inject.saved import CONFIG_NAME, WEIGHTS_NAME
+    from quac_plugins.core.inject.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 
     return [Path(adapter) / name for name in (CONFIG_NAME, WEIGHTS_NAME)] if adapter is not None else []
 

@@ -34,7 +34,7 @@ from quac_plugins.core.inject.sites import Site
 from quac_plugins.core.prior.config import PriorConfig
 from quac_plugins.core.prior.fdm import LAYOUTS
 from quac_plugins.core.prior.sites import PriorSite
-from quac_plugins.core.quality.rows import EXPANSIONS
+from quac_plugins.core.quality.expansion import EXPANSIONS
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
