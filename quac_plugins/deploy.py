@@ -144,13 +144,13 @@ def pictures(batch: int, size: tuple[int, int], channels: int = 3) -> Tensor:
         torch.Size([2, 3, 32, 48])
     """
     generator = torch.Generator().manual_seed(0)
-    found = torch.zeros(batch, channels, *size)
+    images = torch.zeros(batch, channels, *size)
     side, strength = 2, 1.0
     while side <= min(size):  # every octave as strong as the other
         octave = torch.randn(batch, channels, side, side, generator=generator)
-        found += strength * F.interpolate(octave, size, mode="bicubic", align_corners=False)
+        images += strength * F.interpolate(octave, size, mode="bicubic", align_corners=False)
         side, strength = 2 * side, 0.7 * strength
-    return torch.sigmoid(found)
+    return torch.sigmoid(images)
 
 
 def _example(model: nn.Module, example: Tensor | None, batch: int) -> Tensor:
@@ -176,35 +176,35 @@ def _example(model: nn.Module, example: Tensor | None, batch: int) -> Tensor:
 
 def _others(images: Tensor, dynamic_batch: bool, dynamic_size: bool) -> list[Tensor]:
     """The example and what else the file must take."""
-    found = [images]
+    batches = [images]
     if dynamic_batch:
-        found += [images[:1], torch.cat([images, images[:1].flip(-1)])]
+        batches += [images[:1], torch.cat([images, images[:1].flip(-1)])]
     if dynamic_size:
         height, width = images.shape[2:]
         for size in ((height + 32, width), (height, width + 64), (height + 31, width + 17)):
-            found.append(F.interpolate(images.float(), size, mode="bilinear", align_corners=False).to(images))
-    return found
+            batches.append(F.interpolate(images.float(), size, mode="bilinear", align_corners=False).to(images))
+    return batches
 
 
 def _outputs(outputs: Any) -> list[Tensor]:
     """The tensors of what a model returns, in torch's order of lists, tuples and dicts."""
-    found = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    if not found:
+    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    if not tensors:
         raise ValueError(f"the model returns no tensor but {type(outputs).__name__}, which cannot be exported")
-    return found
+    return tensors
 
 
 def _difference(outputs: Sequence[Tensor], expected: Sequence[Tensor], batch: Tensor, format: str) -> float:
-    if [tuple(one.shape) for one in outputs] != [tuple(one.shape) for one in expected]:
+    if [tuple(output.shape) for output in outputs] != [tuple(output.shape) for output in expected]:
         raise ValueError(
             f"as {format} the outputs for images {tuple(batch.shape)} have the shapes "
-            f"{[tuple(one.shape) for one in outputs]}, the model's {[tuple(one.shape) for one in expected]}"
+            f"{[tuple(output.shape) for output in outputs]}, the model's {[tuple(output.shape) for output in expected]}"
         )
     worst = 0.0
-    for one, other in zip(outputs, expected, strict=True):
+    for output, other in zip(outputs, expected, strict=True):
         if other.numel():
             wide, scale = other.double(), float(other.double().abs().max())
-            difference = float((one.double() - wide).abs().max())
+            difference = float((output.double() - wide).abs().max())
             worst = max(worst, difference / max(scale, 1e-12)) if difference == difference else float("inf")
     return worst
 
@@ -236,7 +236,7 @@ def _to_onnx(model: nn.Module, images: Tensor, file: Path, dynamic: tuple[bool, 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(os.fspath(file), options, providers=["CPUExecutionProvider"])
-    return lambda batch: [torch.from_numpy(one) for one in session.run(None, {"images": batch.numpy()})]
+    return lambda batch: [torch.from_numpy(array) for array in session.run(None, {"images": batch.numpy()})]
 
 
 def _to_program(model: nn.Module, images: Tensor, file: Path, dynamic: tuple[bool, bool], opset: int) -> Run:

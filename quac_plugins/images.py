@@ -62,14 +62,14 @@ def pictures_of(image: Any, upright: bool = True) -> list[Picture]:
         >>> [tuple(picture.pixels.shape) for picture in pictures_of(np.zeros((2, 8, 6, 3), np.uint8))]
         [(3, 8, 6), (3, 8, 6)]
     """
-    given = image if isinstance(image, (list, tuple)) else [image]
-    stacks = [isinstance(one, (np.ndarray, Tensor)) and one.ndim == 4 for one in given]
-    alone = [one for stack, several in zip(given, stacks, strict=True) for one in (stack if several else [stack])]
+    items = image if isinstance(image, (list, tuple)) else [image]
+    stacks = [isinstance(item, (np.ndarray, Tensor)) and item.ndim == 4 for item in items]
+    alone = [item for stack, several in zip(items, stacks, strict=True) for item in (stack if several else [stack])]
     if not alone:
         raise ValueError("there is no image")
     pictures = []
-    for index, one in enumerate(alone):
-        numbers, alpha = _read(one, f"image {index}" if len(alone) > 1 else "the image", upright)
+    for index, item in enumerate(alone):
+        numbers, alpha = _read(item, f"image {index}" if len(alone) > 1 else "the image", upright)
         if numbers.dtype in (np.uint8, np.uint16):
             numbers = numbers.astype(np.float32) / np.iinfo(numbers.dtype).max
         pixels = torch.from_numpy(np.ascontiguousarray(numbers)).permute(2, 0, 1)
@@ -248,18 +248,18 @@ def image_files(folder: Path, once: bool = True) -> list[Path]:
     files: list[Path] = []
     links: list[Path] = []
     while waiting or later:
-        here = waiting.popleft() if waiting else later.popleft()
-        if here is not folder:
-            if (place := identity(here)) in entered:
+        directory = waiting.popleft() if waiting else later.popleft()
+        if directory is not folder:
+            if (place := identity(directory)) in entered:
                 continue
             entered.add(place)
         try:
-            entries = sorted(os.scandir(here), key=lambda entry: entry.name)
+            entries = sorted(os.scandir(directory), key=lambda entry: entry.name)
         except OSError as error:
-            warnings.warn(f"the pictures in {here} are left out, since it cannot be read: {error}", stacklevel=2)
+            warnings.warn(f"the pictures in {directory} are left out, since it cannot be read: {error}", stacklevel=2)
             continue
         for entry in entries:
-            path = here / entry.name
+            path = directory / entry.name
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
@@ -281,7 +281,7 @@ def folders_above(folder: Path) -> set[tuple[int, int] | Path]:
 def identity(path: Path) -> tuple[int, int] | Path:
     """What two names of one file or folder share; a link that leads nowhere is itself."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return path
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino

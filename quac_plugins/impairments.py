@@ -103,8 +103,8 @@ def downscale(image: np.ndarray, strength: float, rng: np.random.Generator) -> n
     factor = _between(1.5, 4.0, strength)
     small = (max(round(width / factor), 1), max(round(height / factor), 1))
     picture = Image.fromarray(_bytes(image))
-    there = picture.resize(small, Image.Resampling.BICUBIC)
-    return np.asarray(there.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float64) / 255
+    smaller = picture.resize(small, Image.Resampling.BICUBIC)
+    return np.asarray(smaller.resize((width, height), Image.Resampling.BICUBIC), dtype=np.float64) / 255
 
 
 @impairment
@@ -159,11 +159,11 @@ def impair(image: np.ndarray, names: str | Sequence[str], severity: Any, seed: i
     if isinstance(severity, bool) or not isinstance(severity, Real) or not 1 <= float(severity) <= 5:
         raise ValueError(f"severity must be a number from 1 to 5, got {severity!r}")
     rng = np.random.default_rng(seed)
-    found = image / 255
+    values = image / 255
     for name, function in IMPAIRMENTS.items():
         if name in wanted:
-            found = np.clip(function(found, (float(severity) - 1) / 4, rng), 0, 1)
-    return _bytes(found)
+            values = np.clip(function(values, (float(severity) - 1) / 4, rng), 0, 1)
+    return _bytes(values)
 
 
 class Impair:

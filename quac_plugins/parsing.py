@@ -43,13 +43,13 @@ def key_values(texts: Iterable[str]) -> dict[str, Any]:
         >>> key_values(["pad_type=same,drop_rate=0.1", "img_size=(64, 96),scale=true"])
         {'pad_type': 'same', 'drop_rate': 0.1, 'img_size': (64, 96), 'scale': True}
     """
-    found = {}
+    values = {}
     for pair in (pair for text in texts for pair in _COMMA.split(text) if pair.strip()):
         key, equals, value = pair.partition("=")
         if not equals or not key.strip().isidentifier():
             raise ValueError(f"--model-kwargs: expected key=value, got {pair!r}")
-        found[key.strip()] = _value(value.strip())
-    return found
+        values[key.strip()] = _value(value.strip())
+    return values
 
 
 def matching(names: Iterable[str], pattern: str) -> list[str]:

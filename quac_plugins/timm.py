@@ -110,15 +110,17 @@ def create_quac(
     source = _field(pretrained_cfg, "source")
     whole = source in ("hf-hub", "local-dir")  # a model that was saved with QuAC inside
     file = _whole_file(pretrained_cfg, pretrained, kwargs, cache_dir) if whole else None
-    found = _published(base, suffix, pretrained_cfg) if not whole else None
-    if found is not None:
-        pretrained_cfg = found.host_cfg(pretrained_cfg)
-        kwargs = {**found.model_args, **kwargs}
+    published = _published(base, suffix, pretrained_cfg) if not whole else None
+    if published is not None:
+        pretrained_cfg = published.host_cfg(pretrained_cfg)
+        kwargs = {**published.model_args, **kwargs}
     if whole and suffix == "_qacon_ddp" and not {"quality", "prior_quality"} & set(kwargs):
         kwargs["prior_quality"] = "brisque_tone"  # models of earlier versions did not say what each default was
-    configs, given = _configs_of(suffix, kwargs)
-    own = whole or (found is not None and found.kind == "model")  # weights that were trained with what is put in
-    if pretrained and not own and any(isinstance(c, QuACConfig) and c.init == "paper" for c in configs):
+    configs, options = _configs_of(suffix, kwargs)
+    is_ours = whole or (
+        published is not None and published.kind == "model"
+    )  # weights that were trained with what is put in
+    if pretrained and not is_ours and any(isinstance(c, QuACConfig) and c.init == "paper" for c in configs):
         raise ValueError(
             f"{base}{suffix}: pretrained=True with init='paper' would put random activations into trained weights; "
             "use init='preserve', or pretrained=False"
@@ -127,8 +129,8 @@ def create_quac(
         kwargs["pretrained_model_args"] = {
             k: v for k, v in pretrained_model_args.items() if k not in (*OPTIONS, *PRIOR_OPTIONS, "prior_quality")
         }
-    adapter = pretrained and found is not None and found.kind == "adapter"
-    if adapter and not given:  # alone, it also says what to put in; with options given, they must be its own
+    adapter = pretrained and published is not None and published.kind == "adapter"
+    if adapter and not options:  # alone, it also says what to put in; with options given, they must be its own
         configs = []
     kwargs |= {"pretrained_cfg": pretrained_cfg, "pretrained_cfg_overlay": pretrained_cfg_overlay}
     create: Any = timm.create_model
@@ -138,7 +140,7 @@ def create_quac(
             network = whole_network(base, configs, **kwargs)
             create, put_in = network.create_model, network.put_into
         with no_larger_than([Path(file)]) if file is not None else nullcontext():
-            model = create(base, pretrained=pretrained and not own, cache_dir=cache_dir, **kwargs)
+            model = create(base, pretrained=pretrained and not is_ours, cache_dir=cache_dir, **kwargs)
     except Exception as error:
         weights = None
         if pretrained and not whole and _is_network(error):
@@ -157,13 +159,13 @@ def create_quac(
             raise
     put_in(model, configs)
     if adapter:
-        assert found is not None
-        load_adapter(model, found.folder())
+        assert published is not None
+        load_adapter(model, published.folder())
     _describe(model, base + suffix)
     if pretrained and whole:
         _load_whole(model, file, kwargs, cache_dir)
-    elif pretrained and found is not None and not adapter:
-        _load_whole(model, str(found.folder() / MODEL_FILES[-1]), kwargs, cache_dir)
+    elif pretrained and published is not None and not adapter:
+        _load_whole(model, str(published.folder() / MODEL_FILES[-1]), kwargs, cache_dir)
     return model
 
 
@@ -174,11 +176,11 @@ def _put_in(model: nn.Module, configs: list[QuACConfig | PriorConfig]) -> None:
 
 def _no_option(base: str, suffix: str, option: str) -> str:
     """What is said of an option that neither the base nor what is put into it takes."""
-    own = [*(OPTIONS if "_qacon" in suffix else ()), *(PRIOR_OPTIONS if "_ddp" in suffix else ())]
+    options = [*(OPTIONS if "_qacon" in suffix else ()), *(PRIOR_OPTIONS if "_ddp" in suffix else ())]
     other = next((s for s, names in (("_qacon", OPTIONS), ("_ddp", PRIOR_OPTIONS)) if option in names), None)
     if other is not None:
         return f"{base}{suffix} takes no {option!r}: that is an option of {base}{other} and {base}_qacon_ddp"
-    return str(unknown(f"{base}{suffix} takes no", option, dict.fromkeys([*own, "quality"])))
+    return str(unknown(f"{base}{suffix} takes no", option, dict.fromkeys([*options, "quality"])))
 
 
 def _load_whole(model: nn.Module, file: str | None, kwargs: dict[str, Any], cache_dir: Any) -> None:
@@ -222,16 +224,16 @@ def _configs_of(suffix: str, kwargs: dict[str, Any]) -> tuple[list[QuACConfig | 
     """Take the options of what a suffix puts in out of ``kwargs``; also whether there were any."""
     quac = OPTIONS if "_qacon" in suffix else ()
     prior = (*PRIOR_OPTIONS, "quality") if "_ddp" in suffix else ()
-    given = {key: kwargs.pop(key) for key in dict.fromkeys((*quac, *prior)) if key in kwargs}
+    options = {key: kwargs.pop(key) for key in dict.fromkeys((*quac, *prior)) if key in kwargs}
     configs: list[QuACConfig | PriorConfig] = []
     if quac:
-        configs.append(QuACConfig(**{key: value for key, value in given.items() if key in quac}))
+        configs.append(QuACConfig(**{key: value for key, value in options.items() if key in quac}))
     if prior:
-        of_prior = {key: value for key, value in given.items() if key in prior}
+        of_prior = {key: value for key, value in options.items() if key in prior}
         if "prior_quality" in kwargs:
             of_prior["quality"] = kwargs.pop("prior_quality")
         configs.append(PriorConfig(**of_prior))
-    return configs, bool(given)
+    return configs, bool(options)
 
 
 def _published(base: str, suffix: str, pretrained_cfg: Any) -> Published | None:
@@ -266,8 +268,8 @@ def _describe(model: nn.Module, name: str) -> None:
             setattr(model, attribute, {**cfg, **_images_of(record, cfg), "architecture": name})
     inside = [(where, module) for where, module in model.named_modules() if isinstance(module, ChannelActivation)]
     slopes = {f"{where}.{leaf}" for where, m in inside for leaf in ("p1", "p2", "beta") if leaf in m._parameters}
-    own = getattr(type(model), "no_weight_decay", None)
-    names = {*(own(model) if callable(own) else ()), *slopes}
+    no_decay = getattr(type(model), "no_weight_decay", None)
+    names = {*(no_decay(model) if callable(no_decay) else ()), *slopes}
     model.no_weight_decay = partial(_names, frozenset(names))  # type: ignore[assignment]
     if "no_weight_decay" not in record.added:
         record.added.append("no_weight_decay")
@@ -280,12 +282,12 @@ def _images_of(record: Injection, cfg: dict[str, Any]) -> dict[str, Any]:
     """What a network with something inside takes, where that differs from what its host takes; in timm's words."""
     if record.images is None:
         return {}
-    found = {key: value for key, value in record.images.settings.items() if value is not None}
-    if "input_size" in found:
-        found["input_size"] = ((cfg.get("input_size") or (3,))[0], *found["input_size"])
+    settings = {key: value for key, value in record.images.settings.items() if value is not None}
+    if "input_size" in settings:
+        settings["input_size"] = ((cfg.get("input_size") or (3,))[0], *settings["input_size"])
     if record.images.normalization is not None and not same(record.images.normalization, record.images.host):
-        found["mean"], found["std"] = record.images.normalization
-    return found
+        settings["mean"], settings["std"] = record.images.normalization
+    return settings
 
 
 def _names(names: frozenset[str]) -> set[str]:

@@ -12,15 +12,15 @@ from quac_plugins.core.host.facts import add_reader
 @add_reader
 def read_facts(model: nn.Module) -> dict[str, Any]:
     """What a network's ``pretrained_cfg`` and its attributes say, as :class:`HostFacts` names it."""
-    own = getattr(model, "pretrained_cfg", None)
-    cfg = own or getattr(model, "default_cfg", None)
-    own, cfg = (one if isinstance(one, dict) else {} for one in (own, cfg))
-    name, classifiers = own.get("architecture"), own.get("classifier") or ()
+    own_cfg = getattr(model, "pretrained_cfg", None)
+    cfg = own_cfg or getattr(model, "default_cfg", None)
+    own_cfg, cfg = (value if isinstance(value, dict) else {} for value in (own_cfg, cfg))
+    name, classifiers = own_cfg.get("architecture"), own_cfg.get("classifier") or ()
     said = cfg.get("mean") is not None and cfg.get("std") is not None
     in_chans, prefix = (getattr(model, name, None) for name in ("in_chans", "num_prefix_tokens"))
     return {
         "architecture": name if isinstance(name, str) and name else None,
-        "tag": own.get("tag"),
+        "tag": own_cfg.get("tag"),
         "normalization": (tuple(cfg["mean"]), tuple(cfg["std"])) if said else None,
         "input_size": _input_size(model, cfg.get("input_size")),
         "in_chans": in_chans if isinstance(in_chans, int) else None,
@@ -48,10 +48,10 @@ def _stage_ends(model: nn.Module) -> tuple[str, ...]:
         return ()
     # wrappers of features have the network as their only child, or those layers that they need under flat names
     inside = f"{next(iter(model._modules))}." if len(model._modules) == 1 else ""
-    there = {_flat(name.removeprefix(inside)): name for name, _ in model.named_modules()}
+    by_flat_name = {_flat(name.removeprefix(inside)): name for name, _ in model.named_modules()}
     if not isinstance(info, (list, tuple)):
-        wanted &= there.keys()
-    return tuple(there.get(name, name) for name in sorted(wanted))
+        wanted &= by_flat_name.keys()
+    return tuple(by_flat_name.get(name, name) for name in sorted(wanted))
 
 
 def _flat(name: str) -> str:

@@ -93,8 +93,10 @@ def whole_network(base: str, configs: list[Config], **kwargs: Any) -> Whole:
     Raises:
         ValueError: a rule finds nothing.
     """
-    own = ("features_only", "feature_cls", "feature_cfg", "out_indices", "checkpoint_path")
-    make = partial(timm.create_model, base, **{key: value for key, value in kwargs.items() if key not in own})
+    wrapper_options = ("features_only", "feature_cls", "feature_cfg", "out_indices", "checkpoint_path")
+    make = partial(
+        timm.create_model, base, **{key: value for key, value in kwargs.items() if key not in wrapper_options}
+    )
     if not any(_patterns(config, True) for config in configs):
         return Whole([[] for _ in configs], ())
     host = of_shapes(make)
@@ -150,12 +152,12 @@ def _places(host: nn.Module, config: Config, seen: Trace) -> list[Place]:
     sites = find_places(host, rules, seen) if rules is not None else []
     nodes = {feature.name: feature.node for feature in seen.features if feature.made}
     usable = {site.name for site in _usable(host, config, seen) if _is_behind(site)}
-    found = []
+    places = []
     for site in sites:
         same = [name for name in usable & set(nodes) if _is_behind(site) and nodes[name] == nodes.get(site.name)]
         same.sort(key=lambda name: (name.count("."), name))
-        found.append(Place(site, tuple(dict.fromkeys([site.name, *same]))))
-    return found
+        places.append(Place(site, tuple(dict.fromkeys([site.name, *same]))))
+    return places
 
 
 def _usable(model: nn.Module, config: Config, seen: Trace) -> list[Any]:
@@ -172,34 +174,34 @@ def _is_behind(site: Site | PriorSite) -> bool:
 def _find(places: list[Place], model: nn.Module, config: Config, seen: Trace) -> list[Any]:
     """The sites of a config in a network of features: those of ``places`` that it has, and what it names beside."""
     usable = _usable(model, config, seen)
-    here = {(site.name, _is_behind(site)): site for site in usable}
+    usable_sites = {(site.name, _is_behind(site)): site for site in usable}
     called = {*seen.calls, *(feature.name for feature in seen.features), *seen.others}
     others = _patterns(config, False)
-    found = find_places(model, others, seen) if others is not None else []
+    matches = find_places(model, others, seen) if others is not None else []
     for place in places:
-        names = [name for one in place.names for name in _names_in(model, one)]
-        sites = [site for name in names if (site := here.get((name, _is_behind(place.site)))) is not None]
+        names = [name for place_name in place.names for name in _names_in(model, place_name)]
+        sites = [site for name in names if (site := usable_sites.get((name, _is_behind(place.site)))) is not None]
         if sites and _alike(sites[0], place.site):
-            found.append(sites[0])
+            matches.append(sites[0])
         elif not sites and (lost := [name for name in names if name in called]):
             raise ValueError(
                 f"{lost[0]!r} cannot be used in {type(model).__name__}, though {place.site.name!r} can in the whole "
                 "network: put it into that, and take its features by forward_intermediates"
             )
-    if not found:
+    if not matches:
         listing = ", ".join(place.site.name for place in places)
         raise ValueError(
             f"{type(model).__name__} has none of the places that are meant in the whole network ({listing}): take more "
             "features (out_indices), or name a module of this network"
         )
-    return [site for site in usable if site in found]
+    return [site for site in usable if site in matches]
 
 
 def _names_in(model: nn.Module, name: str) -> list[str]:
     """What timm's wrappers of features may call a module of the network that they wrap."""
     inside = [f"{child}." for child in model._modules][:1] if len(model._modules) == 1 else []
     plain = [name, name.replace(".", "_", 1), *(inner + name for inner in inside)]
-    return [*plain, *(f"{one}.{END}" for one in plain)]
+    return [*plain, *(f"{name_}.{END}" for name_ in plain)]
 
 
 def _alike(site: Any, other: Any) -> bool:

@@ -121,17 +121,17 @@ def check_output(option: str, path: Path, inputs: Iterable[Path | None]) -> None
     """
     if path.is_dir():
         raise IsADirectoryError(f"{option}: {path} is a directory, not a file to write")
-    for given in inputs:
-        if given is None or (path.exists() and not path.is_file()):  # a device is no file that could be lost
+    for path_in in inputs:
+        if path_in is None or (path.exists() and not path.is_file()):  # a device is no file that could be lost
             continue
-        if given.is_dir():
+        if path_in.is_dir():
             from quac_plugins.images import EXTENSIONS
 
-            inside = Path(os.path.realpath(given)) in Path(os.path.realpath(path)).parents
+            inside = Path(os.path.realpath(path_in)) in Path(os.path.realpath(path)).parents
             if inside and path.suffix.lower() in EXTENSIONS:
-                raise ValueError(f"{option}: {path} would be one of the pictures in {given}; give another place")
-        elif same_file(path, given):
-            raise ValueError(f"{option}: {path} would replace {given}, which is needed itself; give another file")
+                raise ValueError(f"{option}: {path} would be one of the pictures in {path_in}; give another place")
+        elif same_file(path, path_in):
+            raise ValueError(f"{option}: {path} would replace {path_in}, which is needed itself; give another file")
     check_folder(Path(os.path.realpath(path)).parent)
 
 

@@ -71,7 +71,7 @@ def evaluate_command(
         from quac_plugins.processes import is_main_process
 
         torch.manual_seed(seed)
-        given: dict[str, Any] = {
+        arguments: dict[str, Any] = {
             "base_checkpoint": base_checkpoint,
             "checkpoint": checkpoint,
             "adapter": adapter,
@@ -79,7 +79,7 @@ def evaluate_command(
             "num_classes": num_classes,
             "pretrained": pretrained,
         }
-        network = build_model(model, **given, **images)
+        network = build_model(model, **arguments, **images)
         report = evaluate(
             network,
             data,
@@ -98,7 +98,7 @@ def evaluate_command(
             outcomes=outcomes,
             **images,
         )
-        report.model, report.network["given"] = model, _described(given)
+        report.model, report.network["given"] = model, _described(arguments)
         if is_main_process():
             _write(report, json, plot)
     if report.unreadable:

@@ -264,9 +264,9 @@ def _check(given: Any, class_map: Path | None) -> None:
     from quac_plugins.core.inject.adapter_files import CONFIG_NAME, WEIGHTS_NAME
     from quac_plugins.fit.report import REPORT_NAME
 
-    there = [name for name in (CONFIG_NAME, WEIGHTS_NAME, REPORT_NAME) if (out / name).exists()]
-    if there and not given.overwrite:
-        raise FileExistsError(f"{out} holds {there[0]} already; give another folder, or --overwrite")
+    existing = [name for name in (CONFIG_NAME, WEIGHTS_NAME, REPORT_NAME) if (out / name).exists()]
+    if existing and not given.overwrite:
+        raise FileExistsError(f"{out} holds {existing[0]} already; give another folder, or --overwrite")
     console.check_folder(out)
     inputs = [images, *(pairs or ()), given.base_checkpoint, given.checkpoint, class_map]
     inputs += [*console.files_of(given.adapter), *console.files_of(str(out))]

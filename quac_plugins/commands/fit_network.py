@@ -55,14 +55,14 @@ def build_student(
     size = data_config(network, input_size=options.get("input_size"))["input_size"][-2:]
     example = torch.empty(1, 3, *size)
     torch.manual_seed(seed)
-    for what, there, given in (
+    for what, expected, given in (
         ("quac", record is not None and record.config is not None, list(of_quac)),
         ("prior", record is not None and record.prior is not None, [*of_prior, *(said or [])]),
     ):
-        if there and [key for key in given if key != "quality"]:
+        if expected and [key for key in given if key != "quality"]:
             source = f"the adapter {adapter}" if adapter is not None else name
             raise ValueError(f"{source} says itself what is put in: leave out {', '.join(dict.fromkeys(given))}")
-        if what in wanted and not there:
+        if what in wanted and not expected:
             inject(
                 network,
                 QuACConfig(**of_quac) if what == "quac" else PriorConfig(**{**of_prior, **(prior or {})}),

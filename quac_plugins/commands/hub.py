@@ -89,11 +89,11 @@ def info_command(
 ) -> None:
     """Say what a published model or an adapter is: host, what is put where, figures, licence."""
     with console.plain_errors(debug):
-        found = _info(name, revision)
+        facts = _info(name, revision)
         if json_output:
-            typer.echo(json.dumps(found, indent=1))
+            typer.echo(json.dumps(facts, indent=1))
             return
-        for key, value in found.items():
+        for key, value in facts.items():
             shown = ", ".join(map(str, value)) if isinstance(value, list) else value
             shown = ", ".join(f"{k}={v}" for k, v in shown.items()) if isinstance(shown, dict) else shown
             typer.echo(f"{key + ':':14}{shown}")
@@ -104,18 +104,18 @@ def _info(name: str, revision: str | None) -> dict[str, Any]:
     from quac_plugins.hub.fetch import model_config, pull
     from quac_plugins.hub.published import find_published
 
-    found: dict[str, Any] = {"name": name}
+    facts: dict[str, Any] = {"name": name}
     published = find_published(name, known_to_host=True) or find_published(name, known_to_host=True, door="diffusers")
     if published is not None:
         entry = published.entry
         assert entry is not None
-        found |= {"kind": entry.kind, "license": entry.license, "size": entry.size, "sha256": entry.sha256}
-        found |= {"source": f"{entry.repo}@{entry.revision}" if entry.repo else "embedded"}
-        found |= {"base": entry.base, "metrics": entry.metrics, "model_args": entry.model_args}
-        found = {key: value for key, value in found.items() if value}
+        facts |= {"kind": entry.kind, "license": entry.license, "size": entry.size, "sha256": entry.sha256}
+        facts |= {"source": f"{entry.repo}@{entry.revision}" if entry.repo else "embedded"}
+        facts |= {"base": entry.base, "metrics": entry.metrics, "model_args": entry.model_args}
+        facts = {key: value for key, value in facts.items() if value}
         folder = published.folder()
         if published.kind == "pipeline":
-            return found
+            return facts
     elif Path(name).is_dir():
         folder = Path(name)
     elif name.count("/") == 1 and not name.startswith((".", "/", "~")):
@@ -126,13 +126,13 @@ def _info(name: str, revision: str | None) -> dict[str, Any]:
     if config.is_file():
         from quac_plugins.core.inject.adapter import describe_adapter
 
-        found |= {"kind": "adapter", **describe_adapter(folder)}
+        facts |= {"kind": "adapter", **describe_adapter(folder)}
     elif (folder / "config.json").is_file():
         values = model_config(folder)
-        found |= {"kind": "model", "architecture": values.get("architecture"), "classes": values.get("num_classes")}
+        facts |= {"kind": "model", "architecture": values.get("architecture"), "classes": values.get("num_classes")}
     else:
         raise FileNotFoundError(f"{folder} holds neither an adapter nor a model")
-    return found
+    return facts
 
 
 def _of_timm(name: str) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _of_timm(name: str) -> dict[str, Any]:
         raise ValueError(f"{name!r} is no model of timm, no folder and no org/name; quac list PATTERN lists names")
     host = split_name(name)[0]
     cfg = timm.get_pretrained_cfg(host, allow_unregistered=True)
-    found: dict[str, Any] = {"name": name, "kind": "architecture", "host": host}
+    facts: dict[str, Any] = {"name": name, "kind": "architecture", "host": host}
     if cfg is not None and cfg.has_weights:
-        found |= {"weights": cfg.hf_hub_id or cfg.url, "license": cfg.license or "not told"}
-    return found
+        facts |= {"weights": cfg.hf_hub_id or cfg.url, "license": cfg.license or "not told"}
+    return facts

@@ -55,7 +55,7 @@ def restore_command(
             from quac_plugins.evaluate.comparison_plot import draw_comparison
 
             pipe.set_progress_bar_config(disable=True)
-            before, after = (pictures_of(one)[0].pixels for one in (picture, restored))
+            before, after = (pictures_of(path)[0].pixels for path in (picture, restored))
             draw_comparison(compare, pipe, before, after, tile_size)
             typer.echo(f"wrote {compare}", err=True)
 
@@ -67,12 +67,12 @@ def _open(path: Path) -> Any:
     from quac_plugins.images import open_image
 
     with open_image(path) as image:
-        found = ImageOps.exif_transpose(image)
+        upright = ImageOps.exif_transpose(image)
         if image.format not in _NOTED:
-            found.info.pop("exif", None)
+            upright.info.pop("exif", None)
         if image.format != "MPO":  # a photograph with its previews
             _tell_of_others(image, path)
-        return _in_rgb(found)
+        return _in_rgb(upright)
 
 
 def _tell_of_others(image: Any, path: Path) -> None:
@@ -102,14 +102,14 @@ def _in_rgb(image: Any) -> Any:
     if inks.mode not in ("CMYK", "L"):
         return image
     try:
-        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        found: Any = ImageCms.profileToProfile(inks, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        ink_profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        converted: Any = ImageCms.profileToProfile(inks, ink_profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError):  # a broken profile says nothing
         return image
     if image.mode == "LA":
-        found.putalpha(image.getchannel("A"))
-    found.info = {key: value for key, value in image.info.items() if key != "icc_profile"}
-    return found
+        converted.putalpha(image.getchannel("A"))
+    converted.info = {key: value for key, value in image.info.items() if key != "icc_profile"}
+    return converted
 
 
 def _save(image: Any, path: Path, like: Any) -> None:

@@ -36,7 +36,7 @@ def activation_curves(model: nn.Module, layers: list[str], run: Callable[[], Any
         >>> curves[layer].shape[0], curves[layer].shape[2]
         (2, 9)
     """
-    found: dict[str, Tensor] = {}
+    curves: dict[str, Tensor] = {}
 
     def note(name: str) -> Callable[..., None]:
         def hook(site: Any, args: tuple, output: Any) -> None:
@@ -45,7 +45,7 @@ def activation_curves(model: nn.Module, layers: list[str], run: Callable[[], Any
             y = site.equation(at, *(value[..., None] for value in values))
             if site.host is not None:
                 y = site.host(at) + y - site.equation(at, *(at.new_tensor([value]) for value in site.neutral))
-            found[name] = y.expand(-1, site.channels, -1)
+            curves[name] = y.expand(-1, site.channels, -1)
 
         return hook
 
@@ -60,4 +60,4 @@ def activation_curves(model: nn.Module, layers: list[str], run: Callable[[], Any
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return curves

@@ -146,12 +146,14 @@ def copy_files(files: Iterable[Path], folder: str | os.PathLike[str], overwrite:
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file, not a folder to write into")
     for path in files:
-        there = folder / path.name
-        if there.is_dir():
-            raise IsADirectoryError(f"{there} is a folder, and {path.name} would have to go there; give another folder")
-        if os.path.lexists(there) and not overwrite and not _equal(path, there):
+        target = folder / path.name
+        if target.is_dir():
+            raise IsADirectoryError(
+                f"{target} is a folder, and {path.name} would have to go there; give another folder"
+            )
+        if os.path.lexists(target) and not overwrite and not _equal(path, target):
             raise FileExistsError(
-                f"{there} is there already, and is another file; give another folder, or --overwrite (overwrite=True)"
+                f"{target} is there already, and is another file; give another folder, or --overwrite (overwrite=True)"
             )
     with replacing(folder) as beside:
         for path in files:
@@ -201,8 +203,8 @@ def _descriptor(path: str | os.PathLike[str]) -> int | None:
     for _ in range(40):
         if name in _STANDARD:
             return _STANDARD[name]
-        if found := _DESCRIPTOR.match(name):
-            return int(found[1])
+        if match := _DESCRIPTOR.match(name):
+            return int(match[1])
         if not os.path.islink(name):
             return None
         name = os.path.normpath(os.path.join(os.path.dirname(name), os.readlink(name)))

@@ -28,13 +28,13 @@ def paths(model: nn.Module) -> dict[str, str]:
         {'': '', '0': '0', '0.module': '0'}
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    found = {"": ""}
+    names = {"": ""}
     for path in modules:
         if path:
             above, _, name = path.rpartition(".")
             wrapped = name in _TRANSPARENT or (name == "module" and isinstance(modules[above], _WRAPPERS))
-            found[path] = found[above] if wrapped else f"{found[above]}.{name}" if found[above] else name
-    return found
+            names[path] = names[above] if wrapped else f"{names[above]}.{name}" if names[above] else name
+    return names
 
 
 def tensor_names(model: nn.Module) -> Callable[[str], str]:

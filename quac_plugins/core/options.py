@@ -81,14 +81,14 @@ def whole_number(what: str, value: Any, least: int = 1, most: int | None = None)
 def numbers(what: str, value: Any) -> tuple[float, ...]:
     """A number or one for each channel, as finite floats."""
     try:
-        found = (float(value),) if isinstance(value, (int, float)) else tuple(float(v) for v in value)
+        values = (float(value),) if isinstance(value, (int, float)) else tuple(float(v) for v in value)
     except (TypeError, ValueError, OverflowError):
-        found = ()
+        values = ()
     if isinstance(value, str):  # whose letters may be digits
-        found = ()
-    if not found or not all(math.isfinite(v) for v in found):
+        values = ()
+    if not values or not all(math.isfinite(v) for v in values):
         raise ValueError(f"{what} must be a number or one for each channel, got {value!r}")
-    return found
+    return values
 
 
 def pattern_list(what: str, value: Any) -> list[str]:

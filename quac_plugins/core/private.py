@@ -23,12 +23,12 @@ def find(path: str, module: str = "torch") -> Any:
         True
     """
     try:
-        found: Any = importlib.import_module(module)
+        value: Any = importlib.import_module(module)
     except ImportError:
         return None
     for name in path.split("."):
-        found = getattr(found, name, None)
-    return found
+        value = getattr(value, name, None)
+    return value
 
 
 _transforms = find("_C._functorch.peek_interpreter_stack")  # () → the innermost of vmap, grad and jvp, or None

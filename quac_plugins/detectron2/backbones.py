@@ -121,7 +121,7 @@ class TimmBackbone(Backbone):
         missing = [f for f, stride in zip(out_features, wanted, strict=True) if stride not in strides]
         if missing:
             raise ValueError(f"NAME: {name} has maps of the strides {strides}, none for {', '.join(missing)}")
-        indices = [max(i for i, stride in enumerate(strides) if stride == one) for one in wanted]
+        indices = [max(i for i, stride in enumerate(strides) if stride == stride_wanted) for stride_wanted in wanted]
         net: Any = timm.create_model(name, features_only=True, out_indices=indices, pretrained=pretrained, **kwargs)
         self.net, self.nhwc = net, str(getattr(net, "output_fmt", "NCHW")).endswith("NHWC")
         self._out_features = list(out_features)

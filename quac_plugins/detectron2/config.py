@@ -60,15 +60,15 @@ def configs_of(cfg: CfgNode) -> list[QuACConfig | PriorConfig]:
             "the config has no MODEL.QUAC: call quac_plugins.detectron2.add_quac_config(cfg) after get_cfg(), before "
             "merging files"
         )
-    quac, found = cfg.MODEL.QUAC, []
+    quac, configs = cfg.MODEL.QUAC, []
     if quac.ENABLED:
-        found.append(_of_keys(QuACConfig, KEY, {name: quac[name] for name in _QUAC}))
+        configs.append(_of_keys(QuACConfig, KEY, {name: quac[name] for name in _QUAC}))
     if quac.PRIOR.ENABLED:
         values = {name: quac.PRIOR[name] for name in _PRIOR}
         values["FDM_WIDTH"], values["SITE"] = values["FDM_WIDTH"] or None, values["SITE"] or None
-        found.append(_of_keys(PriorConfig, PRIOR_KEY, values))
-    images = images_of(cfg, any(reads_quality(config) for config in found))
-    found = [replace(config, **images) for config in found]
+        configs.append(_of_keys(PriorConfig, PRIOR_KEY, values))
+    images = images_of(cfg, any(reads_quality(config) for config in configs))
+    configs = [replace(config, **images) for config in configs]
     with named(f"{KEY}.HEADS"):
         if quac.HEADS and cfg.MODEL.META_ARCHITECTURE != "QuACGeneralizedRCNN":
             raise ValueError(
@@ -79,7 +79,7 @@ def configs_of(cfg: CfgNode) -> list[QuACConfig | PriorConfig]:
             raise ValueError("needs MODEL.QUAC.ENABLED: q comes from the backbone's first layer")
         if quac.HEADS:
             head_patterns(patterns(quac.HEADS))
-    return found
+    return configs
 
 
 def reads_quality(config: QuACConfig | PriorConfig) -> bool:

@@ -43,8 +43,8 @@ class CorruptImage(Augmentation):
         seed: int | None = None,
     ):
         super().__init__()
-        made = Corrupt(corruptions, severities)  # which knows what cannot be
-        self.corruptions, self.severities = made.names, made.severities
+        checked = Corrupt(corruptions, severities)  # which knows what cannot be
+        self.corruptions, self.severities = checked.names, checked.severities
         if isinstance(prob, bool) or not isinstance(prob, (int, float)) or not 0 <= prob <= 1:
             raise ValueError(f"prob must lie between 0 and 1, got {prob!r}")
         if image_format not in ("BGR", "RGB"):
@@ -61,10 +61,12 @@ class CorruptImage(Augmentation):
         if rng.random() >= self.prob:
             return NoOpTransform()
         # the transform may be applied again, and is then the same: what is drawn depends on this seed and the pixels
-        made = Corrupt(self.corruptions, self.severities, int(rng.random() * 2**31) if self.seed is None else self.seed)
+        transform = Corrupt(
+            self.corruptions, self.severities, int(rng.random() * 2**31) if self.seed is None else self.seed
+        )
         order = self.image_format.lower()
         return ColorTransform(
             lambda pixels: np.ascontiguousarray(
-                in_order(made(np.ascontiguousarray(in_order(pixels, order, -1))), order, -1)
+                in_order(transform(np.ascontiguousarray(in_order(pixels, order, -1))), order, -1)
             )
         )

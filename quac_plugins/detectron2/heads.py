@@ -59,7 +59,7 @@ class Proposals:
         """Hook of a pooler, whose arguments are the backbone's features and one list of boxes for each image."""
         boxes = args[1] if len(args) > 1 else kwargs["box_lists"]
         self.source.go_on(args[0] if args else kwargs["x"])
-        self._local.counts = [len(one) for one in boxes]
+        self._local.counts = [len(box_list) for box_list in boxes]
 
 
 class ProposalTap(nn.Module):
@@ -96,7 +96,11 @@ class ProposalTap(nn.Module):
         if self.context.resume(features, self.layer):
             return
         q = self.source.current(features, self.layer)
-        of_each = [len(one) for one in instances] if isinstance(instances, (list, tuple)) else self.proposals.counts
+        of_each = (
+            [len(instance_list) for instance_list in instances]
+            if isinstance(instances, (list, tuple))
+            else self.proposals.counts
+        )
         if of_each is None or sum(of_each) != len(features) or len(of_each) != len(q):
             raise QualityError(
                 f"{self.layer!r} is given features of {len(features)} proposals, but the latest pooling was of "
@@ -109,8 +113,8 @@ class ProposalTap(nn.Module):
 
 def proposal_pre_hook(part: Any, args: tuple, kwargs: dict) -> None:
     """Show the tap what its part of the heads is given."""
-    given = [*args, *kwargs.values()]
-    part.quac_tap.observe(given[0], given[1] if len(given) > 1 else None)
+    inputs = [*args, *kwargs.values()]
+    part.quac_tap.observe(inputs[0], inputs[1] if len(inputs) > 1 else None)
 
 
 def proposal_hook(part: Any, args: tuple, output: Any) -> None:
@@ -201,7 +205,7 @@ def _parts(heads: nn.Module) -> dict[str, nn.Module]:
     for name in ("res5", "box_head", "mask_head", "keypoint_head"):
         module = getattr(heads, name, None)
         if isinstance(module, nn.ModuleList):
-            parts.update({f"{name}.{i}": one for i, one in enumerate(module)})
+            parts.update({f"{name}.{i}": part for i, part in enumerate(module)})
         elif isinstance(module, nn.Module):
             parts[name] = module
     return parts

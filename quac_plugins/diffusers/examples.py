@@ -28,16 +28,16 @@ def example_of(model: Any) -> dict[str, Any] | None:
     if not isinstance(model, (UNet2DModel, UNet2DConditionModel)):
         return None
     side = 8 * 2 ** (len(config.block_out_channels) - 1)
-    found: dict[str, Any] = {"sample": torch.zeros(1, config.in_channels, side, side), "timestep": 1}
+    example: dict[str, Any] = {"sample": torch.zeros(1, config.in_channels, side, side), "timestep": 1}
     if (labels := _labels(config)) is not None:
-        found["class_labels"] = labels
+        example["class_labels"] = labels
     if isinstance(model, UNet2DConditionModel):
         width = config.encoder_hid_dim or _first(config.cross_attention_dim)
-        found["encoder_hidden_states"] = torch.zeros(1, 4, width)
+        example["encoder_hidden_states"] = torch.zeros(1, 4, width)
         if config.addition_embed_type == "text_time":
             text = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-            found["added_cond_kwargs"] = {"text_embeds": torch.zeros(1, text), "time_ids": torch.zeros(1, 6)}
-    return found
+            example["added_cond_kwargs"] = {"text_embeds": torch.zeros(1, text), "time_ids": torch.zeros(1, 6)}
+    return example
 
 
 def _text(config: Any) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def _numbers(part: Any) -> Any:
 def _count(image: Any) -> int:
     """How many images there are."""
     if isinstance(image, (list, tuple)):
-        return sum(_count(one) for one in image)
+        return sum(_count(item) for item in image)
     return len(image) if isinstance(image, (Tensor, np.ndarray)) and image.ndim == 4 else 1
 
 

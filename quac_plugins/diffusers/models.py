@@ -123,8 +123,8 @@ class QuACMixin:
             return loaded
         with named(f"{pretrained_model_name_or_path}: quac"):
             check_foreign(config["quac"])
-        own = str(config["quac"].get("quality")).startswith("callable:")
-        if own and isinstance(quac, Mapping) and list(quac) == ["quality"]:
+        is_callable = str(config["quac"].get("quality")).startswith("callable:")
+        if is_callable and isinstance(quac, Mapping) and list(quac) == ["quality"]:
             kwargs["quac"] = {**config["quac"], **quac}
         elif quac is not None:
             raise ValueError(
@@ -146,15 +146,15 @@ class QuACMixin:
 
         It is small, and its drivers read their dtype from weights that would not have been cast yet.
         """
-        own, record = self._skip_layerwise_casting_patterns, injection_of(self)
+        patterns, record = self._skip_layerwise_casting_patterns, injection_of(self)
         assert record is not None
         sites = [*record.sites, *(record.prior.sites if record.prior is not None else ())]
         names = [rf"^{re.escape(site.name)}(\.|$)" for site in sites]
-        self._skip_layerwise_casting_patterns = [*(own or ()), *names]
+        self._skip_layerwise_casting_patterns = [*(patterns or ()), *names]
         try:
             super().enable_layerwise_casting(*args, **kwargs)  # type: ignore[misc]
         finally:
-            self._skip_layerwise_casting_patterns = own
+            self._skip_layerwise_casting_patterns = patterns
 
     def _put_in(self: Any, quac: QuACConfig | Mapping[str, Any] | None, example: Example | None = None) -> None:
         config = options_of(quac)
@@ -205,8 +205,8 @@ def options_of(quac: QuACConfig | Mapping[str, Any] | None) -> QuACConfig:
     Raises:
         ValueError: an option is not known, or its value cannot be; the message begins with ``quac``.
     """
-    given = _DEFAULTS if quac is None else {**_DEFAULTS, **quac} if isinstance(quac, Mapping) else quac
-    return replace(read_options(QuACConfig, given, "quac"), tap="given")
+    options = _DEFAULTS if quac is None else {**_DEFAULTS, **quac} if isinstance(quac, Mapping) else quac
+    return replace(read_options(QuACConfig, options, "quac"), tap="given")
 
 
 @functools.cache

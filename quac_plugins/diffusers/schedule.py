@@ -47,8 +47,8 @@ def schedule_of(scheduler: Any, steps: int, device: torch.device) -> FlowMatchEu
         tensor([1000.,  500.])
     """
     check_scheduler(scheduler)
-    own = copy.deepcopy(scheduler)
-    own.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], device=device)
-    if not abs(float(own.sigmas[0]) - 1) < 1e-4:  # NaN too
-        raise ValueError(f"scheduler begins at t = {float(own.sigmas[0]):.4g}; a restoration begins at 1")
-    return own
+    schedule = copy.deepcopy(scheduler)
+    schedule.set_timesteps(sigmas=[1 - i / steps for i in range(steps)], device=device)
+    if not abs(float(schedule.sigmas[0]) - 1) < 1e-4:  # NaN too
+        raise ValueError(f"scheduler begins at t = {float(schedule.sigmas[0]):.4g}; a restoration begins at 1")
+    return schedule

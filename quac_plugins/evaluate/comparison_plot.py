@@ -74,12 +74,12 @@ def _curves(pipe: Any, degraded: Tensor, restored: Tensor, tile_size: int) -> di
             pipe(degraded[None], quality=q, output_type="pt", tile_size=tile_size)
 
         by_quality.append(activation_curves(pipe.unet, list(dict.fromkeys(chosen)), run, _X))
-    found = {}
+    curves = {}
     for name, before in by_quality[0].items():
         after = by_quality[1][name]
         channel = int((before[0] - after[0]).abs().amax(dim=-1).argmax())
-        found[f"{name}, channel {channel}"] = torch.stack([before[0, channel], after[0, channel]]).cpu()
-    return found
+        curves[f"{name}, channel {channel}"] = torch.stack([before[0, channel], after[0, channel]]).cpu()
+    return curves
 
 
 def _quality(axes: Any, q: Tensor, record: Any) -> None:

@@ -168,8 +168,8 @@ def _class_indices(
         raise ValueError(f"{source} has no index for {_some(missing)}; give a class map that names every folder")
     beyond = [name for name in names if num_classes and mapping[name] >= num_classes]
     if beyond:
-        given = ", ".join(f"{name} → {mapping[name]}" for name in beyond[:3])
-        raise ValueError(f"the network has {num_classes} classes, but {source} gives {given}")
+        listed = ", ".join(f"{name} → {mapping[name]}" for name in beyond[:3])
+        raise ValueError(f"the network has {num_classes} classes, but {source} gives {listed}")
     return {name: mapping[name] for name in names}
 
 
@@ -204,12 +204,12 @@ def _imagenet_c_places(root: Path) -> dict[tuple[str, int], Path]:
 
 def _folders(root: Path) -> list[Path]:
     """The folders in a folder, sorted; a link that leads back to it, or above it, is none of them."""
-    found = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     above = folders_above(root)
-    circles = [str(folder) for folder in found if identity(folder) in above]
+    circles = [str(folder) for folder in folders if identity(folder) in above]
     if circles:
         warnings.warn(f"links that lead back to {root} are no folders of classes: {_some(circles)}", stacklevel=2)
-    return [folder for folder in found if str(folder) not in circles]
+    return [folder for folder in folders if str(folder) not in circles]
 
 
 def _some(names: list[str]) -> str:

@@ -67,8 +67,8 @@ def _digest(named: Iterable[tuple[str, Any]]) -> str:
 
 def _add(digest: Any, value: Any) -> None:
     if isinstance(value, (tuple, list)):  # the packed weights of a quantized layer
-        for one in value:
-            _add(digest, one)
+        for item in value:
+            _add(digest, item)
     elif isinstance(value, Tensor) and not value.is_meta:
         tensor = value.dequantize() if value.is_quantized else value
         digest.update(f"{value.dtype} {tuple(value.shape)}".encode())

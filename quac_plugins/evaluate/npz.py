@@ -31,8 +31,8 @@ def unpack(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Path
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        with np.load(path, allow_pickle=False) as found:
-            jpeg, offsets, labels, classes = (found[key] for key in _KEYS)
+        with np.load(path, allow_pickle=False) as arrays:
+            jpeg, offsets, labels, classes = (arrays[key] for key in _KEYS)
     except Exception as error:  # what numpy raises for another file is not one class: EOFError, BadZipFile, KeyError, …
         raise ValueError(f"{path} is no packed set of pictures ({', '.join(_KEYS)}): {error}") from error
     names, labels = [str(name) for name in classes], labels.astype(np.int64)

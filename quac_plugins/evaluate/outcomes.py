@@ -66,10 +66,10 @@ def name_of(condition: Condition) -> str:
 
 def outcomes_of(items: Mapping[Condition, Sequence[Item]], rows: Mapping[Condition, np.ndarray]) -> dict[str, Any]:
     """Return what `EvaluationReport.outcomes` holds: every image that was read under some condition, sorted by name."""
-    found: dict[str, dict[str, tuple[int, int]]] = {}
+    outcomes: dict[str, dict[str, tuple[int, int]]] = {}
     targets: dict[str, int] = {}
     for condition, values in rows.items():
-        read = found[name_of(condition)] = {}
+        read = outcomes[name_of(condition)] = {}
         for item, (predicted, rank) in zip(items[condition], values.tolist(), strict=True):
             if predicted != UNREAD:
                 read[item.key], targets[item.key] = (predicted, rank), item.target
@@ -78,8 +78,8 @@ def outcomes_of(items: Mapping[Condition, Sequence[Item]], rows: Mapping[Conditi
     return {
         "images": images,
         "targets": [targets[image] for image in images],
-        "predicted": {name: [read.get(image, nothing)[0] for image in images] for name, read in found.items()},
-        "rank": {name: [read.get(image, nothing)[1] for image in images] for name, read in found.items()},
+        "predicted": {name: [read.get(image, nothing)[0] for image in images] for name, read in outcomes.items()},
+        "rank": {name: [read.get(image, nothing)[1] for image in images] for name, read in outcomes.items()},
     }
 
 

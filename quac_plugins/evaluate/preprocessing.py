@@ -134,9 +134,9 @@ def sources_of(model: nn.Module, given: Mapping[str, Any]) -> dict[str, str]:
         >>> sources_of(nn.Identity(), {"mean": 0.5, "std": None})
         {'mean': 'given', 'std': 'timm'}
     """
-    own, known = getattr(model, "pretrained_cfg", None) or {}, _known(model)
-    settings = {key for key, value in known.items() if key not in ("mean", "std") or value != own.get(key)}
-    places = (("adapter", settings), ("network", {key for key, value in own.items() if value is not None}))
+    pretrained_cfg, known = getattr(model, "pretrained_cfg", None) or {}, _known(model)
+    settings = {key for key, value in known.items() if key not in ("mean", "std") or value != pretrained_cfg.get(key)}
+    places = (("adapter", settings), ("network", {key for key, value in pretrained_cfg.items() if value is not None}))
     return {
         key: "given" if value is not None else next((name for name, keys in places if key in keys), "timm")
         for key, value in given.items()

@@ -119,7 +119,7 @@ class EvaluationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain types, the results first."""
-        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        values = {field_.name: getattr(self, field_.name) for field_ in fields(self)}
         content = json.loads(json.dumps(values, allow_nan=False, default=str))
         head = {key: content.pop(key) for key in ("model", "clean", "corruptions")}
         return {**head, "mean_corruption_top1": self.mean_corruption_top1, **content}
@@ -133,7 +133,7 @@ class EvaluationReport:
         """
         if not isinstance(content, dict) or "model" not in content:
             raise ValueError("a report of an evaluation is an object with model, clean and corruptions")
-        known = [one.name for one in fields(cls)]
+        known = [field_.name for field_ in fields(cls)]
         unknown = [key for key in content if key not in (*known, "mean_corruption_top1")]
         if unknown:
             raise ValueError(
@@ -202,7 +202,7 @@ def _text(value: Any, indent: str = "") -> str:
     if not isinstance(value, dict) or not value:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     deeper = indent + "  "
-    lines = [f"{deeper}{json.dumps(key, ensure_ascii=False)}: {_text(one, deeper)}" for key, one in value.items()]
+    lines = [f"{deeper}{json.dumps(key, ensure_ascii=False)}: {_text(item, deeper)}" for key, item in value.items()]
     return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
 

@@ -43,14 +43,14 @@ def labels_of(reports: Sequence[EvaluationReport]) -> list[str]:
     """
     facts = [_facts(report) for report in reports]
     shared = _shared(facts)
-    apart = [{key: text for key, text in own.items() if text and key not in shared} for own in facts]
+    apart = [{key: text for key, text in fact.items() if text and key not in shared} for fact in facts]
     labels = [
-        ", ".join([label_of(report), *(text for key, text in own.items() if key not in _ASIDE)])
-        for report, own in zip(reports, apart, strict=True)
+        ", ".join([label_of(report), *(text for key, text in fact.items() if key not in _ASIDE)])
+        for report, fact in zip(reports, apart, strict=True)
     ]
     endings = [
         [f"weights {report.network['weights'][:_DIGITS]}" if report.network else "" for report in reports],
-        [", ".join(text for key, text in own.items() if key in _ASIDE) for own in apart],
+        [", ".join(text for key, text in fact.items() if key in _ASIDE) for fact in apart],
         [f"#{number}" for number in range(1, len(reports) + 1)],
     ]
     for ending in endings:
@@ -88,8 +88,10 @@ def differences_of(reports: Sequence[EvaluationReport]) -> list[str]:
 
 def _shared(facts: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """What is the same in all that know of it."""
-    values = {key: {own[key] for own in facts if key in own} for key in dict.fromkeys(k for own in facts for k in own)}
-    return {key: found.pop() for key, found in values.items() if len(found) == 1}
+    values = {
+        key: {fact[key] for fact in facts if key in fact} for key in dict.fromkeys(k for fact in facts for k in fact)
+    }
+    return {key: texts.pop() for key, texts in values.items() if len(texts) == 1}
 
 
 def _facts(report: EvaluationReport) -> dict[str, str]:

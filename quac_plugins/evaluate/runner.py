@@ -135,21 +135,22 @@ def evaluate(
         unreadable = _judge_all(model, loader, jobs, rows, config, where, _autocast(autocast, where), show)
         parts = processes.gather((rows, unreadable))
         device = _device(where)
-    found = {c: interleaved([part[0][c] for part in parts]) for c in conditions}
-    total = {c: scores_of(found[c]) for c in conditions}
-    nan = {name_of(c): int((found[c][:, 0] == NAN).sum()) for c in conditions}
-    made = {c: total[c] for c in conditions if c != CLEAN}
+    rows_of = {c: interleaved([part[0][c] for part in parts]) for c in conditions}
+    total = {c: scores_of(rows_of[c]) for c in conditions}
+    nan = {name_of(c): int((rows_of[c][:, 0] == NAN).sum()) for c in conditions}
+    corrupted = {c: total[c] for c in conditions if c != CLEAN}
     items = {c: chosen[c if directory.is_imagenet_c else CLEAN] for c in conditions}
     return EvaluationReport(
         model=_name(inner),
         clean=total.get(CLEAN),
         corruptions={
-            name: {str(s): made[n, s] for n, s in made if n == name} for name in dict.fromkeys(n for n, _ in made)
+            name: {str(s): corrupted[n, s] for n, s in corrupted if n == name}
+            for name in dict.fromkeys(n for n, _ in corrupted)
         },
         unreadable=sorted({path for part in parts for path in part[1]}),
         nan_outputs={name: count for name, count in nan.items() if count},
         seed=seed,
-        severities=sorted({severity for _, severity in made}),
+        severities=sorted({severity for _, severity in corrupted}),
         limit=limit,
         data=str(data),
         layout="imagenet-c" if directory.is_imagenet_c else "classes",
@@ -159,7 +160,7 @@ def evaluate(
         network=network,
         device=device,
         precision=_precision(inner, autocast),
-        outcomes=outcomes_of(items, found) if outcomes else {},
+        outcomes=outcomes_of(items, rows_of) if outcomes else {},
     )
 
 
@@ -178,15 +179,15 @@ def _conditions(
             raise ValueError("nothing to measure: no corruptions, and clean images are left out")
         return [CLEAN] * clean + [(name, severity) for name in names for severity in levels]
     known = CORRUPTIONS + EXTRA_CORRUPTIONS
-    found = sorted(directory.conditions, key=lambda c: (known.index(c[0]) if c[0] in known else len(known), c))
-    there = list(dict.fromkeys(name for name, _ in found))
+    ordered = sorted(directory.conditions, key=lambda c: (known.index(c[0]) if c[0] in known else len(known), c))
+    present = list(dict.fromkeys(name for name, _ in ordered))
     words = corruptions.split(",") if isinstance(corruptions, str) else list(corruptions)
-    names = [n for word in words for n in ([word.strip()] if word.strip() in there else corruption_names(word))]
-    chosen = [c for c in found if (not names or c[0] in names) and (levels is None or c[1] in levels)]
-    lacking = [name for name in names if name not in there]
+    names = [n for word in words for n in ([word.strip()] if word.strip() in present else corruption_names(word))]
+    chosen = [c for c in ordered if (not names or c[0] in names) and (levels is None or c[1] in levels)]
+    lacking = [name for name in names if name not in present]
     if lacking or not chosen:
         what = f"no {', '.join(lacking)}" if lacking else f"no severity of {levels}"
-        raise ValueError(f"{directory.root} holds {what}; it holds {', '.join(f'{n}/{s}' for n, s in found)}")
+        raise ValueError(f"{directory.root} holds {what}; it holds {', '.join(f'{n}/{s}' for n, s in ordered)}")
     return chosen
 
 

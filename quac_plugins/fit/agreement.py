@@ -32,28 +32,28 @@ def agreement(student: Student, drawn: Drawn) -> dict[str, dict[str, Any]]:
     if told is None:
         return {}
     before, after = (_classes(student, net, drawn.pictures) for net in (student.teacher, student.model))
-    found = {}
+    percents = {}
     for kind in dict.fromkeys(drawn.kind.tolist()):
-        here = drawn.kind == kind
-        right = told[drawn.view[here]]
-        found[kind] = {
-            "before": round(100 * float((before[here] == right).mean()), 1) if kind != CLEAN else 100.0,
-            "after": round(100 * float((after[here] == right).mean()), 1),
-            "n": int(here.sum()),
+        of_kind = drawn.kind == kind
+        right = told[drawn.view[of_kind]]
+        percents[kind] = {
+            "before": round(100 * float((before[of_kind] == right).mean()), 1) if kind != CLEAN else 100.0,
+            "after": round(100 * float((after[of_kind] == right).mean()), 1),
+            "n": int(of_kind.sum()),
         }
-    return found
+    return percents
 
 
 def _classes(student: Student, network: nn.Module, pictures: np.ndarray) -> Any:
     """The predicted classes (N,); None if the network returns no logits."""
-    found, features = [], facts_of(network).gives_features
+    classes, features = [], facts_of(network).gives_features
     with torch.no_grad():
         for start in range(0, len(pictures), _BATCH):
             logits = network(student.images(pictures[start : start + _BATCH]))
             if features or not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
                 return None
-            found.append(logits.argmax(1).cpu().numpy())
-    return np.concatenate(found)
+            classes.append(logits.argmax(1).cpu().numpy())
+    return np.concatenate(classes)
 
 
 def multiply_adds(student: Student) -> float | None:

@@ -54,8 +54,8 @@ class Checkpoints:
         if path is None or not path.is_file():
             return None
         try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-            digest, state, made = found["digest"], found["state"], bool(found["made"])
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+            digest, state, is_complete = stored["digest"], stored["state"], bool(stored["made"])
         except Exception as error:  # a damaged archive raises anything, from KeyError to UnpicklingError
             raise ValueError(
                 f"{path} is no state of a fit that can be read ({type(error).__name__}); delete it to start again"
@@ -66,7 +66,7 @@ class Checkpoints:
                 "give another folder"
             )
         self._own.add(path)
-        self._made = self._made or made
+        self._made = self._made or is_complete
         return state
 
     def damaged(self, stage: str, error: Exception) -> ValueError:

@@ -54,10 +54,10 @@ def set_confidence(student: Student, last: Margin, pictures: Pictures, shares: T
     def distances(factors: Tensor) -> Tensor:
         """(N,) of the pictures, with margins scaled so."""
         _scale(last, start, factors)
-        own = _logits(student, student.model, pictures.degraded, chosen.tolist())
+        logits = _logits(student, student.model, pictures.degraded, chosen.tolist())
         pairs = [
-            (own[i].log_softmax(0), wanted[view].log_softmax(0))
-            for i, view in zip(own, pictures.view[chosen], strict=True)
+            (logits[i].log_softmax(0), wanted[view].log_softmax(0))
+            for i, view in zip(logits, pictures.view[chosen], strict=True)
         ]
         return torch.stack([F.kl_div(*pair, reduction="sum", log_target=True) for pair in pairs])
 

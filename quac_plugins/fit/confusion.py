@@ -63,11 +63,11 @@ class Confusion:
 
     def warnings(self) -> list[str]:
         """What is wrong with the gate, and what to do: a sentence or two for each fault."""
-        found = []
+        faults = []
         for kind in self.starved:
             choice, share = self.taken_for(kind)
             where = "are left alone" if choice == self.choices[0] else f"go to the expert for {choice}"
-            found.append(
+            faults.append(
                 f"the gate sends only {_percent(self.share(kind))} of the {self.judged} pictures of {kind} to their "
                 f"expert; {_percent(share)} {where}. For such pictures this adapter does little. Fit on more "
                 "photographs, or leave out one of two degradations that look alike; if all your pictures are degraded "
@@ -76,12 +76,12 @@ class Confusion:
         for kind in self.counts:
             if kind not in self.choices and self.share(kind) < _DISTURBED:
                 choice, share = self.taken_for(kind)
-                found.append(
+                faults.append(
                     f"the gate leaves only {_percent(self.share(kind))} of the {self.judged} clean pictures alone; "
                     f"{_percent(share)} go to the expert for {choice}. Fit on more photographs that are as your good "
                     f"pictures are (size, compression), or leave {choice} out"
                 )
-        return found
+        return faults
 
     def __str__(self) -> str:
         """A line for each degradation."""

@@ -119,8 +119,8 @@ def make_draws(
         raise ValueError(f"size must be (height, width) with sides from 1 on, got {tuple(size)}")
     names = corruption_names(corruptions)
     levels = [check_severity(s) for s in (severities if isinstance(severities, Iterable) else [severities])]
-    own = own_degradations(degrade)
-    _check_sources(few, names, levels, own)
+    functions = own_degradations(degrade)
+    _check_sources(few, names, levels, functions)
     for what, value, least in (("views", views, 1), ("draws", draws, 1), ("workers", workers, 0)):
         if operator.index(value) < least:
             raise ValueError(f"{what} must be at least {least}, got {value}")
@@ -130,7 +130,7 @@ def make_draws(
     if few.degraded is not None:
         kinds, tasks = ["pairs"], [_Task(view, 0, 0, 0) for view in range(len(keys))]
     else:
-        drawn = {**dict.fromkeys(names, levels), **{name: [0] for name in own}}
+        drawn = {**dict.fromkeys(names, levels), **{name: [0] for name in functions}}
         kinds, tasks = list(drawn), list(_tasks(keys, drawn, draws, seed))
     same = _identical(keys, len(tasks), clean_share, seed)
     image = np.repeat(np.arange(len(few)), views)
@@ -139,7 +139,7 @@ def make_draws(
     if few.degraded is not None:
         degraded[: len(tasks)] = _views(few.degraded, few.names, size, views, seed, crop, scales)
     else:
-        pictures = _Degraded(clean, tasks, kinds, [few.names[index] for index in image], own)
+        pictures = _Degraded(clean, tasks, kinds, [few.names[index] for index in image], functions)
         _fill(degraded[: len(tasks)], pictures, workers)
     degraded[len(tasks) :] = clean[same]
     return Draws(
@@ -165,14 +165,14 @@ def own_degradations(degrade: Degrade | None) -> dict[str, Callable[..., Any]]:
     """
     if degrade is None:
         return {}
-    found = dict(degrade) if isinstance(degrade, Mapping) else {"degrade": degrade}
-    if not found or not all(isinstance(name, str) and callable(f) for name, f in found.items()):
+    functions = dict(degrade) if isinstance(degrade, Mapping) else {"degrade": degrade}
+    if not functions or not all(isinstance(name, str) and callable(f) for name, f in functions.items()):
         raise ValueError(f"degrade must be a function from image to image, or several by name, got {degrade!r}")
-    if wrong := [name for name in found if not re.fullmatch(r"\w[\w -]*", name)]:
+    if wrong := [name for name in functions if not re.fullmatch(r"\w[\w -]*", name)]:
         raise ValueError(f"degrade={{{wrong[0]!r}: …}}: a name has letters, digits, _, - and spaces, no others")
-    if taken := sorted(set(found) & {*corruption_names("every"), "clean", "identity", "pairs", "prior", "start"}):
+    if taken := sorted(set(functions) & {*corruption_names("every"), "clean", "identity", "pairs", "prior", "start"}):
         raise ValueError(f"degrade={{{taken[0]!r}: …}}: this name is taken; give the function another one")
-    return found
+    return functions
 
 
 def held_out(n_images: int, share: float = 0.2, seed: int = 0) -> tuple[list[int], list[int]]:

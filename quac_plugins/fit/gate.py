@@ -70,15 +70,15 @@ def draw(photographs: Photographs, kinds: list[str], images: list[int], wanted: 
     if len(images) > wanted:  # evenly spread
         images = [images[place * len(images) // wanted] for place in range(wanted)]
     views = min(_MOST_VIEWS, math.ceil(wanted / len(images)))
-    found = photographs.draws(kinds, 0.0, 1, views=views, severities=SEVERITIES, images=images)
-    image = np.asarray(images)[found.image]
-    clean = len(found.clean)
+    drawn = photographs.draws(kinds, 0.0, 1, views=views, severities=SEVERITIES, images=images)
+    image = np.asarray(images)[drawn.image]
+    clean = len(drawn.clean)
     return Drawn(
-        pictures=np.concatenate([found.clean, found.degraded]),
-        view=np.concatenate([np.arange(clean), found.view]),
-        kind=np.array([CLEAN] * clean + [found.kinds[kind] for kind in found.kind]),
-        severity=np.concatenate([np.zeros(clean, np.int64), found.severity]),
-        image=np.concatenate([image, image[found.view]]),
+        pictures=np.concatenate([drawn.clean, drawn.degraded]),
+        view=np.concatenate([np.arange(clean), drawn.view]),
+        kind=np.array([CLEAN] * clean + [drawn.kinds[kind] for kind in drawn.kind]),
+        severity=np.concatenate([np.zeros(clean, np.int64), drawn.severity]),
+        image=np.concatenate([image, image[drawn.view]]),
     )
 
 
@@ -128,8 +128,8 @@ def judge_gate(student: Student, gate: Any, drawn: Drawn, kinds: list[str], expe
     counts: dict[str, dict[str, list[int]]] = {}
     for kind in (CLEAN, *kinds):
         for severity in sorted(set(drawn.severity[drawn.kind == kind].tolist())):
-            here = answers[(drawn.kind == kind) & (drawn.severity == severity)]
-            counts.setdefault(kind, {})[str(severity)] = np.bincount(here, minlength=len(experts) + 1).tolist()
+            chosen = answers[(drawn.kind == kind) & (drawn.severity == severity)]
+            counts.setdefault(kind, {})[str(severity)] = np.bincount(chosen, minlength=len(experts) + 1).tolist()
     return Confusion([IDENTITY, *experts], counts, held_out=bool(student.photographs.held))
 
 
@@ -171,8 +171,8 @@ def _learned(fresh: Gate, q: Tensor, target: Tensor, image: np.ndarray, seed: in
             return gate, gate(q)
         logits = torch.empty(len(q), fresh.fc2.out_features)
         for index in range(folds):
-            there = fold == index
-            logits[there] = _trained(fresh, q[~there], target[~there], seed)(q[there])
+            is_held = fold == index
+            logits[is_held] = _trained(fresh, q[~is_held], target[~is_held], seed)(q[is_held])
     return gate, logits
 
 
@@ -209,9 +209,9 @@ def _raise_of_identity(logits: Tensor, target: Tensor) -> float:
     lead = best.values - logits[:, 0]
     wanted, least_wanted = (float(lead[target == 0].quantile(share)) for share in (_CLEAN_KEPT, _CLEAN_LEAST))
     for choice in range(1, logits.shape[1]):
-        own = target == choice
-        reached = lead[own & (best.indices == choice - 1) & (lead > 0)].sort(descending=True).values
-        least = math.ceil(min(_OWN_KEPT * int(own.sum()), (1 - _MOST_LOST) * len(reached)))
+        is_right = target == choice
+        reached = lead[is_right & (best.indices == choice - 1) & (lead > 0)].sort(descending=True).values
+        least = math.ceil(min(_OWN_KEPT * int(is_right.sum()), (1 - _MOST_LOST) * len(reached)))
         if least:
             wanted = min(wanted, float(reached[least - 1]) - 1e-4)
     return max(0.0, wanted, least_wanted)

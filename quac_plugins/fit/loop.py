@@ -188,15 +188,15 @@ class Fit:
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate(self.step)
         indices = self._draw(self.step)
-        own = np.array_split(indices, self.processes.world_size)[self.processes.rank]
+        share = np.array_split(indices, self.processes.world_size)[self.processes.rank]
         self.optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self.device)
-        if len(own):
+        if len(share):
             with self._autocast():
                 # a share of the mean over the whole batch: shares may differ by one picture
                 crop = np.random.default_rng([self.recipe.seed, self.step, 1])
-                loss = self.loss(own, near, crop)
-                loss = loss * (len(own) * self.processes.world_size / len(indices))
+                loss = self.loss(share, near, crop)
+                loss = loss * (len(share) * self.processes.world_size / len(indices))
             self.scaler.scale(loss).backward()
         value = float(self.processes.average(loss.detach()))
         if not math.isfinite(value):
@@ -222,10 +222,10 @@ class Fit:
     def _look(self) -> None:
         """Note the loss on the pictures that judge, and whether it is the best."""
         chosen = self._judges
-        own = self.processes.share(list(batches(chosen.tolist(), self.recipe.batch_size)))
+        share = self.processes.share(list(batches(chosen.tolist(), self.recipe.batch_size)))
         total = torch.zeros(1, dtype=torch.float64)
         with torch.no_grad(), self._autocast():
-            for batch in own:
+            for batch in share:
                 total += float(self.loss(np.array(batch), near=self.comparison.near_only)) * len(batch)
         held = float(self.processes.average(total)) * self.processes.world_size / len(chosen)
         entry = {

@@ -139,8 +139,8 @@ class _Sums(nn.Module):
 
     def forward(self, parts: Tensor) -> Tensor:
         """The table (R, 2·C) of its parts."""
-        own, common = parts.split([len(self.shared), self.shared.shape[1]])
-        return torch.where(self.fitted[:, None], own + self.shared @ common, own)
+        single, common = parts.split([len(self.shared), self.shared.shape[1]])
+        return torch.where(self.fitted[:, None], single + self.shared @ common, single)
 
     def right_inverse(self, table: Tensor) -> Tensor:
         """Parts of a table: its rows, and nothing that they share."""

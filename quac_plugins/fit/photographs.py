@@ -53,8 +53,8 @@ class Photographs:
         self.model, self.data, self.scales = model, data, scales
         # what is to be put in may know the images of its host
         mean, std = (data.mean, data.std) if data.mean is not None else (config.mean, config.std)
-        given = {name: getattr(data, name) for name in ("input_size", "crop_pct", "interpolation")}
-        self.settings = data_config(model, mean=mean, std=std, **given)
+        chosen = {name: getattr(data, name) for name in ("input_size", "crop_pct", "interpolation")}
+        self.settings = data_config(model, mean=mean, std=std, **chosen)
         self.size: tuple[int, int] = tuple(self.settings["input_size"][-2:])
         self.crop = Crop(self.settings, keep_ready=data.crop_pct is None)
         self.few = few_images(data.images, pairs=data.pairs, limit=data.limit, seed=data.seed)
@@ -81,16 +81,16 @@ class Photographs:
 
         By default of all images, at the user's severities. Other corruptions may be named than those of the fit.
         """
-        own = self.data.own
+        functions = self.data.own
         return make_draws(
             self.few if images is None else self.few.only(images),
             self.size,
-            corruptions=[kind for kind in kinds if kind not in own and kind != "pairs"],
+            corruptions=[kind for kind in kinds if kind not in functions and kind != "pairs"],
             severities=severities or self.data.severities,
             views=views or self.views,
             draws=(self.data.draws if severities is None else None) or draws,
             clean_share=clean_share,
-            degrade={kind: own[kind] for kind in kinds if kind in own} or None,
+            degrade={kind: functions[kind] for kind in kinds if kind in functions} or None,
             seed=self.data.seed,
             workers=self.data.num_workers,
             crop=self.crop,

@@ -222,8 +222,8 @@ def _fit_of(student: Student, sites: Any, parameters: Any, pictures: Pictures, m
     first, record = modules[0], injection_of(student.model)
     # activations that were put in too may change what comes to it; the grid of other tokens is known to their layer
     alone = isinstance(first, FDM) and not first.reads_quality and record is not None and record.config is None
-    here, stride = sites[0].grid, max(sites[0].stride, 1)
-    alone = alone and here in (None, tuple(round(side / stride) for side in student.photographs.size))
+    grid, stride = sites[0].grid, max(sites[0].stride, 1)
+    alone = alone and grid in (None, tuple(round(side / stride) for side in student.photographs.size))
     scaled = [p for m in _inside(modules) for p in m.body[-1].parameters()]
     comparison = student.compare(pictures, sites, front=first if alone else None)
     return Fit(comparison, parameters, student.processes, scaled)

@@ -109,9 +109,9 @@ def _fit(student: Student, with_prior: bool, **opened: Any) -> FitReport:
     record = injection_of(student.model)
     assert record is not None
     inside = modules_inside(student.model)
-    own = [p for p in record.prefixes() if not p.endswith(_PRIOR)]
+    prefixes = [p for p in record.prefixes() if not p.endswith(_PRIOR)]
     others = [p for p in record.prefixes() if p.endswith(_PRIOR)]
-    parameters = parameters_of(student.model, own + others if with_prior else own)
+    parameters = parameters_of(student.model, prefixes + others if with_prior else prefixes)
     sites = [site.name for site in record.sites]
     with student.open("qacon", parameters, sites, with_prior=with_prior, **opened) as report:
         judged = judged_pictures(photographs, kinds)
@@ -119,7 +119,7 @@ def _fit(student: Student, with_prior: bool, **opened: Any) -> FitReport:
         pictures = photographs.split(drawn)
         if with_prior and record.prior is not None:
             standardize(student, record.prior.sites, [inside[p[:-1]] for p in others], pictures)
-        _calibrate(student, [inside[p[:-1]] for p in own], pictures)
+        _calibrate(student, [inside[p[:-1]] for p in prefixes], pictures)
         run_stage(student, "qacon", Fit(student.compare(pictures), parameters, student.processes))
         student.round_as_saved()
         report.agreement = student.processes.of_main(lambda: agreement(student, judged))

@@ -125,8 +125,8 @@ class FitReport:
         axes.set(xlabel="step", ylabel="held-out loss, untouched host = 1", title=f"fit of the {self.what}")
         if len(self.stages) > 1:
             axes.legend(fontsize="x-small", ncols=2)
-        for there in beside:
-            _draw_gate(there, self.gate)
+        for gate_axes in beside:
+            _draw_gate(gate_axes, self.gate)
         write_figure(figure, path)
 
     def __str__(self) -> str:
@@ -149,7 +149,7 @@ class FitReport:
             lines += [f"    {line}" for line in str(self.gate).splitlines()]
         if self.agreement:
             lines.append(f"  pictures {self._judged}, of all severities, that get the class of the clean picture:")
-            lines += [f"    {kind}: {_change(found)}" for kind, found in self.agreement.items()]
+            lines += [f"    {kind}: {_change(change)}" for kind, change in self.agreement.items()]
         return "\n".join(lines)
 
 

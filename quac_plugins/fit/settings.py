@@ -17,29 +17,29 @@ def recipe_with(recipe: Recipe | None, given: dict[str, Any], seed: int, device:
     """The recipe with single settings in place of its own; ValueError for one that it has not."""
     if recipe is not None and not isinstance(recipe, Recipe):
         raise TypeError(f"recipe must be a Recipe, got {type(recipe).__name__}; single settings go by name (steps=200)")
-    made = recipe or Recipe()
-    known = set(asdict(made))
+    base = recipe or Recipe()
+    known = set(asdict(base))
     unknown = sorted(set(given) - known)
     if unknown:
         raise ValueError(f"unknown settings {', '.join(unknown)}; a recipe has {', '.join(sorted(known))}")
-    made = replace(made, **{"seed": made.seed or seed, **given})
+    base = replace(base, **{"seed": base.seed or seed, **given})
     for name in ("batch_size", "check_every", "near_crop", "near_batch"):
-        whole_number(name, getattr(made, name))
+        whole_number(name, getattr(base, name))
     for name in ("steps", "patience", "seed", "least_positions"):
-        whole_number(name, getattr(made, name), 0)
+        whole_number(name, getattr(base, name), 0)
     for name in ("site_weight", "deep_weight", "logits_weight", "label_weight", "weight_decay", "least_drift"):
-        if not number_from(0, getattr(made, name)):
-            raise ValueError(f"{name} must be a number ≥ 0, got {getattr(made, name)!r}")
+        if not number_from(0, getattr(base, name)):
+            raise ValueError(f"{name} must be a number ≥ 0, got {getattr(base, name)!r}")
     for name in ("lr", "clip"):
-        if not number_from(0, getattr(made, name)) or not getattr(made, name):
-            raise ValueError(f"{name} must be a number above 0, got {getattr(made, name)!r}")
-    if not number_from(0, made.near) or made.near > 1:
-        raise ValueError(f"near must be from 0 to 1, got {made.near!r}")
-    if made.amp not in ("no", "bf16", "fp16"):
-        raise ValueError(f"amp must be 'no', 'bf16' or 'fp16', got {made.amp!r}")
-    if made.amp == "fp16" and device.type == "cpu":
+        if not number_from(0, getattr(base, name)) or not getattr(base, name):
+            raise ValueError(f"{name} must be a number above 0, got {getattr(base, name)!r}")
+    if not number_from(0, base.near) or base.near > 1:
+        raise ValueError(f"near must be from 0 to 1, got {base.near!r}")
+    if base.amp not in ("no", "bf16", "fp16"):
+        raise ValueError(f"amp must be 'no', 'bf16' or 'fp16', got {base.amp!r}")
+    if base.amp == "fp16" and device.type == "cpu":
         raise ValueError("amp='fp16' needs a GPU; use 'bf16' or 'no' on a CPU")
-    return made
+    return base
 
 
 def number_from(least: float, value: Any) -> bool:

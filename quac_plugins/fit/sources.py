@@ -114,10 +114,10 @@ def few_images(
     entries = _alone(images) if pairs is None else _matched(pairs)
     if isinstance(entries, list):
         _check_names([entry[0].name for entry in entries])
-    found: list[tuple[_Listed, list[np.ndarray], int | None]] = []
+    read: list[tuple[_Listed, list[np.ndarray], int | None]] = []
     unreadable: dict[str, OSError] = {}
     for entry in _in_order(entries, limit, seed):
-        if len(found) == limit:
+        if len(read) == limit:
             break
         pixels, labels = [], []
         for listed in entry:
@@ -131,17 +131,17 @@ def few_images(
             _check_side(pixels[-1], listed.where)
         if len(pixels) == len(entry):
             _check_pair(entry, pixels)
-            found.append((entry[0], pixels, next((label for label in labels if label is not None), None)))
-    if not found and not unreadable:
+            read.append((entry[0], pixels, next((label for label in labels if label is not None), None)))
+    if not read and not unreadable:
         raise ValueError("there are no images: give at least one")
-    _report(unreadable, bool(found))
-    found.sort(key=lambda one: one[0].place)
-    known = [label for _, _, label in found if label is not None]
+    _report(unreadable, bool(read))
+    read.sort(key=lambda item: item[0].place)
+    known = [label for _, _, label in read if label is not None]
     return FewImages(
-        clean=[pixels[0] for _, pixels, _ in found],
-        degraded=None if pairs is None else [pixels[1] for _, pixels, _ in found],
-        names=[listed.name for listed, _, _ in found],
-        labels=known if len(known) == len(found) else None,
+        clean=[pixels[0] for _, pixels, _ in read],
+        degraded=None if pairs is None else [pixels[1] for _, pixels, _ in read],
+        names=[listed.name for listed, _, _ in read],
+        labels=known if len(known) == len(read) else None,
         unreadable=sorted(unreadable),
     )
 
@@ -161,7 +161,7 @@ def _in_order(entries: list[_Entry] | Iterator[_Entry], limit: int | None, seed:
 
 def _alone(images: Any) -> list[_Entry] | Iterator[_Entry]:
     listed = _listed(images)
-    return [(one,) for one in listed] if isinstance(listed, list) else ((one,) for one in listed)
+    return [(item,) for item in listed] if isinstance(listed, list) else ((item,) for item in listed)
 
 
 def _listed(source: Any, role: str = "") -> list[_Listed] | Iterator[_Listed]:
@@ -248,9 +248,9 @@ def _unstacked(items: Iterable[Any], role: str) -> Iterator[_Listed]:
         stacked = isinstance(image, np.ndarray | torch.Tensor) and image.ndim == 4
         images = image if stacked else [image]
         labels = label if stacked and hasattr(label, "__len__") and len(label) == len(images) else [label] * len(images)
-        for one, its_label in zip(images, labels, strict=True):
+        for picture, its_label in zip(images, labels, strict=True):
             index = next(count)
-            yield _Listed(f"image {index}", index, f"{role}image {index}", partial(tuple, (one, its_label)))
+            yield _Listed(f"image {index}", index, f"{role}image {index}", partial(tuple, (picture, its_label)))
 
 
 def _split(item: Any, where: str) -> tuple[Any, Any]:
@@ -305,7 +305,7 @@ def _matched(pairs: Any) -> list[_Entry]:
 
 
 def _by_stem(listed: list[_Listed], folder: Any) -> dict[str, _Listed]:
-    stems = [PurePosixPath(one.name).with_suffix("").as_posix() for one in listed]
+    stems = [PurePosixPath(item.name).with_suffix("").as_posix() for item in listed]
     twice = [stem for stem, count in Counter(stems).items() if count > 1]
     if twice:
         raise ValueError(f"pairs are matched by name without extension, but {folder} holds several of {_some(twice)}")

@@ -193,17 +193,17 @@ class Student:
         patterns = [deep] if isinstance(deep, str) else list(deep)
         first = [after.name] if after is not None else []
         try:
-            found = find_prior_sites(self.teacher, self._seen, [*first, *patterns])
+            sites = find_prior_sites(self.teacher, self._seen, [*first, *patterns])
         except ValueError as error:
             raise ValueError(str(error).replace("site=", "deep=")) from None
         if after is None:
-            return found
-        names = [site.name for site in found]
+            return sites
+        names = [site.name for site in sites]
         place = names.index(after.name)
         early = [name for name in names[:place] if name in patterns]
         if early:
             raise ValueError(f"deep={deep!r}: {', '.join(early)} comes before the prior, which is after {after.name!r}")
-        return found[place:]
+        return sites[place:]
 
     def _checkpoints(self, folder: str | Path | None, **others: Any) -> Checkpoints:
         """The states in a folder, which one process writes. A fit that goes on begins with what it began with."""
@@ -272,8 +272,8 @@ def check_fit(model: nn.Module, config: QualityOptions | None, kind: type) -> No
 def parameters_of(model: nn.Module, prefixes: Sequence[str]) -> dict[str, nn.Parameter]:
     """Parameters that were put in, by name, without those of the host's own activations that they keep."""
     record, name_of = injection_of(model) or Injection(), tensor_names(unwrap(model))
-    found = [(name_of(name), parameter) for name, parameter in unwrap(model).named_parameters()]
-    return {n: p for n, p in found if n.startswith(tuple(prefixes)) and record.name_in_host(n) is None}
+    parameters = [(name_of(name), parameter) for name, parameter in unwrap(model).named_parameters()]
+    return {n: p for n, p in parameters if n.startswith(tuple(prefixes)) and record.name_in_host(n) is None}
 
 
 @contextlib.contextmanager

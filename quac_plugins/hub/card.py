@@ -25,11 +25,11 @@ def read_metrics(metrics: Any) -> list[EvaluationReport]:
     if metrics is None:
         return []
     reports: list[EvaluationReport] = []
-    for one in metrics if isinstance(metrics, (list, tuple)) else [metrics]:
-        if isinstance(one, EvaluationReport):
-            reports.append(one)
+    for item in metrics if isinstance(metrics, (list, tuple)) else [metrics]:
+        if isinstance(item, EvaluationReport):
+            reports.append(item)
             continue
-        path = Path(one)
+        path = Path(item)
         try:
             content = read_json(path)
             for values in content if isinstance(content, list) else [content]:
@@ -131,8 +131,8 @@ def _inside(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _part(title: str, options: dict[str, Any], sites: list[dict[str, Any]], kind: str) -> dict[str, Any]:
-    given = {key: value for key, value in options.items() if value is not None and key != kind}
-    return {"title": title, "kind": options[kind], "options": given, "sites": [site["name"] for site in sites]}
+    named = {key: value for key, value in options.items() if value is not None and key != kind}
+    return {"title": title, "kind": options[kind], "options": named, "sites": [site["name"] for site in sites]}
 
 
 def _inside_model(config: dict[str, Any]) -> dict[str, Any]:

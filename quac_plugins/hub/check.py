@@ -114,6 +114,6 @@ def _accuracy_problems(entry: Entry, data: Path) -> Iterator[str]:
         return
     model = timm.create_model(entry.name, pretrained=True).eval()
     report = evaluate(model, data)
-    found = report.clean["top1"] if report.clean else float("nan")
-    if not abs(found - wanted) <= _TOLERANCE:
-        yield f"top-1 is {found:.3f} % on {data.name}, the entry says {wanted:.3f}"
+    top1 = report.clean["top1"] if report.clean else float("nan")
+    if not abs(top1 - wanted) <= _TOLERANCE:
+        yield f"top-1 is {top1:.3f} % on {data.name}, the entry says {wanted:.3f}"

@@ -97,15 +97,15 @@ def pull(
     """
     options: dict[str, Any] = {"optional": EXTRAS, "force": force, "token": token}
     try:
-        found = fetch(repo_id, revision, files=ADAPTER_FILES, **options)
+        files = fetch(repo_id, revision, files=ADAPTER_FILES, **options)
     except FileNotFoundError as error:
         if not isinstance(error, _NotAnAdapter):
             raise
-        found = fetch(repo_id, revision, files=MODEL_FILES, **options)
+        files = fetch(repo_id, revision, files=MODEL_FILES, **options)
     if folder is None:
-        return found
+        return files
     wanted = (*ADAPTER_FILES, *MODEL_FILES, *EXTRAS)
-    return copy_files([path for path in found.iterdir() if path.name in wanted], folder, overwrite)
+    return copy_files([path for path in files.iterdir() if path.name in wanted], folder, overwrite)
 
 
 def model_config(folder: Path) -> dict[str, Any]:
@@ -139,10 +139,10 @@ def _snapshot(
     options: Any = {"revision": revision, "force_download": force, "token": token, "cache_dir": cache}
     try:
         with disk_errors(cache):
-            found = snapshot_download(repo_id, allow_patterns=list(names), library_name="quac-plugins", **options)
+            folder = snapshot_download(repo_id, allow_patterns=list(names), library_name="quac-plugins", **options)
     except Exception as error:
         raise _explained(error, repo_id, revision) from error
-    return Path(found)
+    return Path(folder)
 
 
 def _verify(

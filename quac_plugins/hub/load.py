@@ -32,13 +32,13 @@ def find_adapter(source: str | Path, revision: str | None = None) -> Path:
             refuse_pickles((path.name for path in folder.iterdir()), str(folder), WEIGHTS_NAME)
         return folder
     name = str(source)
-    found = find_published(name, known_to_host=True)
-    if found is not None:
-        if found.kind != "adapter":
+    published = find_published(name, known_to_host=True)
+    if published is not None:
+        if published.kind != "adapter":
             raise FileNotFoundError(
                 f"{name!r} is a whole model and no adapter: timm.create_model({name!r}, pretrained=True)"
             )
-        return found.folder(revision)
+        return published.folder(revision)
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or folder.exists():
         raise FileNotFoundError(
             f"no adapter at {name!r}: neither a folder, nor a published name, nor of the form 'org/name' of the Hub"

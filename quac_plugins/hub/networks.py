@@ -62,9 +62,9 @@ def verified_pipeline(
             elif name not in kept:
                 fetch_network(source, name, kept.get("variant"), **loading)
     if (folder / index).is_file():  # else diffusers says what is missing
-        found = read_json(folder / index)
+        entries = read_json(folder / index)
         for name, known in parts.items():
-            told = found.get(name) if isinstance(found, dict) else None
+            told = entries.get(name) if isinstance(entries, dict) else None
             named = ".".join(map(str, told)) if isinstance(told, list) else told
             if named not in known:
                 raise ValueError(
@@ -83,8 +83,8 @@ def fetch_network(repo_id: str, subfolder: str | None, variant: str | None, **op
     commit = {**options, "revision": folder.name}
     if not (folder / index).is_file():
         return fetch(repo_id, files=(config, weights), **commit)  # or the error that says what is there
-    found = read_json(folder / index, _LIMIT)
-    shards = found.get("weight_map") if isinstance(found, dict) else None
+    entries = read_json(folder / index, _LIMIT)
+    shards = entries.get("weight_map") if isinstance(entries, dict) else None
     names = set(shards.values()) if isinstance(shards, dict) else set()
     if not names or not all(isinstance(name, str) and _SHARD.match(name) for name in names):
         raise ValueError(f"{folder / index} is no list of the files of a network's weights")
@@ -99,12 +99,12 @@ def weights_in(folder: Any, options: Mapping[str, Any]) -> list[Path]:
         ValueError: there are none, but a pickle.
     """
     inside = Path(folder) / (options.get("subfolder") or "")
-    found = sorted(inside.glob("*.safetensors"))
-    if not found:
+    weights = sorted(inside.glob("*.safetensors"))
+    if not weights:
         wanted = f"{_WEIGHTS}.safetensors"
         refuse_pickles((path.name for path in inside.glob("*")), str(inside), wanted)
         raise FileNotFoundError(f"{inside} holds no {wanted}")
-    return found
+    return weights
 
 
 def safe(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def safe(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def fetching(options: dict[str, Any]) -> dict[str, Any]:
     """Take the options of a download out of those of ``from_pretrained``, as :func:`fetch` calls them."""
-    found = {ours: options.pop(theirs) for theirs, ours in _FETCHING.items() if theirs in options}
+    fetched = {ours: options.pop(theirs) for theirs, ours in _FETCHING.items() if theirs in options}
     for name in _NOT_NEEDED:
         options.pop(name, None)
-    return {name: value for name, value in found.items() if value is not None}
+    return {name: value for name, value in fetched.items() if value is not None}

@@ -159,8 +159,8 @@ def push_all(organization: str, private: bool | None = None, token: str | bool |
     """
     from huggingface_hub.utils import validate_repo_id
 
-    found = [Published(entry.name, entry, door=door) for door in KINDS for entry in published(door).values()]
-    folders = {each.name: each.folder() for each in found if each.entry is not None and each.entry.repo is None}
+    models = [Published(entry.name, entry, door=door) for door in KINDS for entry in published(door).values()]
+    folders = {each.name: each.folder() for each in models if each.entry is not None and each.entry.repo is None}
     pushed = []
     for name, folder in sorted(folders.items()):
         repo_id = f"{organization}/{name}"
@@ -196,11 +196,11 @@ def _in_single_precision(weights: Path) -> str:
 def _without_paths(report: dict[str, Any]) -> dict[str, Any]:
     """The names of files and folders alone, and no pictures: where and what they are is nobody's business."""
     names = [Path(path).name for path in report["unreadable"]]
-    given = dict(report["network"].get("given") or {})
+    arguments = dict(report["network"].get("given") or {})
     for key, place in (("base_checkpoint", "path"), ("checkpoint", "path"), ("adapter", "name")):
-        if given.get(key) is not None:
-            given[key] = {**given[key], place: Path(given[key][place]).name}
-    network = {**report["network"], **({"given": given} if given else {})}
+        if arguments.get(key) is not None:
+            arguments[key] = {**arguments[key], place: Path(arguments[key][place]).name}
+    network = {**report["network"], **({"given": arguments} if arguments else {})}
     return {**report, "data": Path(report["data"]).name, "unreadable": names, "network": network, "outcomes": {}}
 
 

@@ -31,8 +31,8 @@ def check_file(path: Path, sha256: str | None = None, size: int | None = None, s
     """
     if size is not None and path.stat().st_size != size:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, but {said_by} says {size}; {_AGAIN}")
-    if sha256 is not None and (found := sha256_of(path)) != sha256:
-        raise ValueError(f"{path} has the SHA-256 {found}, but {said_by} says {sha256}; {_AGAIN}")
+    if sha256 is not None and (actual := sha256_of(path)) != sha256:
+        raise ValueError(f"{path} has the SHA-256 {actual}, but {said_by} says {sha256}; {_AGAIN}")
 
 
 def check_hash(path: Path, said: str) -> None:
@@ -46,12 +46,12 @@ def check_hash(path: Path, said: str) -> None:
         ValueError: it has another hash.
     """
     if _SHA256.match(said):
-        found = sha256_of(path)
+        actual = sha256_of(path)
     else:
-        found = _digest(hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False), path)
-    if found != said:
+        actual = _digest(hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False), path)
+    if actual != said:
         raise ValueError(
-            f"{path} is damaged: its hash is {found}, and the Hub said {said}; {_AGAIN} "
+            f"{path} is damaged: its hash is {actual}, and the Hub said {said}; {_AGAIN} "
             "(quac pull … --force, or force=True)"
         )
 
@@ -77,12 +77,12 @@ def check_cached(path: Path) -> None:
 
 def refuse_pickles(names: Iterable[str], where: str, wanted: str) -> None:
     """Raise ValueError, with the way to convert, if weights are there only as files that can run code."""
-    found = sorted(name for name in names if name.lower().endswith(PICKLES))
-    if found:
+    pickles = sorted(name for name in names if name.lower().endswith(PICKLES))
+    if pickles:
         raise ValueError(
-            f"{where} holds {found[0]} and no {wanted}. Such files can run any code when they are opened, so only "
+            f"{where} holds {pickles[0]} and no {wanted}. Such files can run any code when they are opened, so only "
             "safetensors are read. If you trust it, convert it: "
-            f"safetensors.torch.save_file(torch.load({found[0]!r}, weights_only=True), {wanted!r})"
+            f"safetensors.torch.save_file(torch.load({pickles[0]!r}, weights_only=True), {wanted!r})"
         )
 
 
@@ -105,13 +105,13 @@ def no_larger_than(files: Iterable[Path]) -> Iterator[None]:
                 tensors += 2 * len(file.keys())  # parts may be made and replaced
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
-    made = [0, 0]
+    sizes = [0, 0]
 
     def count(module: nn.Module, name: str, parameter: Any) -> None:
         if parameter is None or threading.get_ident() != mine:
             return
-        made[0], made[1] = made[0] + 1, made[1] + parameter.numel()
-        if made[0] > tensors or made[1] > most:
+        sizes[0], sizes[1] = sizes[0] + 1, sizes[1] + parameter.numel()
+        if sizes[0] > tensors or sizes[1] > most:
             raise ValueError(
                 f"the config asks for a network far larger than its weights ({', '.join(path.name for path in files)}, "
                 f"{most - _SLACK} bytes); it is not built"

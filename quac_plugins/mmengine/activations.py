@@ -56,10 +56,10 @@ class PlannedActivation(nn.Module):
             quality = resolve_quality(config.quality, config.quality_channels, config.quality_grad)
             context = QualityContext(quality.channels)
             arguments |= {"quality_channels": quality.channels, "expand_q": config.expand_q}
-        made = config.activation_class(channels, init=config.init, host=self.build_host(), **arguments)
-        made.context = context
-        setattr(made, PLAN, (self,))  # in a tuple, so that it is no child
-        return made
+        activation = config.activation_class(channels, init=config.init, host=self.build_host(), **arguments)
+        activation.context = context
+        setattr(activation, PLAN, (self,))  # in a tuple, so that it is no child
+        return activation
 
     def forward(self, x: Tensor) -> Tensor:
         """Raises RuntimeError: nobody has given it its channels."""
@@ -93,10 +93,10 @@ def _type_of(name: str, cls_name: str) -> type[PlannedActivation]:
         PlannedActivation.__init__(self, name, **options)
 
     doc = f"``act_cfg=dict(type={cls_name!r})``; see :class:`PlannedActivation`."
-    made = type(cls_name, (PlannedActivation,), {"__init__": __init__, "__doc__": doc, "__module__": __name__})
-    MODELS.register_module(name=cls_name, module=made, force=True)
-    globals()[cls_name] = made  # for pickle, and for configs that import it
-    return made
+    cls = type(cls_name, (PlannedActivation,), {"__init__": __init__, "__doc__": doc, "__module__": __name__})
+    MODELS.register_module(name=cls_name, module=cls, force=True)
+    globals()[cls_name] = cls  # for pickle, and for configs that import it
+    return cls
 
 
 PLANNED = {cls.__name__: _type_of(name, cls.__name__) for name, cls in ACTIVATIONS.items()}

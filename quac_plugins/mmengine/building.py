@@ -86,7 +86,7 @@ def _finishing(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def finishing(self: Any, *args: Any, **kwargs: Any) -> Any:
-        for model in (one for one in (*args, *kwargs.values()) if isinstance(one, nn.Module)):
+        for model in (item for item in (*args, *kwargs.values()) if isinstance(item, nn.Module)):
             cfg = getattr(self, "cfg", {})
             for part in (cfg, cfg.get("model")):
                 if isinstance(part, Mapping):

@@ -106,9 +106,9 @@ def _check_holder(name: str, cfg: Mapping[str, Any], path: str) -> None:
 
 
 def _check_plan(cfg: Mapping[str, Any], path: str) -> None:
-    given = {key: value for key, value in options_in(cfg).items() if key not in ("inplace", "host")}
+    options = {key: value for key, value in options_in(cfg).items() if key not in ("inplace", "host")}
     known = list(inspect.signature(QuACConfig).parameters)
-    for key, value in given.items():
+    for key, value in options.items():
         where = f"{path}.{key}" if key in known else path
         with named(where):
             planned_config("acon", {key: value})

@@ -63,8 +63,8 @@ class CorruptImage:
         name, severity, seed = self._draw(results, key)
         results["corruption"], results["severity"] = name, severity
         if severity:
-            made = corrupt(np.ascontiguousarray(in_order(image, self.channel_order, -1)), name, severity, seed)
-            results["img"] = np.ascontiguousarray(in_order(made, self.channel_order, -1))
+            corrupted = corrupt(np.ascontiguousarray(in_order(image, self.channel_order, -1)), name, severity, seed)
+            results["img"] = np.ascontiguousarray(in_order(corrupted, self.channel_order, -1))
         return results
 
     def _draw(self, results: dict[str, Any], key: str) -> tuple[str, int, int]:
@@ -163,9 +163,9 @@ class CorruptionAccuracy(BaseMetric):
         counts: dict[tuple[str, int], list[bool]] = defaultdict(list)
         for name, severity, right in results:
             counts[name, severity].append(right)
-        found = {
+        metrics = {
             "clean" if not severity else f"{name}/{severity}": 100 * sum(rights) / len(rights)
             for (name, severity), rights in counts.items()
         }
-        degraded = [value for key, value in found.items() if key != "clean"]
-        return {**found, "mean": sum(degraded) / len(degraded)} if degraded else found
+        degraded = [value for key, value in metrics.items() if key != "clean"]
+        return {**metrics, "mean": sum(degraded) / len(degraded)} if degraded else metrics

@@ -125,16 +125,16 @@ def _like_the_tap(
     if seen.tap is None:
         raise RuntimeError(f"no layer of {type(inside).__name__} is called with the image itself")
     layer = inside.get_submodule(seen.tap)
-    there = layer._modules.get(TAP_NAME)
-    if not isinstance(there, QualityTap):
+    tap = layer._modules.get(TAP_NAME)
+    if not isinstance(tap, QualityTap):
         return config
-    if there.quality != quality:
+    if tap.quality != quality:
         raise ValueError(
             f"{name!r} has act_cfg with quality {quality.name!r}, but {_name_of(model, layer)!r}, which sees the "
-            f"images, is tapped for quality {there.quality.name!r}: one model takes one quality function. Give act_cfg "
+            f"images, is tapped for quality {tap.quality.name!r}: one model takes one quality function. Give act_cfg "
             f"and the backbone's quac the same"
         )
-    return replace(config, mean=there.mean, std=there.std, channel_order=there.channel_order)
+    return replace(config, mean=tap.mean, std=tap.std, channel_order=tap.channel_order)
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str | None:

@@ -48,9 +48,9 @@ def note_batch(preprocessor: nn.Module, args: tuple, kwargs: dict[str, Any], out
     images = output.get("inputs") if isinstance(output, dict) else None
     if not isinstance(images, Tensor) or images.ndim != 4 or not isinstance(data, dict):
         return
-    raw = [(int(one.shape[-2]), int(one.shape[-1])) for one in data.get("inputs", ())]
+    raw = [(int(image.shape[-2]), int(image.shape[-1])) for image in data.get("inputs", ())]
     samples = output.get("data_samples")
-    told = [getattr(one, "img_shape", None) for one in samples] if isinstance(samples, (list, tuple)) else []
+    told = [getattr(image, "img_shape", None) for image in samples] if isinstance(samples, (list, tuple)) else []
     known = [(int(shape[0]), int(shape[1])) for shape in told if shape is not None]
     divisor = max(int(getattr(preprocessor, "pad_size_divisor", 1) or 1), 1)
     padded = tuple(-(-max(side) // divisor) * divisor for side in zip(*raw, strict=True))

@@ -40,11 +40,11 @@ def _named(title: str, name: str) -> None:
     def __init__(self: Any) -> None:
         Quality.__init__(self, name)
 
-    made = type(
+    cls = type(
         title, (Quality,), {"__init__": __init__, "__doc__": f"The quality function {name!r}.", "__module__": __name__}
     )
-    MODELS.register_module(name=title, module=made, force=True)
-    globals()[title] = made
+    MODELS.register_module(name=title, module=cls, force=True)
+    globals()[title] = cls
 
 
 for _title, _name in (

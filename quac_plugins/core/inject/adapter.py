@@ -182,12 +182,12 @@ def describe_adapter(folder: str | Path) -> dict[str, Any]:
         ValueError: it is damaged.
     """
     saved = read_config(Path(folder) / CONFIG_NAME)
-    found: dict[str, Any] = {"host": saved.host.get("architecture"), "host_weights": saved.host.get("fingerprint")}
+    facts: dict[str, Any] = {"host": saved.host.get("architecture"), "host_weights": saved.host.get("fingerprint")}
     if saved.config is not None:
-        found |= {"activations": saved.config.to_dict(), "sites": [site.name for site in saved.sites]}
+        facts |= {"activations": saved.config.to_dict(), "sites": [site.name for site in saved.sites]}
     if saved.prior is not None:
-        found |= {"prior": saved.prior.to_dict(), "prior_sites": [site.name for site in saved.prior_sites]}
-    return found
+        facts |= {"prior": saved.prior.to_dict(), "prior_sites": [site.name for site in saved.prior_sites]}
+    return facts
 
 
 def load_adapter_folder(
@@ -222,18 +222,18 @@ def load_adapter_folder(
 
 
 def _check_host(model: nn.Module, saved: Saved) -> None:
-    here = describe_host(model)
+    host = describe_host(model)
     name, fingerprint = saved.host.get("architecture"), saved.host.get("fingerprint")
-    if name != here["architecture"]:
+    if name != host["architecture"]:
         raise ValueError(
-            f"the adapter in {saved.folder} was made for {name!r}, this host is {here['architecture']!r} "
+            f"the adapter in {saved.folder} was made for {name!r}, this host is {host['architecture']!r} "
             "(load_adapter(…, check_host=False) tries all the same)"
         )
-    if same_weights(fingerprint, here["fingerprint"]):
+    if same_weights(fingerprint, host["fingerprint"]):
         return
     message = (
         f"the adapter in {saved.folder} was made for {name!r} with other weights than this host has (fingerprint "
-        f"{fingerprint}, here {here['fingerprint']}; tag {saved.host.get('tag')!r}, here {here['tag']!r})"
+        f"{fingerprint}, here {host['fingerprint']}; tag {saved.host.get('tag')!r}, here {host['tag']!r})"
     )
     if saved.prior is not None:  # it undoes the drift of these very features; on others it is noise
         raise ValueError(
@@ -244,8 +244,8 @@ def _check_host(model: nn.Module, saved: Saved) -> None:
 
 def _qualities(record: Injection) -> list[QualityFunction]:
     """The quality functions that are read by what was put in."""
-    found = [record.quality, record.prior.quality if record.prior is not None else None]
-    return [quality for quality in found if quality is not None]
+    qualities = [record.quality, record.prior.quality if record.prior is not None else None]
+    return [quality for quality in qualities if quality is not None]
 
 
 def _check_images(model: nn.Module, saved: Saved) -> None:
@@ -271,7 +271,7 @@ def _check_images(model: nn.Module, saved: Saved) -> None:
 
 def _tell_other_use(model: nn.Module, saved: Saved) -> None:
     """What a host that held such a prior says of its use goes before the adapter, but not without a word."""
-    here = _record(model).prior
+    prior = _record(model).prior
     for quality in _qualities(_record(model)):
         if saved.qualities.get(quality.name, quality.weights) != quality.weights:
             warnings.warn(
@@ -280,10 +280,10 @@ def _tell_other_use(model: nn.Module, saved: Saved) -> None:
                 "them: what it does may differ; evaluate it, or fit it again",
                 stacklevel=4,
             )
-    if saved.prior is not None and here is not None and saved.prior.top_k != here.config.top_k:
+    if saved.prior is not None and prior is not None and saved.prior.top_k != prior.config.top_k:
         warnings.warn(
             f"the adapter in {saved.folder} was saved with top_k={saved.prior.top_k}; the prior of this host keeps its "
-            f"own, {here.config.top_k}",
+            f"own, {prior.config.top_k}",
             stacklevel=4,
         )
 

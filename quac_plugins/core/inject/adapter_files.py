@@ -79,7 +79,9 @@ def read_adapter(folder: Path) -> tuple[Saved, dict[str, Tensor]]:
         saved, weights = read_config(folder / CONFIG_NAME), _read_bytes(folder / WEIGHTS_NAME)
         digest = hashlib.sha256(weights).hexdigest()
         # of a save that goes on, or was killed, the weights may be in place and their config not yet
-        others = [found for path in folder.glob(f"{BESIDE}*/{CONFIG_NAME}") if (found := _read_quietly(path))]
+        others = [
+            config_beside for path in folder.glob(f"{BESIDE}*/{CONFIG_NAME}") if (config_beside := _read_quietly(path))
+        ]
         if saved.sha256 != digest:
             saved = next((replace(other, folder=folder) for other in others if other.sha256 == digest), saved)
         if saved.sha256 in (None, digest):

@@ -22,9 +22,9 @@ def bound_problems(saved: Saved, state: dict[str, Tensor], known: Iterable[str])
         state: the adapter's tensors.
         known: names of the host's modules.
     """
-    here = set(known)
+    known_names = set(known)
     named = [*(site.name for site in saved.sites), *(site.name for site in saved.prior_sites)]
-    problems = [f"site {name!r} is in the adapter, not in this host" for name in named if name not in here]
+    problems = [f"site {name!r} is in the adapter, not in this host" for name in named if name not in known_names]
     if saved.config is not None and saved.config.is_driven:
         drivers = [name for name in state if name.endswith(".fc1.weight") and f".{PRIOR_NAME}." not in name]
         widths = [state[name].shape[0] for name in drivers if state[name].ndim]

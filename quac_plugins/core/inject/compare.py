@@ -17,16 +17,16 @@ C = TypeVar("C", QuACConfig, PriorConfig)
 def tensor_problems(expected: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
     """Tensors that are missing, or of another shape or kind."""
     problems = [f"missing tensor {name!r}" for name in expected if name not in state]
-    there = {name: (state[name], tensor) for name, tensor in expected.items() if name in state}
+    pairs = {name: (state[name], tensor) for name, tensor in expected.items() if name in state}
     problems += [
-        f"tensor {name!r} has shape {tuple(found.shape)}, expected {tuple(tensor.shape)}"
-        for name, (found, tensor) in there.items()
-        if found.shape != tensor.shape
+        f"tensor {name!r} has shape {tuple(held.shape)}, expected {tuple(tensor.shape)}"
+        for name, (held, tensor) in pairs.items()
+        if held.shape != tensor.shape
     ]
     problems += [
-        f"tensor {name!r} holds {found.dtype}, expected {tensor.dtype}"
-        for name, (found, tensor) in there.items()
-        if found.is_floating_point() != tensor.is_floating_point()
+        f"tensor {name!r} holds {held.dtype}, expected {tensor.dtype}"
+        for name, (held, tensor) in pairs.items()
+        if held.is_floating_point() != tensor.is_floating_point()
     ]
     return problems
 

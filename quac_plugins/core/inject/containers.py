@@ -100,8 +100,8 @@ def check_tapped(model: nn.Module, seen: Trace, example: Example | None, tokens:
 
 def _check(seen: Trace, names: list[str]) -> None:
     for name in names:
-        found = [feature.node for feature in seen.features if feature.name in (name, f"{name}.{PRIOR_NAME}")]
-        if len(found) != 2 or found[0] != found[1]:
+        nodes = [feature.node for feature in seen.features if feature.name in (name, f"{name}.{PRIOR_NAME}")]
+        if len(nodes) != 2 or nodes[0] != nodes[1]:
             raise ValueError(f"site={name!r}: it runs its children by itself, and not one after the other")
 
 

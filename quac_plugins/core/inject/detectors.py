@@ -35,7 +35,7 @@ def find_part(model: nn.Module, images: Tensor) -> tuple[str, tuple[int, ...]] |
 
     def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
         x = args[0] if args else next(iter(kwargs.values()), None)
-        if isinstance(x, Tensor) and x.ndim == 4 and x.shape[1] == images.shape[1] and x is not given:
+        if isinstance(x, Tensor) and x.ndim == 4 and x.shape[1] == images.shape[1] and x is not inputs:
             raise _Found(names[id(module)], tuple(x.shape))
 
     handles: list[Any] = []
@@ -43,10 +43,10 @@ def find_part(model: nn.Module, images: Tensor) -> tuple[str, tuple[int, ...]] |
         for module in model.modules():
             if module is not model and not isinstance(module, torch.jit.ScriptModule):  # which takes no such hooks
                 handles.append(module.register_forward_pre_hook(stop, with_kwargs=True))
-        for given in (list(images), [{"image": image} for image in images], images):
+        for inputs in (list(images), [{"image": image} for image in images], images):
             try:
                 with torch.no_grad():
-                    model(given)
+                    model(inputs)
             except _Found as found:
                 return found.name, found.shape
             except Exception:  # it takes its images in another way

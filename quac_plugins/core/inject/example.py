@@ -72,19 +72,26 @@ def arguments_of(example: Example | None, size: Callable[[], tuple[int, int, int
     """
     if example is None:
         return Arguments(torch.empty(1, *size()))
-    found = None
+    arguments = None
     if isinstance(example, Tensor):
-        found = Arguments(example)
+        arguments = Arguments(example)
     elif isinstance(example, tuple) and example:
-        found = Arguments(example[0], example[1:])
+        arguments = Arguments(example[0], example[1:])
     elif isinstance(example, Mapping) and example:
         first = next(iter(example))
-        found = Arguments(example[first], named=tuple((k, v) for k, v in example.items() if k != first), first=first)
-    value = found.images if found is not None else example
-    if found is None or not isinstance(value, Tensor) or value.ndim not in (3 if tokens else 4, 4) or not len(value):
+        arguments = Arguments(
+            example[first], named=tuple((k, v) for k, v in example.items() if k != first), first=first
+        )
+    value = arguments.images if arguments is not None else example
+    if (
+        arguments is None
+        or not isinstance(value, Tensor)
+        or value.ndim not in (3 if tokens else 4, 4)
+        or not len(value)
+    ):
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
             "example must be a tensor of images (B, C, H, W), or the host's arguments that begin with them (a tuple, "
             f"or a dict by name), or with tokens (B, N, C) where q is given (tap='given'), got {got}"
         )
-    return found if found.images.is_floating_point() else replace(found, images=found.images.float())
+    return arguments if arguments.images.is_floating_point() else replace(arguments, images=arguments.images.float())

@@ -48,12 +48,14 @@ def fingerprint(model: nn.Module) -> str | None:
     in_host = names_in_host(model)
     named = ((in_host(name), tensor) for name, tensor in model.state_dict().items())
     head = tuple(f"{name}." for name in facts_of(model).classifiers)
-    found = {n: t for n, t in named if n and not n.startswith(head) and isinstance(t, Tensor) and t.is_floating_point()}
-    if any(tensor.is_meta for tensor in found.values()):
+    tensors = {
+        n: t for n, t in named if n and not n.startswith(head) and isinstance(t, Tensor) and t.is_floating_point()
+    }
+    if any(tensor.is_meta for tensor in tensors.values()):
         return None
     digests = [hashlib.sha256() for _ in _PRECISIONS]
-    for name in sorted(found):
-        tensor = found[name].detach().cpu()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu()
         for digest, precision in zip(digests, _PRECISIONS, strict=True):
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.to(precision).contiguous().flatten().view(torch.uint8).numpy().data)

@@ -52,12 +52,12 @@ def fuse(model: nn.Module, degradation: str | None = None, severity: float = 3.0
         >>> torch.allclose(quac.fuse(model)(images), expected, atol=1e-5)
         True
     """
-    found = {name: m for name, m in model.named_modules() if isinstance(m, DrivenActivation)}
+    activations = {name: m for name, m in model.named_modules() if isinstance(m, DrivenActivation)}
     folded = _margins_to_fold(model, degradation, severity)
-    if not found and not folded:
+    if not activations and not folded:
         hint = "; name a degradation to fold its margins" if _margins(model) else ""
         raise ValueError(f"{type(model).__name__} holds no activations with a driver; there is nothing to fuse{hint}")
-    normed = {name: module for name, module in found.items() if module.norm == "batch"}
+    normed = {name: module for name, module in activations.items() if module.norm == "batch"}
     for name, module in normed.items():
         what = f"{name or type(module).__name__!r}"
         if module.training:

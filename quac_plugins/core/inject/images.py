@@ -62,7 +62,7 @@ class Images:
 def _read(value: Any) -> Normalization | None:
     if value is None:
         return None
-    mean, std = (numbers(what, given) for what, given in zip(("mean", "std"), value, strict=True))
+    mean, std = (numbers(what, numbers_of) for what, numbers_of in zip(("mean", "std"), value, strict=True))
     if len(mean) != len(std) or min(std) <= 0:
         raise ValueError(f"mean and std are {value!r}")
     return mean, std
@@ -90,8 +90,8 @@ def normalization_of(model: nn.Module, config: QualityOptions, in_chans: int) ->
         ValueError: they have another number of channels than the images.
     """
     explicit = (config.mean, config.std) if config.mean is not None and config.std is not None else None
-    found = explicit or facts_of(model).normalization
-    return for_channels(found, in_chans) if found is not None else None
+    normalization = explicit or facts_of(model).normalization
+    return for_channels(normalization, in_chans) if normalization is not None else None
 
 
 def for_channels(normalization: Normalization, in_chans: int) -> Normalization:

@@ -151,9 +151,9 @@ def _name_in_host(name: str, prefixes: tuple[str, ...]) -> str | None:
 def names_in_host(model: nn.Module) -> Callable[[str], str | None]:
     """:meth:`Injection.name_in_host` of any name in a model's state dict, by whichever path and through wrappers."""
     record, known = injection_of(model) or Injection(), paths(model)
-    own = {id(module) for (module,) in record.inside.values()}
-    found = [(known[path], module) for path, module in model.named_modules(remove_duplicate=False)]
-    prefixes = tuple(dict.fromkeys(f"{name}." for name, module in found if id(module) in own))
+    ours = {id(module) for (module,) in record.inside.values()}
+    renamed = [(known[path], module) for path, module in model.named_modules(remove_duplicate=False)]
+    prefixes = tuple(dict.fromkeys(f"{name}." for name, module in renamed if id(module) in ours))
     name_of = tensor_names(model)
     return lambda name: _name_in_host(name_of(name), prefixes)
 
@@ -165,10 +165,10 @@ def modules_inside(model: nn.Module) -> dict[str, nn.Module]:
         ValueError: one is not there any more, so that what is in the model is not what was put in.
     """
     record = injection_of(model) or Injection()
-    here = parts(unwrap(model))
+    current = parts(unwrap(model))
     for name, (module,) in record.inside.items():
-        if here.get(name) is not module:
-            now = next((other for other, found in here.items() if found is module), None)
+        if current.get(name) is not module:
+            now = next((other for other, candidate in current.items() if candidate is module), None)
             raise ValueError(
                 f"what was put in at {name!r} is {'not in the model' if now is None else f'now at {now!r}'}: that part "
                 "was replaced or moved. Put it back, or call quac_plugins.remove(model) and inject again"

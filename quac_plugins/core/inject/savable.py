@@ -46,16 +46,16 @@ def check_savable(modules: Mapping[str, nn.Module], state: Mapping[str, Any]) ->
 
 def _computed(module: nn.Module) -> list[tuple[str, str, str]]:
     """What torch computes anew in each forward: tensor, what it is, how it is undone."""
-    found = []
+    computed = []
     if parametrize.is_parametrized(module):
         for tensor in module.parametrizations:  # type: ignore[union-attr]
             undo = f"torch.nn.utils.parametrize.remove_parametrizations(layer, {tensor!r})"
-            found.append((str(tensor), "parametrized", undo))
+            computed.append((str(tensor), "parametrized", undo))
     for hook in module._forward_pre_hooks.values():
         if isinstance(hook, BasePruningMethod):
             tensor = hook._tensor_name
-            found.append((tensor, "pruned", f"torch.nn.utils.prune.remove(layer, {tensor!r})"))
+            computed.append((tensor, "pruned", f"torch.nn.utils.prune.remove(layer, {tensor!r})"))
         elif isinstance(hook, (WeightNorm, SpectralNorm)):
             kind = "weight_norm" if isinstance(hook, WeightNorm) else "spectral_norm"
-            found.append((hook.name, f"under {kind}", f"torch.nn.utils.remove_{kind}(layer)"))
-    return found
+            computed.append((hook.name, f"under {kind}", f"torch.nn.utils.remove_{kind}(layer)"))
+    return computed

@@ -57,8 +57,8 @@ def find_sites(model: nn.Module, seen: Trace, patterns: list[str]) -> tuple[list
 
 def usable_sites(model: nn.Module, seen: Trace) -> list[Site]:
     """Every activation that can be a site, in module order, and every module that one can come after."""
-    found = [_site(feature.name, [feature.call]) for feature in seen.features if OURS not in feature.name]
-    behind = [replace(site, after=True) for site in found if isinstance(site, Site)]
+    sites = [_site(feature.name, [feature.call]) for feature in seen.features if OURS not in feature.name]
+    behind = [replace(site, after=True) for site in sites if isinstance(site, Site)]
     return [*_usable(model, seen)[0].values(), *behind]
 
 

@@ -112,8 +112,8 @@ def inject(
     if options:
         kinds = [kind for kind in (QuACConfig, PriorConfig) if set(options) & set(kind.__dataclass_fields__)]
         kind = type(config) if config is not None else kinds[0] if kinds else QuACConfig
-        given = ", ".join(f"{key}={value!r}" for key, value in options.items())
-        raise TypeError(f"inject takes its options in a config: inject(model, {kind.__name__}({given}))")
+        told = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        raise TypeError(f"inject takes its options in a config: inject(model, {kind.__name__}({told}))")
     config = config if config is not None else QuACConfig()
     if not isinstance(config, (QuACConfig, PriorConfig)):
         raise TypeError(
@@ -143,8 +143,8 @@ def inject_at(
 ) -> nn.Module:
     """:func:`inject`, at the sites that ``find(model, config, seen)`` gives."""
     whole, model = model, unwrap(model)
-    there = injection_of(model)
-    holds = there is not None and (there.config if isinstance(config, QuACConfig) else there.prior)
+    earlier = injection_of(model)
+    holds = earlier is not None and (earlier.config if isinstance(config, QuACConfig) else earlier.prior)
     if holds:
         what = "QuAC" if isinstance(config, QuACConfig) else "a prior"
         raise ValueError(f"{type(model).__name__} already holds {what}; call quac_plugins.remove(model) first")
@@ -171,7 +171,7 @@ def inject_at(
         let_chains_run(model, [site.name for site in sites], example)
     except Exception:
         take_prior(model)
-        if there is None:
+        if earlier is None:
             delattr(model, RECORD)
         raise
     return whole
@@ -240,10 +240,10 @@ def place_prior(
     record = injection_of(model) or Injection(host_parameters=_count(model))
     frozen, in_host = [], names_in_host(model)
     for name, parameter in model.named_parameters():
-        own = in_host(name)
-        if config.freeze and parameter.requires_grad and own is not None:
+        host_name = in_host(name)
+        if config.freeze and parameter.requires_grad and host_name is not None:
             parameter.requires_grad_(False)
-            frozen.append(own)
+            frozen.append(host_name)
     attach()
     if seen.tap is not None and any(site.layout == "tokens" for site in sites):
         size = ImageSize()

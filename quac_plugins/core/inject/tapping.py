@@ -37,30 +37,30 @@ def tap_for(
     """
     if quality is None or seen.tap is None:
         return None, _nothing
-    given = getattr(config, "expand_q", "error") if config.tap == "given" else None
-    mean, std = (normalization_of(model, config, seen.in_chans) if given is None else None) or (None, None)
+    expansion = getattr(config, "expand_q", "error") if config.tap == "given" else None
+    mean, std = (normalization_of(model, config, seen.in_chans) if expansion is None else None) or (None, None)
     at = seen.tap
     layer = module_at(model, at)
     for name in TAP_HOOKS:
-        there = layer._modules.get(name)
-        if isinstance(there, QualityTap) and (
-            there.quality,
-            there.given,
-            there.mean,
-            there.std,
-            there.channel_order,
+        present = layer._modules.get(name)
+        if isinstance(present, QualityTap) and (
+            present.quality,
+            present.given,
+            present.mean,
+            present.std,
+            present.channel_order,
         ) == (
             quality,
-            given,
+            expansion,
             tuple(mean) if mean is not None else None,
             tuple(std) if std is not None else None,
             config.channel_order,
         ):
-            return there.context, _nothing
+            return present.context, _nothing
     context = QualityContext(quality.channels, at)
     device = next((p.device for p in model.parameters() if p.is_floating_point()), torch.device("cpu"))
     with torch.device(device):
-        tap = QualityTap(quality, context, at, seen.in_chans, mean, std, config.channel_order, given)
+        tap = QualityTap(quality, context, at, seen.in_chans, mean, std, config.channel_order, expansion)
     own_name = PRIOR_TAP_NAME if isinstance(config, PriorConfig) else TAP_NAME
 
     def attach() -> None:
@@ -81,18 +81,18 @@ def listen(model: nn.Module, context: QualityContext) -> None:
     for part in (model, *(part for key, part in parts.items() if key not in ours)):
         key = WHOLE if part is model else CONTEXTS
         enter, leave = CALL_HOOKS[key]
-        there = part.__dict__.get(key, ())  # not by getattr: a compiled part answers for what is inside of it
-        if not there:
+        contexts = part.__dict__.get(key, ())  # not by getattr: a compiled part answers for what is inside of it
+        if not contexts:
             part.register_forward_pre_hook(enter, prepend=True)
             part.register_forward_hook(leave, always_call=True)
-        part.__dict__[key] = (*there, context)
+        part.__dict__[key] = (*contexts, context)
 
 
 def unlisten(model: nn.Module, context: QualityContext | None = None) -> None:
     """Undo :func:`listen`, for one context or all."""
     for part in model.modules():
         for key in CALL_HOOKS.keys() & part.__dict__.keys():
-            left = tuple(one for one in part.__dict__[key] if context is not None and one is not context)
+            left = tuple(other for other in part.__dict__[key] if context is not None and other is not context)
             part.__dict__[key] = left
             if not left:
                 remove_hooks(part, *CALL_HOOKS[key])

@@ -137,28 +137,28 @@ def trace(model: nn.Module, example: Example | None = None, tokens: bool = False
     devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
     if "meta" in devices and len(devices) > 1:  # a model whose parameters are still to be loaded has its buffers
         model = copy.deepcopy(model).to("meta")
-    given = arguments_of(example, lambda: _input_size(model), tokens)
-    one = given.of_batch(1, model, lambda tensor, shape: tensor[:1])
-    images = one.images
+    arguments = arguments_of(example, lambda: _input_size(model), tokens)
+    single = arguments.of_batch(1, model, lambda tensor, shape: tensor[:1])
+    images = single.images
     try:
         with _quiet(), fake_mode() as mode:
-            many = one.of_batch(BATCH, model, lambda tensor, shape: mode.from_tensor(tensor).new_empty(shape))
+            many = single.of_batch(BATCH, model, lambda tensor, shape: mode.from_tensor(tensor).new_empty(shape))
             return _run(model, many, BATCH)
     except TakenApart:
-        part = _part(model, one)
+        part = _part(model, single)
         raise RuntimeError(
             f"{type(model).__name__} takes its batch of images apart, as detectors do that are given a list, so it has "
             f"no tensor of images whose quality could be computed. {in_words(model, part)}"
         ) from None
     except Exception as fake_error:
         if images.is_meta:
-            raise DoesNotRun(_cannot_run(model, one, fake_error)) from None
+            raise DoesNotRun(_cannot_run(model, single, fake_error)) from None
         try:
             # a host that decides by the values of its tensors cannot run on fake ones
             with torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
-                return _run(copy.deepcopy(model), one.of_batch(2, model, _random), 2)
+                return _run(copy.deepcopy(model), single.of_batch(2, model, _random), 2)
         except Exception as error:
-            raise DoesNotRun(_cannot_run(model, one, error)) from None  # the message holds what it adds
+            raise DoesNotRun(_cannot_run(model, single, error)) from None  # the message holds what it adds
 
 
 def _part(model: nn.Module, one: Arguments) -> tuple[str, tuple[int, ...]] | None:
@@ -324,9 +324,9 @@ def _note(result: Trace, call: _Running, output: Any, labels: Labels, batch: int
         sizes = ", ".join("B" if i == label.batch else str(size) for i, size in enumerate(output.shape))
         result.others[call.name] = f"its output ({sizes}) is not a feature map (4-D or tokens)"
         return
-    made = label.node >= call.nodes
+    is_new = label.node >= call.nodes
     depth = labels.depths[label.node] if label.node >= 0 else 0
-    result.features.append(Feature(call.name, described, labels.layers, call.layers, depth, label.node, made))
+    result.features.append(Feature(call.name, described, labels.layers, call.layers, depth, label.node, is_new))
 
 
 def _cuts(parents: list[tuple[int, ...]], ends: list[int]) -> set[int]:
@@ -378,12 +378,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     """In eval mode, and everything that the pass leaves on the modules (caches, buffers) is taken back."""
     ours = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]  # which keep their own
     before = {m: (dict(m.__dict__), dict(m._buffers)) for m in ours}
-    own = vars(nn.Module())
+    builtin = vars(nn.Module())
     caches = [  # that are filled in place
         (value, copy.copy(value))
         for module in ours
         for name, value in module.__dict__.items()
-        if type(value) in (dict, list) and name not in own
+        if type(value) in (dict, list) and name not in builtin
     ]
     model.eval()
     try:

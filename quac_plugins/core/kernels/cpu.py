@@ -319,10 +319,10 @@ def _start(numbers: tuple[float, ...]) -> Tensor:
 def _means(code: Callable[..., None], x: Tensor, layout: Layout) -> Tensor:
     """Over all but batch and channels, of a dense x: (B, C), in the dtype of the arithmetic."""
     batch, rows, n, by_rows = layout
-    found = torch.empty(batch, rows if by_rows else n, dtype=WIDE[x.dtype], device="cpu")
-    unused = (found,) * 3
+    averages = torch.empty(batch, rows if by_rows else n, dtype=WIDE[x.dtype], device="cpu")
+    unused = (averages,) * 3
     code(x, x, x, *unused, _start(()), x, *unused, -1, 0, 0, 0, 0, batch, rows, n, by_rows, _threads(x))
-    return found
+    return averages
 
 
 def _run(

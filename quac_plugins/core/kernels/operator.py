@@ -73,9 +73,9 @@ def activate(
 def means(x: Tensor, dim: int = 1) -> Tensor:
     """Over all but batch and channels: (B, C), at least float32; see :func:`plain.global_average`."""
     if not in_graph():
-        found = _fused_means(x, dim % x.ndim)
-        if found is not None:
-            return found
+        averages = _fused_means(x, dim % x.ndim)
+        if averages is not None:
+            return averages
     return plain.global_average(x, dim)
 
 
@@ -105,10 +105,12 @@ def kernels_of(device: str, dtype: torch.dtype) -> Kernels | None:
     """Those of a kind of device, built and tried; None: see :func:`built_or_none`."""
 
     def build() -> Kernels | None:
-        found = importlib.import_module(f"quac_plugins.core.kernels.{'cpu' if device == 'cpu' else 'gpu'}").build(dtype)
-        if found is not None:
-            _try(found, device, dtype)
-        return found
+        kernels = importlib.import_module(f"quac_plugins.core.kernels.{'cpu' if device == 'cpu' else 'gpu'}").build(
+            dtype
+        )
+        if kernels is not None:
+            _try(kernels, device, dtype)
+        return kernels
 
     return built_or_none(device, f"fused activations of {str(dtype)[6:]}", build)
 
@@ -136,11 +138,11 @@ def _try(kernels: Kernels, device: str, dtype: torch.dtype) -> None:
                     layout_of(shape, x.stride(), channel),
                 )
                 by_x, by_theta = kernels.run(torch.ones_like(x), *args)
-                found = [kernels.run(None, *args), by_x, *by_theta]
+                results = [kernels.run(None, *args), by_x, *by_theta]
                 if kernels.means is not None:
-                    found.append(kernels.means(args[0], args[-1]))
+                    results.append(kernels.means(args[0], args[-1]))
                     expected.append(plain.global_average(x, channel))
-                for ours, exact in zip(found, expected, strict=True):
+                for ours, exact in zip(results, expected, strict=True):
                     error = (ours.double() - exact.double()).abs().max().item()
                     if not error <= 0.02 * exact.abs().max().item():
                         raise WrongNumbersError(f"{equation.__name__} of {shape} is wrong by {error:.2g}")
@@ -150,14 +152,14 @@ def _try(kernels: Kernels, device: str, dtype: torch.dtype) -> None:
 def _fused(
     x: Tensor, theta: Sequence[Tensor], equation: Any, channel: int, start: tuple[float, ...], below: Any
 ) -> Tensor | None:
-    given = (below,) if isinstance(below, Tensor) else ()
-    if not reads(x, *theta, *given, large=x.numel() >= LARGE.get(x.device.type, 0)):
+    added = (below,) if isinstance(below, Tensor) else ()
+    if not reads(x, *theta, *added, large=x.numel() >= LARGE.get(x.device.type, 0)):
         return None
     kernels = kernels_of(x.device.type, x.dtype)
-    if kernels is None or [(t.dtype, t.shape) for t in given] != [(x.dtype, x.shape)] * len(given):
+    if kernels is None or [(t.dtype, t.shape) for t in added] != [(x.dtype, x.shape)] * len(added):
         return None
     rows = [_in_rows(p, x, channel) for p in theta]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *rows, *given)):
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *rows, *added)):
         return _Activate.apply(x, below, (kernels, equation, channel, start), *rows)
     options = kernels, equation, channel, start
     return _by_pieces(x, rows, below, options) if callable(below) else _run(None, x, rows, below, options)
@@ -169,12 +171,12 @@ def _by_pieces(x: Tensor, theta: Sequence[Tensor], below: Callable[[Tensor], Ten
     x, (batch, *sizes) = _dense(x, channel)
     y, images = torch.empty_like(x), _pieces(x)
     for at in range(0, batch, images):
-        piece, *own = (t[at : at + images] if len(t) == batch else t for t in (x, *theta))
-        found = below(piece)
-        if not reads(found) or (found.dtype, found.shape) != (piece.dtype, piece.shape):
+        piece, *piece_theta = (t[at : at + images] if len(t) == batch else t for t in (x, *theta))
+        piece_below = below(piece)
+        if not reads(piece_below) or (piece_below.dtype, piece_below.shape) != (piece.dtype, piece.shape):
             return None
         layout = (len(piece), *sizes)
-        kernels.run(None, piece, own, equation, start, _as(found, piece), layout, y[at : at + images])
+        kernels.run(None, piece, piece_theta, equation, start, _as(piece_below, piece), layout, y[at : at + images])
     return y
 
 

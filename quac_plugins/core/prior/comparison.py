@@ -130,11 +130,11 @@ class Comparison:
         for batch in batches(list(range(len(self.pictures.degraded))), self.recipe.batch_size):
             with torch.no_grad():
                 clean = self._clean_features(self.pictures.view[batch].tolist(), None)
-                there = self.watch_teacher.run(self.teacher, self._images(self.pictures.degraded[batch]))
-                for name, value in self.distances(there, clean).items():
+                features = self.watch_teacher.run(self.teacher, self._images(self.pictures.degraded[batch]))
+                for name, value in self.distances(features, clean).items():
                     drift.setdefault(name, []).append(value)
-                if LOGITS in there and self.recipe.label_weight:
-                    scores.append(there[LOGITS])
+                if LOGITS in features and self.recipe.label_weight:
+                    scores.append(features[LOGITS])
         self._host_scores = torch.cat(scores) if scores else None
         whole = {name: torch.cat(values) for name, values in drift.items()}
         least = self.recipe.least_drift
@@ -227,9 +227,9 @@ class Comparison:
         if missing:
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 images = self._images(self.pictures.degraded[missing])
-                found = self.watch_teacher.run(self.teacher, images, self.first)[self.first]
+                features = self.watch_teacher.run(self.teacher, images, self.first)[self.first]
             for row, index in enumerate(missing):
-                fresh[index] = found[row].clone()
+                fresh[index] = features[row].clone()
                 if self._kept + fresh[index].nbytes <= 2 * _CACHE:
                     self._degraded[index] = fresh[index]
                     self._kept += fresh[index].nbytes
@@ -279,9 +279,9 @@ class Comparison:
         fresh: dict[int, dict[str, Tensor]] = {}
         if missing:
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                found = self.watch_teacher.run(self.teacher, self._images(self.pictures.clean[missing]))
+                features = self.watch_teacher.run(self.teacher, self._images(self.pictures.clean[missing]))
             for row, view in enumerate(missing):
-                fresh[view] = {name: value[row].detach().clone() for name, value in found.items()}
+                fresh[view] = {name: value[row].detach().clone() for name, value in features.items()}
                 size = sum(value.nbytes for value in fresh[view].values())
                 if self._kept + size <= _CACHE:
                     self._clean[view] = fresh[view]

@@ -247,8 +247,8 @@ def _norms(model: nn.Module, places: list[_Place]) -> list[_Place]:
             activates = isinstance(getattr(module, "act", None), nn.Module) and "drop" in module._modules
             behind[f"{name}.drop" if activates else name] = module
     # what normalizes the images themselves is no norm of features
-    found = [place for place in places if place.site.name in behind and place.feature.layers]
-    return found or [place for place in places if isinstance(modules[place.site.name], nn.Conv2d)]
+    norms = [place for place in places if place.site.name in behind and place.feature.layers]
+    return norms or [place for place in places if isinstance(modules[place.site.name], nn.Conv2d)]
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -258,12 +258,12 @@ def is_norm(module: nn.Module) -> bool:
 
 def _outermost(places: Iterable[_Place]) -> list[_Place]:
     """One place for each tensor: the outermost, but a stage before what holds several, which not every path calls."""
-    found: dict[Any, _Place] = {}
+    outermost: dict[Any, _Place] = {}
     for place in places:
-        known = found.setdefault(place.key, place)
+        known = outermost.setdefault(place.key, place)
         if (place.spans, place.site.name.count(".")) < (known.spans, known.site.name.count(".")):
-            found[place.key] = place
-    return list(found.values())
+            outermost[place.key] = place
+    return list(outermost.values())
 
 
 def _auto(seen: Trace, places: list[_Place]) -> _Place | None:
@@ -305,12 +305,12 @@ def _later(model: nn.Module, places: list[_Place], first: _Place) -> list[_Place
 def _named(model: nn.Module, places: list[_Place], main: list[_Place]) -> list[_Place]:
     """The places of the main path that the host names as the ends of its stages, if it names usable ones."""
     names = facts_of(model).stage_ends
-    found = [place for place in places if place.site.name in names]
-    if len(found) < len(names):
+    named = [place for place in places if place.site.name in names]
+    if len(named) < len(names):
         return []
     makers = {place.key: place for place in main}  # of tensors that the named module only hands on
-    found = [place if place.main else makers.get(place.feature.node, place) for place in found]
-    return [place for place in found if place.main]
+    named = [place if place.main else makers.get(place.feature.node, place) for place in named]
+    return [place for place in named if place.main]
 
 
 def _nothing(model: nn.Module, places: list[_Place], unusable: dict[str, str], pattern: str) -> str:
@@ -339,9 +339,9 @@ def _nothing(model: nn.Module, places: list[_Place], unusable: dict[str, str], p
 
 def _listing(places: list[_Place], most: int = 20) -> str:
     """Some usable modules, the outermost of the main path before others."""
-    found = _outermost(places)
-    first = sorted(found, key=lambda place: (not place.main, place.site.name.count(".")))[:most]
+    listed = _outermost(places)
+    first = sorted(listed, key=lambda place: (not place.main, place.site.name.count(".")))[:most]
     shown = ", ".join(
-        f"{p.site.name} ({p.site.channels} channels, stride {p.site.stride})" for p in found if p in first
+        f"{p.site.name} ({p.site.channels} channels, stride {p.site.stride})" for p in listed if p in first
     )
-    return shown + (f", … ({len(found)} in all)" if len(found) > most else "")
+    return shown + (f", … ({len(listed)} in all)" if len(listed) > most else "")

@@ -103,9 +103,9 @@ def load_contrique(path: str | os.PathLike[str]) -> nn.Sequential:
         if k in state and getattr(state[k], "shape", None) != v.shape
     ]
     problems = [
-        f"{len(found)} {what} ({', '.join(found[:4])}{', …' if len(found) > 4 else ''})"
-        for what, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
-        if found
+        f"{len(tensor_names)} {what} ({', '.join(tensor_names[:4])}{', …' if len(tensor_names) > 4 else ''})"
+        for what, tensor_names in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if tensor_names
     ]
     if problems:
         raise ValueError(

@@ -46,14 +46,14 @@ def detail(pixels: Tensor) -> Tensor:
     framed = [F.pad(scale, (1, 1, 1, 1), mode="replicate") for scale in scales]
     details = [(scale - F.avg_pool2d(frame, 3, 1)).abs() for scale, frame in zip(scales, framed, strict=True)]
     finest, means = details[0], [_log(each.flatten(1).mean(1)) for each in details]
-    found = [*_directions(framed[1], diagonals=True), *_directions(framed[2])]
-    found += [fine - coarse for fine, coarse in itertools.pairwise(means)]
+    numbers = [*_directions(framed[1], diagonals=True), *_directions(framed[2])]
+    numbers += [fine - coarse for fine, coarse in itertools.pairwise(means)]
     for part in (brightness < _DARK, brightness > _BRIGHT):
         share = part.to(finest.dtype).flatten(1)
-        found.append(_log((finest.flatten(1) * share).sum(1) / share.sum(1).clamp(min=1)) - means[0])
+        numbers.append(_log((finest.flatten(1) * share).sum(1) / share.sum(1).clamp(min=1)) - means[0])
     cells = (_log(_cells(_halved(finest))) - _log(_cells(details[1]))).flatten(1)
     deviation = (cells.var(1, correction=0) + 1e-12).sqrt()  # the root has no gradient at 0
-    return torch.stack([*found, means[0], cells.mean(1), deviation], dim=1)
+    return torch.stack([*numbers, means[0], cells.mean(1), deviation], dim=1)
 
 
 def _log(x: Tensor) -> Tensor:
@@ -83,10 +83,10 @@ def _directions(framed: Tensor, diagonals: bool = False) -> list[Tensor]:
     radial, tangential = (right * x + down * y) / away, (down * x - right * y) / away
     sums = ((each.abs().flatten(1)[:, None] * rings).sum(2) for each in (radial, tangential))
     across, along = (_log(total / rings.sum(1).clamp(min=1)) for total in sums)
-    found = list((across - along).unbind(1))
+    numbers = list((across - along).unbind(1))
     if diagonals:
         falling = framed[..., 2:, 2:] - framed[..., :-2, :-2]
         rising = framed[..., 2:, :-2] - framed[..., :-2, 2:]
-        for one, other in ((right, down), (falling, rising)):
-            found.append(_log(one.abs().flatten(1).mean(1)) - _log(other.abs().flatten(1).mean(1)))
-    return found
+        for first, other in ((right, down), (falling, rising)):
+            numbers.append(_log(first.abs().flatten(1).mean(1)) - _log(other.abs().flatten(1).mean(1)))
+    return numbers

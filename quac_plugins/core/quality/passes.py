@@ -144,15 +144,15 @@ class Passes:
             marks: the passes to which autograd's graph of a tensor leads.
         """
         thread = self._thread
-        found = thread.current
+        current = thread.current
         if not (thread.levels and thread.levels[-1].known):
             known = self.known(x)
-            found = known[0] if known else self._by_counts(layer, marks(x))
-            if found is not None:
-                self._recognized(found)
-        if found is not None:
-            found.ran[layer] = found.ran.get(layer, 0) + 1
-        return found
+            current = known[0] if known else self._by_counts(layer, marks(x))
+            if current is not None:
+                self._recognized(current)
+        if current is not None:
+            current.ran[layer] = current.ran.get(layer, 0) + 1
+        return current
 
     def _by_counts(self, layer: str, marks: Any) -> Any:
         """See 3 to 5 above."""
@@ -177,12 +177,12 @@ class Passes:
 
     def known(self, value: Any) -> list[Any]:
         """The passes that the tensors in a value are known to come from."""
-        found = {}
+        passes = {}
         for tensor in _tensors(value):
-            reference, one = self._marks.get(id(tensor), (None, None))
+            reference, mark = self._marks.get(id(tensor), (None, None))
             if reference is not None and reference() is tensor:
-                found[id(one)] = one
-        return list(found.values())
+                passes[id(mark)] = mark
+        return list(passes.values())
 
     def _mark(self, tensor: Tensor, current: Pass) -> None:
         key, marks = id(tensor), self._marks
@@ -199,8 +199,8 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         if not isinstance(value, nn.Parameter):
             yield value
     elif isinstance(value, (tuple, list)):
-        for one in value:
-            yield from _tensors(one)
+        for item in value:
+            yield from _tensors(item)
     elif isinstance(value, dict):
         yield from _tensors(list(value.values()))
 

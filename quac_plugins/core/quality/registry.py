@@ -116,12 +116,12 @@ def shared(make: Callable[[str], Any], argument: str, *conditions: str) -> Any:
         >>> shared(Metric, "sharpness") is metric, shared(Metric, "noise") is metric
         (True, False)
     """
-    made = _ALIVE.get((make, argument, *conditions))
-    if made is None:
-        made = _ALIVE.setdefault((make, argument, *conditions), make(argument))
+    alive = _ALIVE.get((make, argument, *conditions))
+    if alive is None:
+        alive = _ALIVE.setdefault((make, argument, *conditions), make(argument))
     if (held := _HELD.get()) is not None:
-        held.append(made)
-    return made
+        held.append(alive)
+    return alive
 
 
 @contextmanager
@@ -183,9 +183,9 @@ def resolve_quality(
         _discover()
         prefix, _, argument = spec.partition(":")
         if spec in _TABLE:
-            found = _TABLE[spec]
+            entry = _TABLE[spec]
         elif prefix in _FAMILIES:
-            found = _FAMILIES[prefix](argument)
+            entry = _FAMILIES[prefix](argument)
         elif prefix == "callable":
             raise ValueError(
                 f"the quality function {argument!r} was the user's own and is not saved with a model; pass it "
@@ -193,7 +193,7 @@ def resolve_quality(
             )
         else:
             raise unknown("unknown quality function", spec, quality_names(), [*_TABLE, *_FAMILIES])
-        return replace(found, needs_grad=needs_grad)
+        return replace(entry, needs_grad=needs_grad)
     if callable(spec):
         if isinstance(spec, nn.Module):
             spec.eval()  # it measures and does not learn: its own batch norms must not move with every picture
