@@ -151,13 +151,13 @@ def activation(args: argparse.Namespace) -> list[dict[str, Any]]:
                     {
                         name: lambda run=run, of=of, x=x: run(of, x),
                         "fused": by_kernel("auto", run, site, x, q),
-                        "plain": by_kernel("reference", run, site, x, q),
+                        "plain": by_kernel("plain", run, site, x, q),
                     },
                     queued=True,
                 )
-            with kernels("fused"):
+            with kernels("native"):
                 memory = kept(lambda site=site, x=x, q=q: site(x, q), site) / x.nbytes
-            with kernels("reference"):
+            with kernels("plain"):
                 before = kept(lambda site=site, x=x, q=q: site(x, q), site) / x.nbytes
             for way, times in found.items():
                 rows.append(
@@ -256,7 +256,7 @@ def models(args: argparse.Namespace) -> list[dict[str, Any]]:
             runs = {
                 "host": lambda run=run, host=host: run(host),
                 "ours": by_kernel("auto", run, ours),
-                "plain": by_kernel("reference", run, ours),
+                "plain": by_kernel("plain", run, ours),
             }
             if way == "inference":
                 runs["folded"] = by_kernel("auto", run, folded)
@@ -285,7 +285,7 @@ def margins(args: argparse.Namespace) -> list[dict[str, Any]]:
             q = torch.zeros(batch, 17, device=args.device)
 
             def given(model: nn.Module = ours, images: Tensor = images, q: Tensor = q) -> Any:
-                with torch.no_grad(), quac.quality_of(model, q):
+                with torch.no_grad(), quac.use_q(model, q):
                     return model(images)
 
             def infer(model: nn.Module, images: Tensor = images) -> Any:

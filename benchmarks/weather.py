@@ -196,7 +196,7 @@ def shuffled(model: Any, pictures: np.ndarray, config: Any) -> Any:
         images = torch.from_numpy(pictures[start : start + 25]).permute(0, 3, 1, 2).float() / 255
         q = degradation(images)
         q = torch.cat([q[:, :1], q[:, 1:16].roll(7, dims=1), q[:, 16:]], dim=1)
-        with torch.no_grad(), quac.quality_of(model, q):
+        with torch.no_grad(), quac.use_q(model, q):
             found.append(model((images - mean) / std))
     return torch.cat(found)
 

@@ -136,7 +136,7 @@ def loss_of(unet: Any, clean: Tensor, degraded: Tensor, quality: Any, times: Ten
     velocity = 2 * (degraded - clean)
     q = quality(degraded)
     sample = 2 * clean - 1 + t * velocity
-    found = unet(sample, 1000 * times, return_dict=False, **({} if q is None else {"quality": q}))[0]
+    found = unet(sample, 1000 * times, return_dict=False, **({} if q is None else {"q": q}))[0]
     error = (t * (found.float() - velocity)).square().mean((1, 2, 3))
     # 1e-3 is 36 dB, 4e-4 is 40 dB: below, a picture that is almost as it was would count for all the others
     return (error + 1e-3).sqrt().mean() if loss == "rmse" else (error + 4e-4).log().mean() / 2

@@ -27,6 +27,7 @@ from quac_plugins.core.activations import (
     QSwish,
     QualityDriven,
 )
+from quac_plugins.core.deprecated import moved
 from quac_plugins.core.inject import Injection, PriorConfig, QuACConfig, fuse, inject, injection_of, remove
 from quac_plugins.core.inject.adapter import adapter_state, save_adapter
 from quac_plugins.core.prior.fdm import FDM, FDMS
@@ -35,7 +36,7 @@ from quac_plugins.core.quality.brisque import brisque
 from quac_plugins.core.quality.brisque_tone import brisque_tone
 from quac_plugins.core.quality.context import QualityError
 from quac_plugins.core.quality.degradation import degradation
-from quac_plugins.core.quality.given import quality_of
+from quac_plugins.core.quality.given import use_q
 from quac_plugins.core.restore import RestoreThen, restore_then
 from quac_plugins.hub.load import load_adapter
 from quac_plugins.registry import registry_file
@@ -85,12 +86,12 @@ __all__ = [
     "push",
     "quality_function",
     "quality_names",
-    "quality_of",
     "registry_file",
     "remove",
     "resolve_quality",
     "restore_then",
     "save_adapter",
+    "use_q",
 ]
 
 # imported when they are asked for: name → module
@@ -99,10 +100,13 @@ _LATER |= {"export": "quac_plugins.deploy"}
 _LATER |= {"Pushed": "quac_plugins.hub.push", "push": "quac_plugins.hub.push", "pull": "quac_plugins.hub.fetch"}
 
 
-def __getattr__(name: str) -> Any:
+def _import_later(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_LATER[name]), name)
+
+
+__getattr__ = moved(__name__, _import_later, quality_of="quac_plugins:use_q")
 
 
 def __dir__() -> list[str]:

@@ -1,14 +1,11 @@
-"""Names: what is said of one that is not known, what a suffix puts in, and where one went that has moved."""
+"""Names: what is said of one that is not known, and what a suffix puts in."""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
 import re
-import warnings
 from collections.abc import Callable, Iterable
-from importlib import import_module
-from typing import Any
 
 SUFFIXES = ("_qacon", "_ddp", "_qacon_ddp")  # of names of hosts with what this package puts in
 
@@ -63,21 +60,3 @@ def matcher(what: str, pattern: str) -> Callable[[str], bool]:
     except re.error as error:
         raise ValueError(f"{what}={pattern!r} is not a regular expression: {error}") from error
     return lambda name: regex.search(name) is not None
-
-
-def moved(module: str, **places: str) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a module whose names have moved: each gives what it gave, with a warning.
-
-    Args:
-        module: its name.
-        **places: name → the module where it is now.
-    """
-
-    def __getattr__(name: str) -> Any:
-        if name not in places:
-            raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        message = f"{module}.{name} has moved to {places[name]}.{name}, and will be gone from here in the next version"
-        warnings.warn(message, DeprecationWarning, stacklevel=2)
-        return getattr(import_module(places[name]), name)
-
-    return __getattr__

@@ -1,9 +1,9 @@
 """Restore first, then recognize: any image restorer in front of a model, with or without QuAC inside.
 
 The two answers to a bad image do not exclude each other: a restorer mends the image, and the activations adapt to what
-is left. Which image they adapt to is a choice. With ``quality="restored"`` q describes what the network sees, as it
-does without a restorer; with ``quality="degraded"`` q describes what came in, and so tells the network how much of what
-it sees the restorer has made up.
+is left. Which image they adapt to is a choice. With ``adapt_to="restored"`` q describes what the network sees, as it
+does without a restorer; with ``adapt_to="degraded"`` q describes what came in, and so tells the network how much of
+what it sees the restorer has made up.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quac_plugins.core.colours import CHANNEL_ORDERS, in_order
+from quac_plugins.core.deprecated import renamed
 from quac_plugins.core.host.facts import facts_of
 from quac_plugins.core.inject.images import for_channels
 from quac_plugins.core.inject.surgery import unwrap
@@ -32,7 +33,7 @@ from quac_plugins.core.quality.given import quality_given
 from quac_plugins.core.quality.tap import FAR, QualityTap
 from quac_plugins.core.restorer_output import as_tensor
 
-QUALITIES = ("restored", "degraded")
+ADAPT_TO = ("restored", "degraded")
 RESTORER_INPUTS = ("pt", "np", "pil")
 
 # What timm's users ask a model for, answered by the model inside. Other names are refused: a method that takes images
@@ -52,10 +53,11 @@ _OF_THE_MODEL = (
 _OF_IMAGES = ("forward_features", "forward_intermediates")
 
 
+@renamed(quality="adapt_to")
 def restore_then(
     model: nn.Module,
     restorer: Callable[..., Any],
-    quality: str = "restored",
+    adapt_to: str = "restored",
     *,
     mean: float | Sequence[float] | None = None,
     std: float | Sequence[float] | None = None,
@@ -68,7 +70,7 @@ def restore_then(
     Args:
         model: takes normalized images (B, C, H, W) with C = 3 (RGB or BGR) or 1 (grey), and holds QuAC or not.
         restorer: image → image: a restoration network, a function, a pipeline of diffusers. See :class:`RestoreThen`.
-        quality: which images QuAC's quality features describe: ``"restored"``, those that the model sees, or
+        adapt_to: which images QuAC's quality features describe: ``"restored"``, those that the model sees, or
             ``"degraded"``, those that came in.
         mean: of the normalization that the model's images come with, one number or one for each channel.
         std: likewise, above 0. Both or neither; None: those of QuAC's tap, else what the model says itself, else
@@ -84,7 +86,7 @@ def restore_then(
     Raises:
         TypeError: the model is no module, or the restorer cannot be called.
         ValueError: an option is not known; mean and std do not fit; the model takes images of other than 1 or 3
-            channels; ``quality="degraded"``, and the model holds no QuAC that measures quality.
+            channels; ``adapt_to="degraded"``, and the model holds no QuAC that measures quality.
 
     Example:
         >>> import timm
@@ -96,7 +98,7 @@ def restore_then(
     return RestoreThen(
         model,
         restorer,
-        quality,
+        adapt_to,
         mean=mean,
         std=std,
         channel_order=channel_order,
@@ -105,6 +107,7 @@ def restore_then(
     )
 
 
+@renamed(quality="adapt_to")
 class RestoreThen(nn.Module):
     """A model behind an image restorer; :func:`restore_then` tells the arguments.
 
@@ -119,7 +122,7 @@ class RestoreThen(nn.Module):
     images in the dtype and on the device of its parameters.
 
     Gradients flow through a restorer that lets them, as tensors alone can. A q given by hand with
-    :func:`quac_plugins.quality_of` goes before both settings of ``quality``.
+    :func:`quac_plugins.use_q` goes before both settings of ``adapt_to``.
 
     Attributes:
         model: the model; state dict ``model.*``.
@@ -131,14 +134,14 @@ class RestoreThen(nn.Module):
 
     Note:
         Several threads may use it as they may use the model. Only if parts of the model are compiled on their own,
-        ``quality="degraded"`` is for one thread at a time; compile the whole.
+        ``adapt_to="degraded"`` is for one thread at a time; compile the whole.
     """
 
     def __init__(
         self,
         model: nn.Module,
         restorer: Callable[..., Any],
-        quality: str = "restored",
+        adapt_to: str = "restored",
         *,
         mean: float | Sequence[float] | None = None,
         std: float | Sequence[float] | None = None,
@@ -152,7 +155,7 @@ class RestoreThen(nn.Module):
         if not callable(restorer):
             raise TypeError(f"restorer must be callable, images → images, got {type(restorer).__name__}")
         for what, value, known in (
-            ("quality", quality, QUALITIES),
+            ("adapt_to", adapt_to, ADAPT_TO),
             ("restorer_input", restorer_input, RESTORER_INPUTS),
             ("channel_order", channel_order, (None, *CHANNEL_ORDERS)),
         ):
@@ -162,15 +165,15 @@ class RestoreThen(nn.Module):
             raise ValueError("mean and std go together; give both or neither")
         self.model = model
         self.restorer = restorer
-        self.quality = quality
+        self.adapt_to = adapt_to
         self.restorer_input = restorer_input
         self.restorer_kwargs = dict(restorer_kwargs or {})
         self._keyword = _image_keyword(restorer)
         taps = self._taps()
-        if quality == "degraded" and not taps:
+        if adapt_to == "degraded" and not taps:
             raise ValueError(
-                f"quality='degraded' needs a model that measures quality, and {type(model).__name__} does not: call "
-                "quac_plugins.inject(model, …) first, with an activation that q drives, or use quality='restored'"
+                f"adapt_to='degraded' needs a model that measures quality, and {type(model).__name__} does not: call "
+                "quac_plugins.inject(model, …) first, with an activation that q drives, or use adapt_to='restored'"
             )
         tap = _first_of(taps, given=mean is not None)
         self.in_chans = tap.in_chans if tap is not None else None
@@ -196,7 +199,7 @@ class RestoreThen(nn.Module):
     def extra_repr(self) -> str:
         """What is done, for ``print(model)``."""
         restorer = "" if isinstance(self.restorer, nn.Module) else f"restorer={_name(self.restorer)}, "
-        return f"{restorer}quality={self.quality}, mean={self.mean}, std={self.std}"
+        return f"{restorer}adapt_to={self.adapt_to}, mean={self.mean}, std={self.std}"
 
     def forward(self, images: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Restore images (B, C, H, W), normalized as the model takes them, and return what the model makes of them."""
@@ -220,7 +223,7 @@ class RestoreThen(nn.Module):
 
     def _through(self, call: Callable[..., Any], images: Tensor, *args: Any, **kwargs: Any) -> Any:
         restored = self.restore(images)
-        if self.quality == "restored":
+        if self.adapt_to == "restored":
             return call(restored, *args, **kwargs)
         with quality_given(self._quality_of(images)):
             return call(restored, *args, **kwargs)

@@ -14,6 +14,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from quac_plugins.core.deprecated import renamed
 from quac_plugins.core.inject import PriorConfig, QuACConfig, inject, injection_of
 from quac_plugins.core.inject.surgery import all_or_nothing
 from quac_plugins.core.naming import split_name
@@ -149,11 +150,12 @@ def _strides(name: str, kwargs: dict[str, Any]) -> list[int]:
     return whole.feature_info.reduction()
 
 
+@renamed(input_format="channel_order")
 def with_quac(
     backbone: nn.Module,
     pixel_mean: Any,
     pixel_std: Any,
-    input_format: str = "BGR",
+    channel_order: str = "BGR",
     quac: QuACConfig | dict[str, Any] | None = None,
     prior: PriorConfig | dict[str, Any] | None = None,
 ) -> nn.Module:
@@ -163,7 +165,7 @@ def with_quac(
         backbone: detectron2's ResNet (whose activations become modules), Swin, ViT, MViT, an FPN over one, or your own.
             Activations in parts that are frozen, while others learn, are frozen too.
         pixel_mean, pixel_std: of the model, in pixels to 255.
-        input_format: of the model: ``"BGR"`` or ``"RGB"``.
+        channel_order: of the model: ``"BGR"`` or ``"RGB"``.
         quac: a :class:`quac_plugins.QuACConfig` or a dict of its options; None puts none in. A lazy config takes the
             dict, or ``L(QuACConfig)(…)``.
         prior: a :class:`quac_plugins.PriorConfig` or a dict of its options, likewise.
@@ -182,9 +184,9 @@ def with_quac(
         >>> type(backbone.res2[0].act1).__name__
         'QACON'
     """
-    with named("input_format"):
-        one_of("format", input_format, ["BGR", "RGB"])
-    images = in_unit_range(pixel_mean, pixel_std, input_format.lower(), ("pixel_mean", "pixel_std"))
+    with named("channel_order"):
+        one_of("format", channel_order, ["BGR", "RGB"])
+    images = in_unit_range(pixel_mean, pixel_std, channel_order.lower(), ("pixel_mean", "pixel_std"))
     configs: list[QuACConfig | PriorConfig] = []
     for cls, key, given in ((QuACConfig, "quac", quac), (PriorConfig, "prior", prior)):
         if given is not None:

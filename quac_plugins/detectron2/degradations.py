@@ -10,9 +10,11 @@ import numpy as np
 from detectron2.data.transforms import Augmentation, ColorTransform, NoOpTransform, Transform
 
 from quac_plugins.core.colours import in_order
+from quac_plugins.core.deprecated import renamed
 from quac_plugins.degradations import Corrupt
 
 
+@renamed(image_format="channel_order")
 class CorruptImage(Augmentation):
     """Degrade an image by a corruption of ImageNet-C (Hendrycks and Dietterich, ICLR 2019); boxes and masks stay.
 
@@ -20,7 +22,7 @@ class CorruptImage(Augmentation):
         corruptions: names or sets of :func:`quac_plugins.degradations.corruption_names`; of several one is drawn.
         severities: 1 to 5, or several, one of which is drawn.
         prob: share of images that are degraded.
-        image_format: ``"BGR"`` or ``"RGB"``, as ``INPUT.FORMAT``.
+        channel_order: ``"BGR"`` or ``"RGB"``, as ``INPUT.FORMAT``.
         seed: with it, what is drawn depends on the image alone, for validation; without, on numpy's generator.
 
     Raises:
@@ -39,7 +41,7 @@ class CorruptImage(Augmentation):
         corruptions: str | Sequence[str] = "all",
         severities: int | Sequence[int] = (1, 2, 3, 4, 5),
         prob: float = 1.0,
-        image_format: str = "BGR",
+        channel_order: str = "BGR",
         seed: int | None = None,
     ):
         super().__init__()
@@ -47,9 +49,9 @@ class CorruptImage(Augmentation):
         self.corruptions, self.severities = checked.names, checked.severities
         if isinstance(prob, bool) or not isinstance(prob, (int, float)) or not 0 <= prob <= 1:
             raise ValueError(f"prob must lie between 0 and 1, got {prob!r}")
-        if image_format not in ("BGR", "RGB"):
-            raise ValueError(f"image_format must be 'BGR' or 'RGB', got {image_format!r}")
-        self.prob, self.image_format, self.seed = prob, image_format, seed
+        if channel_order not in ("BGR", "RGB"):
+            raise ValueError(f"channel_order must be 'BGR' or 'RGB', got {channel_order!r}")
+        self.prob, self.channel_order, self.seed = prob, channel_order, seed
 
     def get_transform(self, image: np.ndarray) -> Transform:
         """What is drawn for this image."""
@@ -64,7 +66,7 @@ class CorruptImage(Augmentation):
         transform = Corrupt(
             self.corruptions, self.severities, int(rng.random() * 2**31) if self.seed is None else self.seed
         )
-        order = self.image_format.lower()
+        order = self.channel_order.lower()
         return ColorTransform(
             lambda pixels: np.ascontiguousarray(
                 in_order(transform(np.ascontiguousarray(in_order(pixels, order, -1))), order, -1)

@@ -13,9 +13,10 @@ from diffusers import DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor, nn
 
+from quac_plugins.core.deprecated import renamed
 from quac_plugins.core.inject import injection_of
 from quac_plugins.core.inject.surgery import unwrap
-from quac_plugins.core.quality.given import contexts_of, quality_of
+from quac_plugins.core.quality.given import contexts_of, use_q
 from quac_plugins.core.quality.tap import QualityTap
 from quac_plugins.diffusers.models import add_to_model, is_network, quac_class, with_argument
 from quac_plugins.images import pictures_of
@@ -127,7 +128,7 @@ def quality_of_image(pipe: Any, image: Any) -> Tensor:
     try:
         pictures = pictures_of(_in_unit_range(pipe, image), upright=False)  # the pipeline does not turn it either
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{error}. Its quality cannot be measured: give quality=(B, Q)") from error
+        raise ValueError(f"{error}. Its quality cannot be measured: give q=(B, Q)") from error
     with torch.no_grad():
         return torch.cat([function(picture.pixels[None].to(pipe._execution_device)) for picture in pictures])
 
@@ -156,15 +157,15 @@ def _count(image: Any) -> int:
     return len(image) if isinstance(image, (Tensor, np.ndarray)) and image.ndim == 4 else 1
 
 
-def checked_quality(quality: Any, count: int, channels: int) -> Tensor:
+def checked_q(q: Any, count: int, channels: int) -> Tensor:
     """q as a user gave it; ValueError unless it has a row of finite numbers for each image."""
     wanted = (count, channels)
-    if not isinstance(quality, Tensor) or not quality.is_floating_point() or tuple(quality.shape) != wanted:
-        got = tuple(quality.shape) if isinstance(quality, Tensor) else type(quality).__name__
-        raise ValueError(f"quality must be a floating point tensor {wanted}, a row for each image, got {got}")
-    if not bool(torch.isfinite(quality).all()):
-        raise ValueError("quality holds NaN or infinity")
-    return quality
+    if not isinstance(q, Tensor) or not q.is_floating_point() or tuple(q.shape) != wanted:
+        got = tuple(q.shape) if isinstance(q, Tensor) else type(q).__name__
+        raise ValueError(f"q must be a floating point tensor {wanted}, a row for each image, got {got}")
+    if not bool(torch.isfinite(q).all()):
+        raise ValueError("q holds NaN or infinity")
+    return q
 
 
 @functools.cache
@@ -175,8 +176,9 @@ def pipeline_class(host: Any) -> type[Any]:
     """
     signature = inspect.signature(host.__call__)
 
+    @renamed(quality="q")
     @functools.wraps(host.__call__)
-    def __call__(self: Any, *args: Any, quality: Tensor | None = None, **kwargs: Any) -> Any:
+    def __call__(self: Any, *args: Any, q: Tensor | None = None, **kwargs: Any) -> Any:
         network = _network(self)
         if not contexts_of(unwrap(network)):
             return host.__call__(self, *args, **kwargs)
@@ -189,11 +191,11 @@ def pipeline_class(host: Any) -> type[Any]:
                 f"{host.__name__} lays out the rows of several images in an order of its own, so their quality "
                 "features cannot be told apart; give one image a call"
             )
-        if quality is None:
+        if q is None:
             q = quality_of_image(self, image)
         else:
-            q = checked_quality(quality, count, _quality_function(network).channels).to(self._execution_device)
-        with quality_of(network, q):
+            q = checked_q(q, count, _quality_function(network).channels).to(self._execution_device)
+        with use_q(network, q):
             return host.__call__(self, *args, **kwargs)
 
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -211,7 +213,7 @@ def pipeline_class(host: Any) -> type[Any]:
         return _rebuilt, (host,), self.__dict__
 
     save_pretrained.__doc__ = host.save_pretrained.__doc__
-    added = inspect.Parameter("quality", inspect.Parameter.KEYWORD_ONLY, default=None)
+    added = inspect.Parameter("q", inspect.Parameter.KEYWORD_ONLY, default=None)
     __call__.__signature__ = with_argument(host.__call__, added)  # type: ignore[attr-defined]
     body = {
         "__call__": __call__,

@@ -20,10 +20,11 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from torch import Tensor, nn
 
+from quac_plugins.core.deprecated import renamed
 from quac_plugins.core.inject import QuACConfig, inject, injection_of
 from quac_plugins.core.inject.example import Example
 from quac_plugins.core.options import check_foreign, named, read_options
-from quac_plugins.core.quality.given import quality_of
+from quac_plugins.core.quality.given import use_q
 from quac_plugins.diffusers.blocks import with_activations, without_activations
 from quac_plugins.diffusers.examples import example_of
 from quac_plugins.hub.load import load_adapter
@@ -228,21 +229,22 @@ def quac_class(host: Any) -> Any:
         host.__init__(self, *args, **kwargs)
         self._put_in(quac)
 
-    def forward(self: Any, *args: Any, quality: Tensor | None = None, **kwargs: Any) -> Any:
-        if quality is None:
+    @renamed(quality="q")
+    def forward(self: Any, *args: Any, q: Tensor | None = None, **kwargs: Any) -> Any:
+        if q is None:
             return host.forward(self, *args, **kwargs)
-        with quality_of(self, quality):
+        with use_q(self, q):
             return host.forward(self, *args, **kwargs)
 
     forward.__doc__ = f"""{host.__name__}.forward with the quality features.
 
     Args:
-        quality: (B, Q) of the degraded images, a row for each row of the sample. Without them
-            ``with quac_plugins.quality_of(model, q)`` must be in force.
+        q: (B, Q) of the degraded images, a row for each row of the sample. Without them
+            ``with quac_plugins.use_q(model, q)`` must be in force.
     """
     added = inspect.Parameter("quac", inspect.Parameter.KEYWORD_ONLY, default=None)
     __init__.__signature__ = with_argument(host.__init__, added)  # type: ignore[attr-defined]
-    added = inspect.Parameter("quality", inspect.Parameter.KEYWORD_ONLY, default=None)
+    added = inspect.Parameter("q", inspect.Parameter.KEYWORD_ONLY, default=None)
     forward.__signature__ = with_argument(host.forward, added)  # type: ignore[attr-defined]
     name = PREFIX + host.__name__
     doc = f"{host.__name__} with QuAC inside; ``quac`` are options of :class:`quac_plugins.QuACConfig`."

@@ -26,11 +26,12 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ImageP
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from quac_plugins.core.deprecated import renamed
 from quac_plugins.core.inject import injection_of
 from quac_plugins.core.inject.surgery import unwrap
 from quac_plugins.core.options import one_of, whole_number
 from quac_plugins.diffusers.callbacks import changed_by, tensor_inputs
-from quac_plugins.diffusers.existing import checked_quality, note_classes
+from quac_plugins.diffusers.existing import checked_q, note_classes
 from quac_plugins.diffusers.models import QuACUNet2DModel
 from quac_plugins.diffusers.schedule import check_scheduler, schedule_of
 from quac_plugins.diffusers.tiles import tiled
@@ -129,12 +130,13 @@ class QuACRestorationPipeline(DiffusionPipeline):
         with torch.no_grad():
             return record.quality(images)
 
+    @renamed(quality="q")
     @torch.no_grad()
     def __call__(
         self,
         image: Any,
         num_inference_steps: int = 1,
-        quality: Tensor | None = None,
+        q: Tensor | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         tile_size: int = 512,
         tile_overlap: int | None = None,
@@ -149,7 +151,7 @@ class QuACRestorationPipeline(DiffusionPipeline):
             image: degraded images: a PIL image, an array (B, H, W, C), a tensor (B, C, H, W), or a list, of any sizes;
                 floats in [0, 1].
             num_inference_steps: 1 or more.
-            quality: (B, Q), the quality features, in the place of those of the images. They are computed once, from the
+            q: (B, Q), the quality features, in the place of those of the images. They are computed once, from the
                 whole degraded image, before padding and tiles.
             generator: for the noise at the start, where the pipeline's ``start_noise`` is not 0; one, or one an image.
             tile_size: larger images go through the network in tiles of this side at most. Norms see one tile each, so
@@ -185,7 +187,7 @@ class QuACRestorationPipeline(DiffusionPipeline):
         whole_number("tile_overlap", overlap, 0, tile_size // 2)
         names = tensor_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs, self._callback_tensor_inputs)
         pictures = pictures_of(image)
-        quality = self._checked(quality, len(pictures))
+        q_given = self._checked(q, len(pictures))
         if isinstance(generator, list) and len(generator) != len(pictures):
             raise ValueError(f"{len(generator)} generators were given for {len(pictures)} images")
 
@@ -202,7 +204,7 @@ class QuACRestorationPipeline(DiffusionPipeline):
                 if self.interrupt:
                     restored.update(zip(indices, (2 * images - 1 if latent else images).cpu(), strict=True))
                     continue
-                q = quality[indices].to(images.device) if quality is not None else self.quality_of(images)
+                q = q_given[indices].to(images.device) if q_given is not None else self.quality_of(images)
                 noise = [generator[i] for i in indices] if isinstance(generator, list) else generator
                 x = self._start(images, noise)
                 scheduler = schedule_of(self.scheduler, num_inference_steps, images.device)
@@ -223,13 +225,13 @@ class QuACRestorationPipeline(DiffusionPipeline):
         images = give_back(results, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _checked(self, quality: Tensor | None, count: int) -> Tensor | None:
-        if quality is None:
+    def _checked(self, q: Tensor | None, count: int) -> Tensor | None:
+        if q is None:
             return None
         record = injection_of(self.unet)
         if record is None or record.quality is None:
-            raise ValueError(f"{type(self.unet).__name__} reads no quality features; leave quality= out")
-        return checked_quality(quality, count, record.quality.channels)
+            raise ValueError(f"{type(self.unet).__name__} reads no quality features; leave q= out")
+        return checked_q(q, count, record.quality.channels)
 
     def _start(self, images: Tensor, generator: Any) -> Tensor:
         x = 2 * images - 1
@@ -240,7 +242,7 @@ class QuACRestorationPipeline(DiffusionPipeline):
 
     def _velocity(self, x: Tensor, t: Tensor, q: Tensor | None, tile: int, overlap: int, multiple: int) -> Tensor:
         """v at x (B, 3, H, W), at least float32."""
-        extra = {"quality": q} if q is not None else {}
+        extra = {"q": q} if q is not None else {}
         network: Any = unwrap(self.unet)
 
         def function(part: Tensor) -> Tensor:

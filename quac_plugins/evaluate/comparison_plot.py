@@ -25,7 +25,7 @@ def draw_comparison(
 
     Args:
         path: the picture: .png, .jpg, .pdf, .svg, by its suffix; written beside, then renamed.
-        pipe: the restoration pipeline, with ``unet`` and ``quality_of``.
+        pipe: the restoration pipeline, with ``unet`` and ``use_q``.
         degraded, restored: (3, H, W), RGB in [0, 1].
         tile_size: largest side that goes through the network at once.
 
@@ -71,7 +71,7 @@ def _curves(pipe: Any, degraded: Tensor, restored: Tensor, tile_size: int) -> di
         q = pipe.quality_of(image[None])
 
         def run(q: Any = q) -> None:
-            pipe(degraded[None], quality=q, output_type="pt", tile_size=tile_size)
+            pipe(degraded[None], q=q, output_type="pt", tile_size=tile_size)
 
         by_quality.append(activation_curves(pipe.unet, list(dict.fromkeys(chosen)), run, _X))
     curves = {}

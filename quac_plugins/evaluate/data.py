@@ -17,8 +17,8 @@ from pathlib import Path
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
 
+from quac_plugins.core.deprecated import moved
 from quac_plugins.core.files import read_json
-from quac_plugins.core.naming import moved
 from quac_plugins.degradations import image_seed
 from quac_plugins.images import EXTENSIONS, folders_above, identity, image_files
 

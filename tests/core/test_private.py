@@ -20,7 +20,7 @@ PATHS = {
 
 @pytest.fixture
 def again(monkeypatch):
-    monkeypatch.setenv("QUAC_KERNELS", "fused")
+    monkeypatch.setenv("QUAC_KERNELS", "native")
     yield
     importlib.reload(private)
 

@@ -216,14 +216,14 @@ def test_q_describes_what_the_network_sees_or_what_came_in(noisy):
         both = restore_then(model, Median(), quality)
         both(normalize(noisy))
         assert torch.equal(seen[-1], brisque(expected))
-    assert restore_then(model, Median()).quality == "restored"
+    assert restore_then(model, Median()).adapt_to == "restored"
     assert not torch.equal(seen[-1], seen[-2])
 
 
 def test_degraded_is_the_same_as_giving_q_by_hand(noisy):
     model = host()
     both = restore_then(model, Median(), "degraded")
-    with quac.quality_of(model, brisque(noisy)):
+    with quac.use_q(model, brisque(noisy)):
         expected = model(both.restore(normalize(noisy)))
     assert torch.equal(both(normalize(noisy)), expected)
     assert not torch.allclose(restore_then(model, Median())(normalize(noisy)), expected)
@@ -235,7 +235,7 @@ def test_q_given_by_hand_goes_first(quality, noisy):
     seen = watch(model)
     both = restore_then(model, Median(), quality)
     given = torch.full((4, 36), 0.5)
-    with quac.quality_of(both, given):
+    with quac.use_q(both, given):
         both(normalize(noisy))
     assert torch.equal(seen[-1], given)
     both(normalize(noisy))
@@ -468,7 +468,7 @@ def test_wrong_images_are_named(images, error, message):
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"quality": "both"}, ValueError, "quality must be one of 'restored', 'degraded', got 'both'"),
+        ({"adapt_to": "both"}, ValueError, "adapt_to must be one of 'restored', 'degraded', got 'both'"),
         ({"restorer_input": "jpg"}, ValueError, "restorer_input must be one of 'pt', 'np', 'pil', got 'jpg'"),
         ({"channel_order": "grb"}, ValueError, "channel_order must be one of None, 'rgb', 'bgr'"),
         ({"mean": 0.5}, ValueError, "go together"),
@@ -478,7 +478,7 @@ def test_wrong_images_are_named(images, error, message):
         ({"mean": float("nan"), "std": 1.0}, ValueError, "mean must be a number"),
         ({"restorer": None}, TypeError, "restorer must be callable.*NoneType"),
         ({"model": identity}, TypeError, r"nn\.Module, got function"),
-        ({"model": nn.Conv2d(3, 3, 1), "quality": "degraded"}, ValueError, "Conv2d does not: call quac_plugins.inject"),
+        ({"model": nn.Conv2d(3, 3, 1), "adapt_to": "degraded"}, ValueError, "Conv2d does not: call .*inject"),
     ],
 )
 def test_wrong_options_are_named(kwargs, error, message):
@@ -488,7 +488,7 @@ def test_wrong_options_are_named(kwargs, error, message):
 
 
 def test_degraded_needs_an_activation_that_q_drives():
-    with pytest.raises(ValueError, match="quality='degraded' needs a model that measures quality"):
+    with pytest.raises(ValueError, match="adapt_to='degraded' needs a model that measures quality"):
         restore_then(host(activation="meta_acon"), identity, "degraded")
     restore_then(host(activation="meta_acon"), identity)
 
@@ -589,7 +589,7 @@ def test_manners_of_a_timm_model(noisy):
     assert both.pretrained_cfg is model.pretrained_cfg
     assert both.default_cfg is model.default_cfg
     images = normalize(noisy, (0.5,) * 3, (0.5,) * 3)
-    with quac.quality_of(model, brisque(noisy)):
+    with quac.use_q(model, brisque(noisy)):
         features = model.forward_features(both.restore(images))
         middle = model.forward_intermediates(both.restore(images), indices=1, intermediates_only=True)
     assert torch.equal(both.forward_features(images), features)
@@ -678,7 +678,7 @@ def test_evaluate(tmp_path):
 def test_repr_and_class():
     both = restore_then(host(), identity, "degraded")
     assert isinstance(both, RestoreThen)
-    assert "restorer=identity, quality=degraded, mean=(0.485" in repr(both)
+    assert "restorer=identity, adapt_to=degraded, mean=(0.485" in repr(both)
     assert sum(isinstance(m, QualityTap) for m in both.modules()) == 1
 
 

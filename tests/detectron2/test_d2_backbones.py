@@ -147,7 +147,7 @@ def test_a_swin_on_its_own_which_misspells_its_divisibility(photographs):
 
 def test_a_swin_on_its_own_pads_inside_and_q_is_of_the_image_before(photographs):
     swin = SwinTransformer(embed_dim=24, depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 6))
-    backbone = with_quac(swin, [0.0] * 3, [255.0] * 3, input_format="RGB", quac={"where": "all"})
+    backbone = with_quac(swin, [0.0] * 3, [255.0] * 3, channel_order="RGB", quac={"where": "all"})
     images = photographs(2, 99)
     padded = torch.nn.functional.pad(images, (0, 2, 0, 1))
     note_sizes(padded, [(99, 99), (99, 99)])
@@ -172,7 +172,7 @@ def test_a_plain_network_of_torch(photographs):
         ({"prior": {"sites": "auto"}}, r"^prior\.sites: unknown option 'sites'; did you mean 'site'"),
         ({"quac": {}, "pixel_std": [1.0, 1.0]}, r"^pixel_std: must be 3 numbers above 0"),
         ({"quac": {}, "pixel_mean": "grey"}, r"^pixel_mean: "),
-        ({"quac": {}, "input_format": "YUV"}, r"^input_format: unknown format 'YUV'"),
+        ({"quac": {}, "channel_order": "YUV"}, r"^channel_order: unknown format 'YUV'"),
     ],
 )
 def test_a_wrong_option_is_named(options, message):
@@ -231,9 +231,9 @@ def test_margins_go_behind_the_frozen_norms(config, build):
                 parameter.fill_(0.1)
         fog, clean = torch.zeros(2, 1, 17)
         fog[0, 10], fog[0, 16], clean[0, 0] = 1, 3, 1
-        with quac.quality_of(backbone, clean):
+        with quac.use_q(backbone, clean):
             torch.testing.assert_close(backbone(images)["p5"], before, atol=1e-3, rtol=1e-3)
-        with quac.quality_of(backbone, fog):
+        with quac.use_q(backbone, fog):
             assert not torch.allclose(backbone(images)["p5"], before, atol=1e-2)
 
 

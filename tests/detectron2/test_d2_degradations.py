@@ -18,7 +18,7 @@ def test_the_corruption_is_the_projects_own_in_either_order(bgr):
     expected = corrupt(rgb, "contrast", 4)
     made = CorruptImage("contrast", 4).get_transform(bgr).apply_image(bgr)
     assert np.array_equal(made[..., ::-1], expected)
-    made = CorruptImage("contrast", 4, image_format="RGB").get_transform(rgb).apply_image(rgb)
+    made = CorruptImage("contrast", 4, channel_order="RGB").get_transform(rgb).apply_image(rgb)
     assert np.array_equal(made, expected)
 
 
@@ -47,7 +47,7 @@ def test_boxes_stay_and_prob_is_the_share(bgr):
         ({"severities": 6}, "6"),
         ({"prob": 2}, "prob must lie"),
         ({"prob": "x"}, "prob must lie between 0 and 1, got 'x'"),
-        ({"image_format": "YUV"}, "image_format must be"),
+        ({"channel_order": "YUV"}, "channel_order must be"),
     ],
 )
 def test_what_cannot_be(options, message):

@@ -74,7 +74,7 @@ def test_each_proposal_has_its_images_quality(model, inputs):
     assert close(swapped, alone[[3, 0, 1, 2]])
     record = quac.injection_of(model.backbone)
     context = model.backbone.get_submodule(record.tap).quac_tap.context
-    with quac.quality_of(model.backbone, context._local.forward.q.flip(0)):  # the other image's quality: other numbers
+    with quac.use_q(model.backbone, context._local.forward.q.flip(0)):  # the other image's quality: other numbers
         assert not close(given(model, images[::-1], [second, first]), swapped)
 
 

@@ -152,8 +152,8 @@ def test_q_is_that_of_the_image(name, moved_pipe, photograph):
     pipe, image = moved_pipe(name), photograph(size=(32, 32))
     found = run(name, pipe, image)
     q = brisque(pictures_of(image)[0].pixels[None])
-    assert np.array_equal(run(name, pipe, image, quality=q), found)
-    assert not np.allclose(run(name, pipe, image, quality=-q), found, atol=1e-3)
+    assert np.array_equal(run(name, pipe, image, q=q), found)
+    assert not np.allclose(run(name, pipe, image, q=-q), found, atol=1e-3)
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -214,12 +214,12 @@ def test_tensors_in_either_range_and_latents(moved_pipe, photographs):
     pipe = moved_pipe("super_resolution")
     images = photographs(2, 32)
     np.testing.assert_allclose(
-        run("", pipe, 2 * images - 1), run("", pipe, 2 * images - 1, quality=brisque(images)), atol=1e-4
+        run("", pipe, 2 * images - 1), run("", pipe, 2 * images - 1, q=brisque(images)), atol=1e-4
     )
     img2img = moved_pipe("img2img")
     with pytest.raises(ValueError, match=r"shape \(4, 16, 16\).*Its quality cannot be measured: give"):
         run("img2img", img2img, torch.rand(1, 4, 16, 16))
-    assert run("img2img", img2img, torch.rand(1, 4, 16, 16), quality=brisque(images[:1])).shape == (1, 32, 32, 3)
+    assert run("img2img", img2img, torch.rand(1, 4, 16, 16), q=brisque(images[:1])).shape == (1, 32, 32, 3)
 
 
 def test_what_has_no_image_to_measure(build, moved_pipe, photograph):
@@ -293,8 +293,8 @@ def test_pickled_it_is_the_same(moved_pipe, photograph):
 def test_quality_by_hand_has_a_row_for_each_image(moved_pipe, photograph):
     pipe, image = moved_pipe("img2img"), photograph(size=(32, 32))
     for quality in (torch.rand(2, 36), torch.rand(1, 7), np.zeros((1, 36)), torch.ones(1, 36, dtype=torch.long)):
-        with pytest.raises(ValueError, match=r"quality must be a floating point tensor \(1, 36\), a row for each"):
-            run("img2img", pipe, image, quality=quality)
+        with pytest.raises(ValueError, match=r"q must be a floating point tensor \(1, 36\), a row for each"):
+            run("img2img", pipe, image, q=quality)
 
 
 def test_a_bright_tensor_is_read_as_its_pipeline_reads_it(moved_pipe, photographs):
@@ -302,7 +302,7 @@ def test_a_bright_tensor_is_read_as_its_pipeline_reads_it(moved_pipe, photograph
     pipe, bright = moved_pipe("super_resolution"), 0.5 + 0.5 * photographs(1, 32)
     signed = 2 * bright - 1
     assert float(signed.min()) >= 0
-    np.testing.assert_allclose(run("", pipe, signed), run("", pipe, signed, quality=brisque(bright)), atol=1e-4)
+    np.testing.assert_allclose(run("", pipe, signed), run("", pipe, signed, q=brisque(bright)), atol=1e-4)
 
 
 def test_an_error_leaves_the_pipeline_as_it_was(build):

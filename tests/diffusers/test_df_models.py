@@ -21,7 +21,7 @@ SAMPLE, Q = torch.rand(2, 3, 32, 32) * 2 - 1, torch.rand(2, 36)
 
 def out(model, timestep=5, q=Q, sample=SAMPLE):
     with torch.no_grad():
-        return model(sample, timestep, quality=q).sample
+        return model(sample, timestep, q=q).sample
 
 
 CONDITIONAL = {
@@ -75,7 +75,7 @@ def test_q_decides_and_each_image_has_its_own(unet):
     assert not torch.allclose(both, out(model, q=Q.flip(0)), atol=1e-4)
     alone = out(model, q=Q[1:], sample=SAMPLE[1:])
     torch.testing.assert_close(both[1:], alone)
-    with torch.no_grad(), quac.quality_of(model, Q):
+    with torch.no_grad(), quac.use_q(model, Q):
         assert torch.equal(model(SAMPLE, 5).sample, both)
 
 
@@ -83,9 +83,9 @@ def test_without_quality_it_says_what_to_do(unet):
     with pytest.raises(quac.QualityError, match=r"'conv_in' sees no degraded images .* must be given"):
         unet()(SAMPLE, 5)
     with pytest.raises(ValueError, match="q has shape"):
-        unet()(SAMPLE, 5, quality=Q[:, :7])
+        unet()(SAMPLE, 5, q=Q[:, :7])
     with pytest.raises(ValueError, match="the given q has batch 2, the images have batch 4"):
-        unet()(SAMPLE.repeat(2, 1, 1, 1), 5, quality=Q)
+        unet()(SAMPLE.repeat(2, 1, 1, 1), 5, q=Q)
 
 
 @pytest.mark.parametrize(("order", "q"), [("tile", Q.repeat(2, 1)), ("interleave", Q.repeat_interleave(2, 0))])
@@ -149,7 +149,7 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant, unet):
             for part in model.modules():
                 if hasattr(part, "_gradient_checkpointing_func"):
                     part._gradient_checkpointing_func = recompute
-        model(SAMPLE, 5, quality=Q).sample.square().mean().backward()
+        model(SAMPLE, 5, q=Q).sample.square().mean().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
@@ -181,8 +181,8 @@ def test_compiled_whole(unet):
     model = unet()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        torch.testing.assert_close(compiled(SAMPLE, 5, quality=Q).sample, out(model))
-        torch.testing.assert_close(compiled(SAMPLE, 5, quality=Q.flip(0)).sample, out(model, q=Q.flip(0)))
+        torch.testing.assert_close(compiled(SAMPLE, 5, q=Q).sample, out(model))
+        torch.testing.assert_close(compiled(SAMPLE, 5, q=Q.flip(0)).sample, out(model, q=Q.flip(0)))
 
 
 def test_attention_processors_are_the_hosts(unet, plain):
@@ -303,7 +303,7 @@ def test_a_network_without_an_example_says_how_to_give_one():
     vae = diffusers.AutoencoderKL(block_out_channels=(16,), norm_num_groups=8)
     model = add_to_model(copy.deepcopy(vae), {"where": "encoder.*"}, example=torch.rand(1, 3, 32, 32))
     images = torch.rand(1, 3, 32, 32)
-    with torch.no_grad(), quac.quality_of(model, Q[:1]):
+    with torch.no_grad(), quac.use_q(model, Q[:1]):
         assert torch.equal(model.encode(images).latent_dist.mean, vae.encode(images).latent_dist.mean)
     transformer = diffusers.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8, num_embeds_ada_norm=10

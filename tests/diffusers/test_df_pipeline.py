@@ -27,7 +27,7 @@ def test_a_network_that_predicts_the_degradation_restores_in_any_number_of_steps
     pipe = pipeline()
     truth = 2 * (degraded - clean)
 
-    def velocity(sample, timestep, return_dict=True, quality=None):
+    def velocity(sample, timestep, return_dict=True, q=None):
         torch.testing.assert_close(sample, 2 * clean - 1 + truth * timestep / 1000)
         return (truth,)
 
@@ -50,7 +50,7 @@ def test_times_go_from_the_degraded_image_to_the_clean_one(pipeline, photograph)
     forward = pipe.unet.forward
 
     def note(sample, timestep, **kwargs):
-        seen.append((float(timestep), sample.clone(), kwargs["quality"]))
+        seen.append((float(timestep), sample.clone(), kwargs["q"]))
         return forward(sample, timestep, **kwargs)
 
     pipe.unet.forward = note
@@ -77,9 +77,9 @@ def test_quality_in_the_place_of_that_of_the_images(pipeline, photograph):
     pipe, image = pipeline(), photograph()
     q = pipe.quality_of(restored(pipeline(), image) * 0 + torch.rand(1, 3, 32, 48))
     usual = restored(pipe, image)
-    assert not torch.allclose(restored(pipe, image, quality=q), usual, atol=1e-4)
+    assert not torch.allclose(restored(pipe, image, q=q), usual, atol=1e-4)
     own = pipe.quality_of(torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 255)
-    torch.testing.assert_close(restored(pipe, image, quality=own), usual)
+    torch.testing.assert_close(restored(pipe, image, q=own), usual)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (2, 3), (97, 35)])
@@ -243,8 +243,8 @@ def test_a_network_without_quality(pipeline, plain, unet, photograph):
     pipe = pipeline(unet({"activation": "meta_acon"}))
     assert pipe(photograph()).images[0].size == (48, 32)
     assert pipe.quality_of(torch.rand(1, 3, 32, 32)) is None
-    with pytest.raises(ValueError, match="reads no quality features; leave quality= out"):
-        pipe(photograph(), quality=torch.rand(1, 36))
+    with pytest.raises(ValueError, match="reads no quality features; leave q= out"):
+        pipe(photograph(), q=torch.rand(1, 36))
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
@@ -296,9 +296,9 @@ def test_over_the_hub(pipeline, photograph, hub):
         ({"output_type": "jpeg"}, "unknown output_type 'jpeg'.*pil, np, pt, latent"),
         ({"tile_size": 1}, "tile_size must be a whole number ≥ 2"),
         ({"tile_size": 64, "tile_overlap": 40}, "tile_overlap must be a whole number from 0 to 32, got 40"),
-        ({"quality": torch.rand(2, 36)}, r"quality must be a floating point tensor \(1, 36\), .* got \(2, 36\)"),
+        ({"q": torch.rand(2, 36)}, r"q must be a floating point tensor \(1, 36\), .* got \(2, 36\)"),
         ({"generator": [torch.Generator()] * 2}, "2 generators were given for 1 images"),
-        ({"quality": torch.full((1, 36), torch.nan)}, "quality holds NaN or infinity"),
+        ({"q": torch.full((1, 36), torch.nan)}, "q holds NaN or infinity"),
         ({"callback_on_step_end_tensor_inputs": ["sample"]}, "unknown callback_on_step_end_tensor_inputs 'sample'"),
     ],
 )
@@ -393,7 +393,7 @@ def test_in_front_of_a_classifier(pipeline, photographs):
 
     model = timm.create_model("test_resnet_qacon", num_classes=5).eval()
     pipe = pipeline()
-    both = quac.restore_then(model, lambda images: pipe(images, output_type="pt").images, quality="degraded")
+    both = quac.restore_then(model, lambda images: pipe(images, output_type="pt").images, adapt_to="degraded")
     with torch.no_grad():
         assert both(photographs(2, 64)).shape == (2, 5)
 

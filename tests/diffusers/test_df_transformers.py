@@ -109,8 +109,8 @@ def test_at_first_it_makes_what_it_made(build, photograph):
 def test_q_is_that_of_the_image(moved_pipe, photograph):
     image = photograph(size=(32, 32))
     found, q = run(moved_pipe, image), brisque(pictures_of(image)[0].pixels[None])
-    assert np.array_equal(run(moved_pipe, image, quality=q), found)
-    assert not np.allclose(run(moved_pipe, image, quality=-q), found, atol=1e-3)
+    assert np.array_equal(run(moved_pipe, image, q=q), found)
+    assert not np.allclose(run(moved_pipe, image, q=-q), found, atol=1e-3)
     if isinstance(moved_pipe, FluxImg2ImgPipeline):
         with pytest.raises(ValueError, match=r"in an order of its own.*one image a call"):
             run(moved_pipe, [image] * 2, 2)
@@ -148,7 +148,7 @@ def test_another_transformer_needs_an_example():
         expected = host(**example, return_dict=False)[0]
         with pytest.raises(RuntimeError, match="give all its arguments, the images first"):
             add_to_model(host)
-        found = add_to_model(host, example=example)(**example, quality=torch.rand(1, 36), return_dict=False)[0]
+        found = add_to_model(host, example=example)(**example, q=torch.rand(1, 36), return_dict=False)[0]
     assert torch.equal(found, expected)
     assert [site.name for site in quac.injection_of(host).sites] == ["transformer_blocks.0.ff.net.0.act"]
 

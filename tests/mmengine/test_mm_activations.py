@@ -36,9 +36,9 @@ def test_inside_a_conv_module(name, norm, photographs):
     if module.activate.context is None:
         assert torch.equal(module(images), plain(images))
         return
-    with pytest.raises(quac.QualityError, match="quality_of"):
+    with pytest.raises(quac.QualityError, match="use_q"):
         module(images)
-    with quac.quality_of(module, quac.brisque(images)):
+    with quac.use_q(module, quac.brisque(images)):
         assert torch.equal(module(images), plain(images))
 
 

@@ -38,7 +38,7 @@ class QuACConfig(QualityOptions):
         expand_q: what an activation does with a batch that is a multiple of q's where tracing the host did not show it:
             ``"error"``, ``"interleave"`` or ``"tile"``.
         tap: ``"image"``, q is computed from the images that enter the host; or ``"given"``, the host sees latents or
-            noisy samples, so q always comes from the caller (:func:`quality_of`, a pipeline) and never from these. A
+            noisy samples, so q always comes from the caller (:func:`use_q`, a pipeline) and never from these. A
             batch that is a multiple of the given q's is expanded as ``expand_q`` says.
 
     Raises:

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quac_plugins.core.deprecated import warn_of
 from quac_plugins.core.private import cpp_builder, hides_memory
 
-CHOICES = ("auto", "reference", "fused")
+CHOICES = ("auto", "plain", "native")
+_OLD = {"reference": "plain", "fused": "native"}
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 broken: set[str] = set()
 """Kinds of devices whose compiler failed."""
@@ -20,7 +22,7 @@ _OWN = {Tensor, nn.Parameter}
 
 
 def kernels_choice() -> str:
-    """``QUAC_KERNELS``: ``"auto"``, ``"reference"`` or ``"fused"``.
+    """``QUAC_KERNELS``: ``"auto"``, ``"plain"`` (no kernels) or ``"native"`` (kernels, also for few numbers).
 
     Raises:
         ValueError: it is something else.
@@ -32,6 +34,9 @@ def kernels_choice() -> str:
     if "QUAC_KERNELS" not in os.environ:  # asked at every activation, and the fastest to ask
         return "auto"
     choice = os.environ["QUAC_KERNELS"] or "auto"
+    if choice in _OLD:
+        warn_of(f"QUAC_KERNELS={choice}", f"QUAC_KERNELS={_OLD[choice]}")
+        choice = _OLD[choice]
     if choice not in CHOICES:
         raise ValueError(f"QUAC_KERNELS must be one of {', '.join(CHOICES)}, got {choice!r}")
     return choice
@@ -59,7 +64,7 @@ def may_read(x: Tensor, *others: Tensor, large: bool = True) -> bool:
 def reads(x: Tensor, *others: Tensor, large: bool = True) -> bool:
     """As :func:`may_read`, for functions that compilers do not enter."""
     choice = kernels_choice()
-    if choice == "reference" or not (large or choice == "fused") or x.dtype not in DTYPES:
+    if choice == "plain" or not (large or choice == "native") or x.dtype not in DTYPES:
         return False
     tensors = (x, *others)
     device = x.device

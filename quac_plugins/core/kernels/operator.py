@@ -5,7 +5,7 @@ A kernel, where it may read the tensors (:func:`native.reads`): in C++ on a CPU 
 are copied), half precision in float32; and keeps x and θ alone for backward, which is one pass as well.
 
 Else :mod:`plain`, operation by operation: in graphs, transforms and modes, for gradients that are to be differentiated,
-for few numbers, and without a compiler. ``QUAC_KERNELS=reference`` asks for it always, ``fused`` never because of the
+for few numbers, and without a compiler. ``QUAC_KERNELS=plain`` asks for it always, ``native`` never because of the
 size. The first call of a dtype builds its kernels, for some seconds; torch keeps them on disk.
 """
 

@@ -109,7 +109,7 @@ class QualityContext:
 
     def _reset(self) -> None:
         self.q: Tensor | None = None  # the latest of any thread; see requirement 2
-        self.given: Tensor | None = None  # likewise, while a thread is inside quality_of
+        self.given: Tensor | None = None  # likewise, while a thread is inside use_q
         self._given_here = False  # while tracing: it was given in the code that is traced
         self._gifts: list[_Gift] = []  # of all threads
         # by thread, while it lives: its latest q was given, so a recomputed tap must not compute one
@@ -139,7 +139,7 @@ class QualityContext:
     # -- written by the tap
 
     def given_q(self) -> Tensor | None:
-        """The q handed in by :func:`quality_of`, if this thread is inside one; a graph asks again when it runs."""
+        """The q handed in by :func:`use_q`, if this thread is inside one; a graph asks again when it runs."""
         if torch.compiler.is_dynamo_compiling():
             return self.given
         gifts: list[_Gift] = self._local.__dict__.get("gifts", [])
@@ -185,7 +185,7 @@ class QualityContext:
                 raise QualityError(
                     f"layer {self.tap!r} is compiled, and threads gave its model different quality features by hand, "
                     "or one none, which compiled code cannot tell apart. Call the model uncompiled inside "
-                    "`with quality_of(…)`, or give each thread a copy"
+                    "`with use_q(…)`, or give each thread a copy"
                 )
             q = own.to(q)
         forward = _Forward(q.detach().clone(), given=fixed or own is not None)
@@ -214,7 +214,7 @@ class QualityContext:
         if found or (own and self.given_q() is None):
             raise QualityError(
                 f"layer {layer!r} is recomputed by activation checkpointing, after quality features were given by "
-                "hand, and it cannot be told whether these are its own. Call backward inside `with quality_of(…)`, or "
+                "hand, and it cannot be told whether these are its own. Call backward inside `with use_q(…)`, or "
                 "use non-reentrant checkpointing (use_reentrant=False) and one tensor of images for one forward."
             )
         return False
@@ -258,7 +258,7 @@ class QualityContext:
             self._gifts.remove(gift)
             self.given = self._gifts[-1].q if self._gifts else None
         if was_last and gift.gifts is self._local.__dict__.get("gifts"):
-            # an outer quality_of goes on; a finished forward pass does not become current again
+            # an outer use_q goes on; a finished forward pass does not become current again
             self._passes.current = before if gift.gifts else None
 
     # -- told by the model and its parts
@@ -333,7 +333,7 @@ class QualityContext:
                     f"layer {layer!r} is called in a part of a model that has begun with several batches of images, "
                     "and it cannot be told which of them its input came from. Call the model as a whole, go on with "
                     "one batch before the next begins, give the parts what other parts have returned, unchanged, or "
-                    "give the quality features: `with quac_plugins.quality_of(model, q): …`"
+                    "give the quality features: `with quac_plugins.use_q(model, q): …`"
                 )
         if forward is None or forward.exported != compiling() or (forward.fixed and not is_given):
             raise QualityError(self._no_image(layer))
@@ -418,6 +418,6 @@ class QualityContext:
             "ended with what no part of it returned, so there are no quality features. They are computed where layer "
             f"{self.tap or 'the model itself'!r} is called (if it was replaced, remove QuAC and inject it again; a "
             "copy of a part of a model is without it). Call the model on images, or give the features: `with "
-            "quac_plugins.quality_of(model, q): …`, model being whatever is called, also such a part, and q of shape "
+            "quac_plugins.use_q(model, q): …`, model being whatever is called, also such a part, and q of shape "
             f"(B, {self.channels})."
         )

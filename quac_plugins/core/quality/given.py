@@ -1,4 +1,4 @@
-"""Quality features that are given by hand: ``with quality_of(model, q): model(images)``."""
+"""Quality features that are given by hand: ``with use_q(model, q): model(images)``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def contexts_of(model: nn.Module) -> list[QualityContext]:
 
 
 @contextmanager
-def quality_of(model: nn.Module, q: Tensor) -> Iterator[None]:
+def use_q(model: nn.Module, q: Tensor) -> Iterator[None]:
     """Give the quality features by hand: inside, the tap does not compute them.
 
     Activations and a prior with different quality functions have a tap each. Then q goes to those of its width, and
@@ -41,7 +41,7 @@ def quality_of(model: nn.Module, q: Tensor) -> Iterator[None]:
     Example:
         >>> import torch, timm, quac_plugins
         >>> model = timm.create_model("test_resnet_qacon").eval()
-        >>> with quac_plugins.quality_of(model, torch.zeros(2, 36)):
+        >>> with quac_plugins.use_q(model, torch.zeros(2, 36)):
         ...     model(torch.rand(2, 3, 64, 64)).shape
         torch.Size([2, 1000])
     """
@@ -63,7 +63,7 @@ def quality_of(model: nn.Module, q: Tensor) -> Iterator[None]:
 
 
 class quality_given:
-    """Give contexts a q (B, Q) each, unchecked: inside, their taps do not compute one. See :func:`quality_of`.
+    """Give contexts a q (B, Q) each, unchecked: inside, their taps do not compute one. See :func:`use_q`.
 
     A class and not a generator, which torch 2.6 cannot compile.
     """

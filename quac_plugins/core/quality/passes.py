@@ -78,7 +78,7 @@ class Passes:
         """Whether passes may go on."""
         return bool(self._thread.open)
 
-    # -- told by the model and its parts; ``given``: the thread is inside quality_of, so there is nothing to find out
+    # -- told by the model and its parts; ``given``: the thread is inside use_q, so there is nothing to find out
 
     def enter(self, part: nn.Module, args: Any, whole: bool, given: bool) -> None:
         """A call begins."""

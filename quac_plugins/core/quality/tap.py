@@ -9,7 +9,7 @@ what a part or the model returned, unchanged, or leads there by its gradients; e
 Two cases are left in which an activation may be given the q of other images: a call that ``torch.compile`` runs cannot
 be seen to end, so a part that is called by hand after it goes on with it; and a part that is called again, without
 gradients, on what other code has made of an older pass's features, before it is called on those of the newer pass.
-Inside ``quality_of`` both are right.
+Inside ``use_q`` both are right.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class QualityTap(nn.Module):
         if q is None and self.given is not None:
             raise QualityError(
                 f"layer {self.layer!r} sees no degraded images but what is made of them, so the quality features must "
-                "be given: call the network through its pipeline, or `with quac_plugins.quality_of(model, q): …` with "
+                "be given: call the network through its pipeline, or `with quac_plugins.use_q(model, q): …` with "
                 f"q of shape (B, {self.context.channels}) of the degraded images"
             )
         if q is None:

@@ -152,7 +152,7 @@ def test_batch_of_one_with_batch_norm_says_what_to_use(name):
     assert module.eval()(torch.randn(1, 8, 4, 4), *arguments(name, 1)).shape == (1, 8, 4, 4)
 
 
-@pytest.mark.parametrize("kernels", ["reference", "fused"])
+@pytest.mark.parametrize("kernels", ["plain", "native"])
 def test_batch_of_one_trains_with_frozen_batch_norms_whatever_computes_it(kernels, monkeypatch):
     monkeypatch.setenv("QUAC_KERNELS", kernels)
     module = make("qacon", norm="batch")
@@ -292,7 +292,7 @@ def results(site, x, *q):
 
 def by_kernels_and_by_operation(monkeypatch, site, *inputs):
     found = []
-    for choice in ("fused", "reference"):
+    for choice in ("native", "plain"):
         monkeypatch.setenv("QUAC_KERNELS", choice)
         found.append(results(site, *inputs))
     return found
@@ -370,7 +370,7 @@ def test_a_subclass_drives_in_its_own_way(monkeypatch):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kernels", ["reference", "fused"])
+@pytest.mark.parametrize("kernels", ["plain", "native"])
 def test_the_tap_is_asked_once_and_a_hosts_error_is_raised(kernels, monkeypatch):
     monkeypatch.setenv("QUAC_KERNELS", kernels)
     site, asked = make("qacon", init="preserve", host=nn.GELU()), []

@@ -9,7 +9,7 @@ from quac_plugins.core.kernels import operator
 
 
 def test_a_site_is_few_frames_from_its_kernels(monkeypatch):
-    monkeypatch.setenv("QUAC_KERNELS", "fused")
+    monkeypatch.setenv("QUAC_KERNELS", "native")
     kernels, ways = operator.kernels_of("cpu", torch.float32), {}
     assert kernels is not None  # without a compiler of C++ nothing is shown here
 

@@ -80,13 +80,13 @@ def test_a_host_of_tokens(cheap, moved):
     config = quac.QuACConfig(quality=cheap, tap="given", norm="layer")
     model = moved(quac.inject(OfTokens().eval(), config, tokens[:1]))
     assert [(site.name, site.channels) for site in quac.injection_of(model).sites] == [("act", (16,))]
-    with quac.quality_of(model, q):
+    with quac.use_q(model, q):
         both = model(tokens)
         with pytest.raises(ValueError, match=r"layer 'first' expects .*tokens \(B, N, 6\), got \(2, 5, 7\)"):
             model(torch.rand(2, 5, 7))
-    with quac.quality_of(model, q[1:]):
+    with quac.use_q(model, q[1:]):
         torch.testing.assert_close(model(tokens[1:]), both[1:])
-    with quac.quality_of(model, q.flip(0)):
+    with quac.use_q(model, q.flip(0)):
         assert not torch.allclose(model(tokens), both)
     with pytest.raises(
         ValueError, match=r"or with tokens \(B, N, C\) where q is given \(tap='given'\), got \(1, 5, 6\)"
@@ -103,15 +103,15 @@ def denoiser(cheap, moved):
 
 
 def test_what_enters_is_never_measured(denoiser, cheap, photographs):
-    with pytest.raises(quac.QualityError, match=r"'first' sees no degraded images .*must be given.*quality_of"):
+    with pytest.raises(quac.QualityError, match=r"'first' sees no degraded images .*must be given.*use_q"):
         denoiser(SAMPLE, 10)
     q = cheap(photographs(2, 32))
-    with quac.quality_of(denoiser, q):
+    with quac.use_q(denoiser, q):
         expected = denoiser(SAMPLE, 10)
         assert torch.equal(denoiser(SAMPLE, 10), expected)
-    with quac.quality_of(denoiser, q.flip(0)):
+    with quac.use_q(denoiser, q.flip(0)):
         assert not torch.equal(denoiser(SAMPLE, 10), expected)
-    with quac.quality_of(denoiser, q), pytest.raises(ValueError, match="for each of them"):
+    with quac.use_q(denoiser, q), pytest.raises(ValueError, match="for each of them"):
         denoiser(SAMPLE.repeat(2, 1, 1, 1), 10)
     with pytest.raises(quac.QualityError, match="must be given"):
         denoiser(SAMPLE, 10)

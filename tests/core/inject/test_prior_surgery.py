@@ -12,7 +12,7 @@ from timm.layers import set_reentrant_ckpt
 from torch import nn
 
 import quac_plugins as quac
-from quac_plugins import PriorConfig, QuACConfig, QualityError, inject, injection_of, quality_of, remove
+from quac_plugins import PriorConfig, QuACConfig, QualityError, inject, injection_of, remove, use_q
 from quac_plugins.core.inject.surgery import take_prior
 from quac_plugins.core.prior.fdm import FDM
 from quac_plugins.core.prior.routed import RoutedFDM
@@ -175,7 +175,7 @@ def test_without_q_nothing_is_tapped(cheap, normalized):
     assert not any(isinstance(m, QualityTap) for m in model.modules())
     with (
         pytest.raises(ValueError, match="no QuAC inside that reads q"),
-        quality_of(model, torch.rand(2, 6)),
+        use_q(model, torch.rand(2, 6)),
     ):
         pass
 
@@ -306,16 +306,16 @@ def test_two_quality_functions_have_a_tap_each(first, normalized):
     calls.clear(), others.clear()
     expected = model(images)
     assert (calls, others) == ([2], [2])
-    with quality_of(model, torch.full((2, 3), 9.0)):  # goes to those of its width
+    with use_q(model, torch.full((2, 3), 9.0)):  # goes to those of its width
         assert not torch.equal(model(images), expected)
     assert (calls, others) == ([2, 2], [2])
-    with quality_of(model, torch.rand(2, 6)), quality_of(model, torch.rand(2, 3)):
+    with use_q(model, torch.rand(2, 6)), use_q(model, torch.rand(2, 3)):
         model(images)
     assert (calls, others) == ([2, 2], [2])
     assert torch.equal(model(images), expected)
     with (
         pytest.raises(ValueError, match=r"\(B, 6\) or \(B, 3\)|\(B, 3\) or \(B, 6\)"),
-        quality_of(model, torch.rand(2, 5)),
+        use_q(model, torch.rand(2, 5)),
     ):
         pass
 
@@ -367,7 +367,7 @@ def test_copies_are_independent(config, cheap, normalized):
         assert torch.equal(other(images), expected)
         assert not {id(p) for p in other.parameters()} & {id(p) for p in model.parameters()}
         assert not {id(c) for c in contexts_of(other)} & {id(c) for c in contexts_of(model)}
-        with quality_of(other, torch.full((2, 6), 9.0)):
+        with use_q(other, torch.full((2, 6), 9.0)):
             assert torch.equal(model(images), expected)
         with torch.no_grad():
             next(iter(priors(other).values())).state_dict()

@@ -7,7 +7,7 @@ from quac_plugins.core.kernels import operator, plain
 @pytest.mark.parametrize("dim", [1, -1], ids=["rows", "columns"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_nothing_is_written_after_the_ends_of_rows(dtype, dim, monkeypatch):
-    monkeypatch.setenv("QUAC_KERNELS", "fused")
+    monkeypatch.setenv("QUAC_KERNELS", "native")
     buffers = []
 
     def guarded(t):

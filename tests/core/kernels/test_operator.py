@@ -27,7 +27,7 @@ START = (0.5, 0.25, 1.5)
 
 @pytest.fixture(autouse=True)
 def _always(monkeypatch):
-    monkeypatch.setenv("QUAC_KERNELS", "fused")
+    monkeypatch.setenv("QUAC_KERNELS", "native")
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def results(x, theta, equation, dim, grad, **options):
 
 def both(monkeypatch, *args, **options):
     found = []
-    for choice in ("fused", "reference"):
+    for choice in ("native", "plain"):
         monkeypatch.setenv("QUAC_KERNELS", choice)
         found.append(results(*args, **options))
     return found
@@ -90,7 +90,7 @@ def test_functions_inside_are_those_beside_and_at_the_start_to_the_bit(host, las
     torch.testing.assert_close(found, expected, **tolerance)
     for t, value in zip(theta, START, strict=True):
         nn.init.constant_(t, value)
-    monkeypatch.setenv("QUAC_KERNELS", "fused")
+    monkeypatch.setenv("QUAC_KERNELS", "native")
     for of in (torch.float32, torch.bfloat16, torch.float16):
         own = operator.HOSTED[host](x.to(of))
         assert torch.equal(activate(x.to(of), theta, plain.acon, 1, START, host), own)
@@ -162,7 +162,7 @@ def test_other_strides_and_signs(strided, monkeypatch, runs):
     for grad in (torch.randn_like(x), strided(torch.randn(1, 5, 8, 6)), torch.randn(len(x), 5, 1, 1).expand(x.shape)):
         found, expected = both(monkeypatch, x, theta, plain.acon, 1, grad, below=below)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-        monkeypatch.setenv("QUAC_KERNELS", "fused")
+        monkeypatch.setenv("QUAC_KERNELS", "native")
         torch.testing.assert_close(means(x), plain.global_average(x))
     assert runs == [False, True] * 3
 
@@ -208,7 +208,7 @@ def test_several_gradients_at_once_tangents_and_transforms(monkeypatch):
     for grad, found in zip(grads, together, strict=True):
         torch.testing.assert_close(found, torch.autograd.grad(y, x, grad, retain_graph=True)[0])
     found = []
-    for choice in ("fused", "reference"):
+    for choice in ("native", "plain"):
         monkeypatch.setenv("QUAC_KERNELS", choice)
         y = activate(x, theta, plain.acon)
         own = [torch.vmap(lambda t: activate(x, [t, *theta[1:]], plain.acon))(torch.stack([theta[0], -theta[0]]))]
@@ -397,11 +397,11 @@ def test_when_it_is_used(monkeypatch, runs):
     activate(x, theta, lambda x, p: x * p)
     activate(x.to("meta"), [theta[0].to("meta")], plain.swish)
     activate(x.as_subclass(type("Own", (torch.Tensor,), {})), theta, plain.swish)
-    monkeypatch.setenv("QUAC_KERNELS", "reference")
+    monkeypatch.setenv("QUAC_KERNELS", "plain")
     activate(x, theta, plain.swish)
     assert len(runs) == 1
     monkeypatch.setenv("QUAC_KERNELS", "fsued")
-    with pytest.raises(ValueError, match="QUAC_KERNELS must be one of auto, reference, fused, got 'fsued'"):
+    with pytest.raises(ValueError, match="QUAC_KERNELS must be one of auto, plain, native, got 'fsued'"):
         kernels_choice()
 
 

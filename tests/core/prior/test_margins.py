@@ -68,9 +68,9 @@ def test_fresh_margins_change_no_bit_and_clean_pictures_none_ever(name, real):
         assert torch.equal(model(images), expected)
         quac.remove(model)
         filled(model)
-        with quac.quality_of(model, told(*["clean"] * 4)):
+        with quac.use_q(model, told(*["clean"] * 4)):
             torch.testing.assert_close(model(images), expected, atol=1e-4, rtol=1e-4)
-        with quac.quality_of(model, told("fog", *["clean"] * 3)):
+        with quac.use_q(model, told("fog", *["clean"] * 3)):
             y = model(images)
     assert not torch.allclose(y[:1], expected[:1], atol=1e-3)
     torch.testing.assert_close(y[1:], expected[1:], atol=1e-4, rtol=1e-4)
@@ -93,7 +93,7 @@ def test_what_is_between_two_severities_is_interpolated(real):
     mild, strong = SEVERITIES
     with torch.no_grad():
         for severity in (mild, (mild + strong) / 2, strong, 5.0):
-            with quac.quality_of(model, told("contrast", severity=severity)):
+            with quac.use_q(model, told("contrast", severity=severity)):
                 model(images)
     (x, low), (_, middle), (_, high), (_, beyond) = seen
     row = margin.table[EXPERTS.index("contrast") * 2]
@@ -154,7 +154,7 @@ def test_what_others_hold_is_not_written_over(real):
         first.register_forward_hook(lambda module, args, y, held=held: held.append((y, y.clone())))
         filled(model)
         held.clear()
-        with quac.quality_of(model, told("fog")):
+        with quac.use_q(model, told("fog")):
             expected = model(images)
             with torch.no_grad():
                 torch.testing.assert_close(model(images), expected)
@@ -187,7 +187,7 @@ def test_shares_with_gradients_and_without_are_not_mixed_up(real):
     with torch.no_grad():
         gate.fc2.weight.normal_(std=0.1)
     for first in (None, torch.no_grad, torch.inference_mode):
-        with quac.quality_of(model, told("fog")):
+        with quac.use_q(model, told("fog")):
             if first is not None:
                 with first():
                     model(images)
@@ -204,7 +204,7 @@ def test_threads_do_not_see_each_others_shares(real):
     kinds = [*EXPERTS, "clean"] * 4
 
     def run(kind):
-        with torch.no_grad(), quac.quality_of(model, told(kind)):
+        with torch.no_grad(), quac.use_q(model, told(kind)):
             return model(images)
 
     expected = {kind: run(kind) for kind in dict.fromkeys(kinds)}
@@ -218,7 +218,7 @@ def test_one_degradation_is_folded_into_the_host(name, real):
     model, images = filled(host(name)), images_of(real)
     keys = list(host(name).state_dict())
     with torch.no_grad():
-        with quac.quality_of(model, told(*["fog"] * 4, severity=4)):
+        with quac.use_q(model, told(*["fog"] * 4, severity=4)):
             expected = model(images)
         with pytest.raises(ValueError, match="there are: fog, contrast, gaussian_noise"):
             quac.fuse(model, "snow")

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import quac_plugins as quac
-from quac_plugins import QuACConfig, QualityError, quality_of
+from quac_plugins import QuACConfig, QualityError, use_q
 from quac_plugins.core.quality.given import contexts_of
 from quac_plugins.core.quality.padding import note_sizes
 
@@ -113,7 +113,7 @@ def test_quality_given_in_one_thread_is_not_seen_in_another(model, photographs):
     images = photographs(2, 48)
     with torch.no_grad():
         alone = model(images)
-        with quality_of(model, torch.full((2, 6), 7.0)):
+        with use_q(model, torch.full((2, 6), 7.0)):
             given = model(images)
             with ThreadPoolExecutor(1) as pool:
                 other = pool.submit(torch.no_grad()(model), images).result()  # a thread starts with gradients
@@ -125,7 +125,7 @@ def test_quality_given_in_one_thread_is_not_seen_in_another(model, photographs):
 
 
 def test_an_activation_before_any_image_is_an_error_that_names_it(model):
-    with pytest.raises(QualityError, match=r"layer 'act1' was called before any image.*quality_of.*\(B, 6\)"):
+    with pytest.raises(QualityError, match=r"layer 'act1' was called before any image.*use_q.*\(B, 6\)"):
         model.act1(torch.rand(2, model.act1.channels, 8, 8))
 
 
@@ -141,14 +141,14 @@ def test_a_part_of_a_model_with_another_batch_is_an_error_that_names_layer_and_s
 def test_given_quality_replaces_the_computed_one(model, photographs, cheap):
     images = photographs(3, 48)
     q = cheap(images)
-    with quality_of(model, q):
+    with use_q(model, q):
         torch.testing.assert_close(model(images), model(images))
         same = model(images)
-    with quality_of(model, q[:, :, None, None]):
+    with use_q(model, q[:, :, None, None]):
         assert torch.equal(model(images), same)
-    with quality_of(model, q + 3):
+    with use_q(model, q + 3):
         assert not torch.allclose(model(images), same)
-    with quality_of(Wrapper(model), q + 3):
+    with use_q(Wrapper(model), q + 3):
         assert not torch.allclose(model(images), same)
 
 
@@ -157,54 +157,54 @@ def test_given_quality_nests_and_ends_also_after_an_exception(model, photographs
     one, two = torch.full((2, 6), 1.0), torch.full((2, 6), 2.0)
 
     def of(q):
-        with quality_of(model, q):
+        with use_q(model, q):
             return model(images)
 
     plain, first, second = model(images), of(one), of(two)
     assert not torch.allclose(first, second)
-    with quality_of(model, one):
+    with use_q(model, one):
         assert torch.equal(model(images), first)
-        with quality_of(model, two):
+        with use_q(model, two):
             assert torch.equal(model(images), second)
         assert torch.equal(model(images), first)
-        with pytest.raises(ZeroDivisionError), quality_of(model, two):
+        with pytest.raises(ZeroDivisionError), use_q(model, two):
             1 / 0  # noqa: B018
         assert torch.equal(model(images), first)
-    with pytest.raises(ValueError, match="boom"), quality_of(model, two):
+    with pytest.raises(ValueError, match="boom"), use_q(model, two):
         raise ValueError("boom")
     assert torch.equal(model(images), plain)
-    with quality_of(model, two):
+    with use_q(model, two):
         pass
     with pytest.raises(QualityError, match="before any image"):  # and what was given is not left behind
         model.act1(torch.rand(2, model.act1.channels, 8, 8))
 
 
 def test_given_quality_serves_parts_of_a_model(model, photographs):
-    with quality_of(model, torch.zeros(2, 6)):
+    with use_q(model, torch.zeros(2, 6)):
         part = model.act1(torch.ones(2, model.act1.channels, 8, 8))
         assert torch.equal(part, model.act1(torch.ones(2, model.act1.channels, 8, 8), torch.zeros(2, 6)))
 
 
 def test_a_copied_part_says_how_to_give_it_quality_and_takes_it(model, photographs):
     part, x = copy.deepcopy(model.layer2), torch.rand(2, 32, 12, 12)
-    with pytest.raises(QualityError, match=r"copy of a part.*quality_of\(model, q\).*also such a part.*\(B, 6\)"):
+    with pytest.raises(QualityError, match=r"copy of a part.*use_q\(model, q\).*also such a part.*\(B, 6\)"):
         part(x)
     q = torch.rand(2, 6)
-    with quality_of(model, q):
+    with use_q(model, q):
         expected = model.layer2(x)
-    with quality_of(part, q):
+    with use_q(part, q):
         assert torch.equal(part(x), expected)
 
 
 @pytest.mark.parametrize("q", [torch.zeros(2, 5), torch.zeros(6), torch.zeros(2, 6, 2, 2), torch.zeros(2, 6).int()])
 def test_given_quality_of_a_wrong_shape_or_dtype_is_refused(model, q):
-    with pytest.raises(ValueError, match=r"\(B, 6\)"), quality_of(model, q):
+    with pytest.raises(ValueError, match=r"\(B, 6\)"), use_q(model, q):
         pass
 
 
 def test_given_quality_of_another_batch_names_layer_and_batches(model, photographs):
     with (
-        quality_of(model, torch.zeros(3, 6)),
+        use_q(model, torch.zeros(3, 6)),
         pytest.raises(ValueError, match=r"'conv1.*batch 3.*images have batch 2"),
     ):
         model(photographs(2, 48))
@@ -213,7 +213,7 @@ def test_given_quality_of_another_batch_names_layer_and_batches(model, photograp
 def test_given_quality_to_a_model_without_quac():
     with (
         pytest.raises(ValueError, match=r"Conv2d has no QuAC.*inject"),
-        quality_of(nn.Conv2d(3, 3, 1), torch.ones(1, 6)),
+        use_q(nn.Conv2d(3, 3, 1), torch.ones(1, 6)),
     ):
         pass
 
@@ -247,7 +247,7 @@ def test_copies_are_independent_and_hold_no_quality(model, photographs):
         assert context is not contexts_of(model)[0]
         assert context.q is None
         assert torch.equal(other(images), expected)
-        with quality_of(other, torch.full((2, 6), 9.0)):
+        with use_q(other, torch.full((2, 6), 9.0)):
             assert torch.equal(model(images), expected)
         parameter = next(other.parameters())
         with torch.no_grad():
@@ -298,7 +298,7 @@ def test_compiled_whole_in_one_graph(backend, cheap, photographs):
         for images in (photographs(2, 48), photographs(2, 48) * 0.3):
             torch.testing.assert_close(compiled(images), model(images), atol=1e-4, rtol=1e-4)
         if backend == "aot_eager":
-            with quality_of(model, torch.full((2, 6), 4.0)):
+            with use_q(model, torch.full((2, 6), 4.0)):
                 torch.testing.assert_close(compiled(images), model(images), atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(compiled(images), model(images), atol=1e-4, rtol=1e-4)
 
@@ -557,7 +557,7 @@ def test_given_quality_with_the_whole_model_checkpointed_is_right_or_refused(kin
     images, q = photographs(2, 48).requires_grad_(), torch.rand(2, 6) * 5
 
     def loss(model, run):
-        with quality_of(model, q):
+        with use_q(model, q):
             return run(images).square().mean()
 
     expected = gradients(model, lambda m: loss(m, m))
@@ -570,7 +570,7 @@ def test_given_quality_with_the_whole_model_checkpointed_is_right_or_refused(kin
         right_or_refused(model, lambda m: loss(m, run), expected)
     else:
         close(gradients(model, lambda m: loss(m, run)), expected)
-    with quality_of(model, q):  # backward inside is always right
+    with use_q(model, q):  # backward inside is always right
         close(gradients(model, lambda m: run(images).square().mean()), expected)
 
 
@@ -580,7 +580,7 @@ def test_given_quality_with_checkpointed_stages(cheap, photographs):
     def loss(model):
         total = 0
         for value in (0.0, 3.0):
-            with quality_of(model, torch.full((2, 6), value)):
+            with use_q(model, torch.full((2, 6), value)):
                 total = total + model(photographs(2, 48)).square().mean()
         return total
 
@@ -592,7 +592,7 @@ def test_given_quality_with_checkpointed_stages(cheap, photographs):
 @pytest.mark.parametrize("kind", [False, True])
 def test_padded_images_with_the_whole_model_checkpointed(kind, model, photographs, monkeypatch):
     """Reentrant checkpointing recomputes from a detached image, which knows nothing of the padding."""
-    monkeypatch.setenv("QUAC_KERNELS", "reference")  # it begins without gradients, where kernels sum in another order
+    monkeypatch.setenv("QUAC_KERNELS", "plain")  # it begins without gradients, where kernels sum in another order
     found = []
     for wrapped in (False, True):
         images = photographs(2, 64).clone().requires_grad_()

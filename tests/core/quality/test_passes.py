@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import quac_plugins as quac
-from quac_plugins import PriorConfig, QuACConfig, QualityError, quality_of
+from quac_plugins import PriorConfig, QuACConfig, QualityError, use_q
 from quac_plugins.core.hooks import CONTEXTS
 
 HOSTS = ("test_resnet", "test_vit", "mobilenetv3_small_050", "test_convnext")
@@ -200,11 +200,11 @@ def test_a_part_called_by_hand_after_the_models_call_is_an_error_unless_its_inpu
         for a, b in pairs:
             returned.clear()
             expected, q = net(a), net.act1.context.q
-            with pytest.raises(QualityError, match=r"'stage\.1' was called .*on its own after .*ended.*quality_of"):
+            with pytest.raises(QualityError, match=r"'stage\.1' was called .*on its own after .*ended.*use_q"):
                 net.stage(torch.rand(2, 4, 11, 11))
             net(b)
             torch.testing.assert_close(net.act2(net.out(returned[0])).mean((2, 3)), expected)
-            with quality_of(net, q):
+            with use_q(net, q):
                 net(b)
                 torch.testing.assert_close(net.end(net.begin(a)), expected)
 
@@ -215,7 +215,7 @@ def test_a_part_called_by_hand_after_a_compiled_call_goes_on_with_it(net, images
     with torch.no_grad():
         compiled(net)(images[0])
         found = net.stage(x)
-        with quality_of(net, net.act1.context.q.clone()):
+        with use_q(net, net.act1.context.q.clone()):
             assert torch.equal(net.stage(x), found)
 
 
@@ -279,7 +279,7 @@ def test_images_made_by_another_pass_have_a_quality_of_their_own(kind, net, pair
 def test_given_quality_goes_before_where_the_input_came_from(net, images):
     with torch.no_grad():
         feature = net.stem(images[0])
-        with quality_of(net, torch.zeros(2, 6)):
+        with use_q(net, torch.zeros(2, 6)):
             given = net.stage(feature)
         own = net.stage(feature)
         assert not torch.allclose(given, own)

@@ -221,7 +221,7 @@ def test_features_only_sees_the_image_and_preserves(name, kwargs, normalized):
         model(others)
         for found, wanted in zip(model(images), expected, strict=True):
             assert torch.equal(found, wanted)
-        with quac.quality_of(model, torch.full((2, 36), 2.0)):
+        with quac.use_q(model, torch.full((2, 36), 2.0)):
             assert not torch.allclose(model(images)[-1], expected[-1])
     assert model.feature_info.channels() == base.feature_info.channels()
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 
 import quac_plugins as quac
-from quac_plugins import QuACConfig, QualityError, quality_of
+from quac_plugins import QuACConfig, QualityError, use_q
 from quac_plugins.core.quality.given import contexts_of, quality_given
 
 OPTIONS = {"backend": "eager", "fullgraph": True}
@@ -117,7 +117,7 @@ def test_quality_given_in_threads_whose_blocks_overlap(kind, model, reference, i
     one, two = torch.full((2, 6), 1.0), torch.full((2, 6), 4.0)
 
     def of(network, x, q):
-        with quality_of(network, q):
+        with use_q(network, q):
             return network(x)
 
     with torch.no_grad():
@@ -125,14 +125,14 @@ def test_quality_given_in_threads_whose_blocks_overlap(kind, model, reference, i
         plain_theirs, given_theirs = reference(theirs), of(reference, theirs, two)
         run = compiled(model, kind)
         check = right_or_refused if kind != "none" else lambda run, expected: close(run(), expected)
-        with quality_of(model, one):
+        with use_q(model, one):
             close(run(ours), given)
             other(lambda: check(lambda: run(theirs), plain_theirs))
             check(lambda: run(ours), given)
 
             def overlapping():
                 block = contextlib.ExitStack()
-                block.enter_context(quality_of(model, two))
+                block.enter_context(use_q(model, two))
                 close(run(theirs), given_theirs)
                 return block
 
@@ -150,7 +150,7 @@ def test_quality_given_by_generators_ends_with_each_in_any_order(reference, imag
     one, two = torch.full((2, 6), 1.0), torch.full((2, 6), 4.0)
 
     def giving(q):
-        with quality_of(reference, q):
+        with use_q(reference, q):
             while True:
                 yield reference(images[0])
 
@@ -189,7 +189,7 @@ def test_quality_given_inside_compiled_code_stays_there(model, reference, images
         for _ in range(2):
             for found, wanted in zip(run(model, images[0]), expected, strict=True):
                 close(found, wanted)
-        with quality_of(model, q + 1), quality_of(reference, q + 1):
+        with use_q(model, q + 1), use_q(reference, q + 1):
             for found, wanted in zip(run(model, images[0]), inside(reference, images[0]), strict=True):
                 close(found, wanted)
 

@@ -1,0 +1,103 @@
+"""Every old name warns and does what the new one does."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import quac_plugins as quac
+from quac_plugins.core.deprecated import moved, renamed
+from quac_plugins.core.kernels.native import kernels_choice
+
+IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return timm.create_model("test_resnet_qacon", init="paper").eval()
+
+
+def _needs(package):
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
+
+
+def _given(model, context):
+    with getattr(quac, context)(model, torch.zeros(2, 36)), torch.no_grad():
+        return model(IMAGES)
+
+
+def _restored(model, **which):
+    with torch.no_grad():
+        return quac.restore_then(model, lambda images: images.mean(1, keepdim=True).expand_as(images), **which)(IMAGES)
+
+
+def _class(model, **which):
+    return quac.RestoreThen(model, lambda images: images, **which).adapt_to
+
+
+def _unet(model, **which):
+    from quac_plugins.diffusers import QuACUNet2DModel
+
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
+    network = QuACUNet2DModel(**blocks, layers_per_block=1, norm_num_groups=4, sample_size=16, quac={"where": "all"})
+    with torch.no_grad():
+        return network.eval()(IMAGES[:, :, :16, :16], 5, **which).sample
+
+
+def _corrupted(model, **which):
+    from quac_plugins.detectron2.degradations import CorruptImage
+
+    image = np.arange(64 * 64 * 3, dtype=np.uint32).reshape(64, 64, 3).astype(np.uint8)
+    return torch.from_numpy(CorruptImage("contrast", 3, seed=0, **which).get_transform(image).apply_image(image))
+
+
+def _choice(model, value):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUAC_KERNELS", value)
+        return kernels_choice()
+
+
+Q = torch.linspace(0, 1, 72).reshape(2, 36)
+OLD = {  # what is called, with the old name, with the new one
+    "quality_of": (_given, {"context": "quality_of"}, {"context": "use_q"}),
+    "restore_then": (_restored, {"quality": "degraded"}, {"adapt_to": "degraded"}),
+    "RestoreThen": (_class, {"quality": "degraded"}, {"adapt_to": "degraded"}),
+    "QUAC_KERNELS=reference": (_choice, {"value": "reference"}, {"value": "plain"}),
+    "QUAC_KERNELS=fused": (_choice, {"value": "fused"}, {"value": "native"}),
+    "QuACUNet2DModel": pytest.param(_unet, {"quality": Q}, {"q": Q}, marks=_needs("diffusers")),
+    "CorruptImage": pytest.param(
+        _corrupted, {"image_format": "RGB"}, {"channel_order": "RGB"}, marks=_needs("detectron2")
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "old", "new"), OLD.values(), ids=OLD)
+def test_an_old_name_warns_and_does_the_same(call, old, new, model, recwarn):
+    expected = call(model, **new)
+    assert not [warning for warning in recwarn if "deprecated and will be gone" in str(warning.message)]
+    with pytest.warns(DeprecationWarning, match="deprecated and will be gone in the next version: use"):
+        result = call(model, **old)
+    assert torch.equal(result, expected) if isinstance(expected, torch.Tensor) else result == expected
+
+
+def test_both_names_of_an_argument_are_refused():
+    with pytest.raises(TypeError, match=r"paint got colour= and color=, the old and the new name of one argument"):
+        renamed(colour="color")(_paint)(color="red", colour="red")
+
+
+def _paint(color):
+    return color
+
+
+_paint.__qualname__ = "paint"
+
+
+def test_other_names_of_a_module_are_looked_up_as_before():
+    lookup = moved("here", len, old="math:pi")
+    assert lookup("four") == 4
+    with pytest.raises(AttributeError, match="module 'here' has no attribute 'new'"):
+        moved("here", old="math:pi")("new")
