@@ -167,7 +167,7 @@ def unit(job: tuple[argparse.Namespace, str, int, str]) -> None:
     model, fit = build(args), photographs(args)[0]
     every = [("clean", 0)] + [(name, severity) for severity in args.severities for name in CORRUPTIONS]
     conditions = every if not corruption else [c for c in every if c[0] in ("clean", corruption)]
-    options: dict[str, Any] = {"severity": args.fit_severities, "seed": seed, "progress": False}
+    options: dict[str, Any] = {"severities": args.fit_severities, "seed": seed, "progress": False}
     reports = []
     started = time.perf_counter()
     if row in EACH:

@@ -58,7 +58,7 @@ def main() -> None:
     model = quac.remove(model).eval()
     degraded = {"corruptions": args.corruptions.split(","), "progress": False}
     before = evaluate(model, labelled, severities=args.severity, **degraded)
-    fit = quac.fit_prior(model, few, severity=args.severity, steps=args.steps, views=1, draws=args.draws, **degraded)
+    fit = quac.fit_prior(model, few, severities=args.severity, steps=args.steps, views=1, draws=args.draws, **degraded)
     after = evaluate(model, labelled, severities=args.severity, **degraded)
     print(fit)
     for found in after.paired(before):

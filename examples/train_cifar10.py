@@ -226,7 +226,7 @@ def repaired(args: argparse.Namespace, clean: nn.Module, seed: int) -> nn.Module
         model,
         few,
         corruptions="all",
-        severity=SEVERITIES,
+        severities=SEVERITIES,
         steps=args.fit_steps,
         near=0.5,
         least_positions=0,

@@ -34,7 +34,7 @@ report.to_json(f"{out}/evaluation-{rank}.json")
 
 torch.manual_seed(99 * rank)  # what is put in differs, and is made the same
 quac.inject(host, quac.PriorConfig(experts=["contrast", "pixelate"], site="stages"))
-options = dict(input_size=64, views=1, draws=4, steps=8, check_every=2, batch_size=5, near_batch=5, severity=4)
+options = dict(input_size=64, views=1, draws=4, steps=8, check_every=2, batch_size=5, near_batch=5, severities=4)
 options["logits_weight"] = 0.0  # of a random network: next to nothing, and so mostly rounding
 report = quac.fit_prior(host, root, checkpoint=out + "/states", **options)
 assert not torch.distributed.is_initialized()

@@ -184,7 +184,7 @@ def _data(given: Any) -> Data:
     from quac_plugins.fit import Data
 
     read = vars(given) | console.images_of(given.mean, given.std, given.input_size)
-    read["severity"] = numbers(given.severity, int, "--severity")
+    read["severities"] = numbers(given.severity, int, "--severity")
     names = {field.name for field in fields(Data)}
     return Data(**_said(**{name: value for name, value in read.items() if name in names}))
 

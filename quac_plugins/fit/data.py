@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from quac_plugins.core.deprecated import renamed
 from quac_plugins.core.options import whole_number
 from quac_plugins.degradations import check_severity, corruption_names
 from quac_plugins.evaluate.preprocessing import square_or_not
@@ -15,6 +16,7 @@ from quac_plugins.fit.settings import number_from
 __all__ = ["Data", "data_with"]
 
 
+@renamed(severity="severities")
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Data:
     """The photographs of a fit, how they are degraded, and how the host takes them.
@@ -37,7 +39,7 @@ class Data:
             back after it.
         corruptions: names or sets of :func:`quac_plugins.degradations.corruption_names`. None: the names of a routed
             prior's experts, else all 15; none beside ``degrade`` or ``pairs``.
-        severity: of the corruptions, 1 to 5, or several, which are mixed. None: all of them for margins, else 3.
+        severities: of the corruptions, 1 to 5, or several, which are mixed. None: all of them for margins, else 3.
             Margins that are chosen by a quality function that tells severities begin from statistics at severities 2
             and 4 in any case.
         limit: at most so many images, chosen by the seed.
@@ -63,7 +65,7 @@ class Data:
         >>> import numpy as np
         >>> photographs = np.zeros((3, 64, 64, 3), dtype=np.uint8)
         >>> data = Data(images=photographs, corruptions="fog,contrast", degrade={"dark": lambda image: image // 4})
-        >>> data.kinds, data.severities, Data(pairs=("hazy/", "clear/")).kinds
+        >>> data.kinds, data.levels, Data(pairs=("hazy/", "clear/")).kinds
         (['fog', 'contrast', 'dark'], [3], ['pairs'])
         >>> Data(images=photographs, held_out=2)
         Traceback (most recent call last):
@@ -75,7 +77,7 @@ class Data:
     pairs: Any = None
     degrade: Degrade | None = None
     corruptions: str | Sequence[str] | None = None
-    severity: int | Sequence[int] | None = None
+    severities: int | Sequence[int] | None = None
     limit: int | None = None
     views: int | None = None
     draws: int | None = None
@@ -107,7 +109,7 @@ class Data:
             square_or_not(self.input_size)
         if not self.kinds:
             raise ValueError("no corruptions to fit on: give names, such as corruptions=['fog'], or degrade, or pairs")
-        self.severities  # noqa: B018 - what it raises
+        self.levels  # noqa: B018 - what it raises
 
     @property
     def own(self) -> dict[str, Callable[..., Any]]:
@@ -126,10 +128,10 @@ class Data:
         return [*self.names, *self.own] if self.pairs is None else ["pairs"]
 
     @property
-    def severities(self) -> list[int]:
-        """Of the corruptions; 3 unless said otherwise, and none where there are no corruptions."""
-        severity = 3 if self.severity is None else self.severity
-        levels = list(severity) if isinstance(severity, Iterable) else [severity]
+    def levels(self) -> list[int]:
+        """The severities of the corruptions; 3 unless said otherwise, and none where there are no corruptions."""
+        severities = 3 if self.severities is None else self.severities
+        levels = list(severities) if isinstance(severities, Iterable) else [severities]
         return [check_severity(level) for level in levels] if self.names else []
 
 

@@ -155,7 +155,7 @@ def _statistics(student: Student, margins: Sequence[Margin], experts: list[str])
     kept = mixture.kept if mixture is not None else 1
 
     def draws(of: list[str], severity: float | None) -> Any:
-        levels = [int(severity)] if severity is not None and kept > 1 else photographs.data.severities or None
+        levels = [int(severity)] if severity is not None and kept > 1 else photographs.data.levels or None
         return photographs.draws(of, 0.0, 1, views=views, severities=levels, images=photographs.train)
 
     def degraded() -> Iterator[tuple[int, np.ndarray]]:

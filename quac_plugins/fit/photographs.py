@@ -86,7 +86,7 @@ class Photographs:
             self.few if images is None else self.few.only(images),
             self.size,
             corruptions=[kind for kind in kinds if kind not in functions and kind != "pairs"],
-            severities=severities or self.data.severities,
+            severities=severities or self.data.levels,
             views=views or self.views,
             draws=(self.data.draws if severities is None else None) or draws,
             clean_share=clean_share,

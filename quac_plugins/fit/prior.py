@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quac_plugins.core.deprecated import renamed
 from quac_plugins.core.hooks import PRIOR_NAME
 from quac_plugins.core.inject.record import injection_of, modules_inside, unwrap
 from quac_plugins.core.prior.comparison import Pictures
@@ -40,6 +41,7 @@ _SCALES = (0.8, 1.0)  # of random crops for margins: statistics are to be those 
 _VIEWS = 24  # of an image, at most
 
 
+@renamed(severity="severities")
 def fit_prior(
     model: nn.Module,
     images: Any = None,
@@ -73,7 +75,7 @@ def fit_prior(
             goes on from there, in this process or another. After an error or an interruption the model itself is as
             it was.
         progress: show a bar on a terminal.
-        **settings: fields of :class:`quac_plugins.fit.Data` (``corruptions="fog"``, ``severity``, ``degrade``,
+        **settings: fields of :class:`quac_plugins.fit.Data` (``corruptions="fog"``, ``severities``, ``degrade``,
             ``pairs``, ``limit``, ``seed``, ``mean``, …) and of :class:`quac_plugins.Recipe` (``steps=200``, …) by name.
 
     Returns:
@@ -104,8 +106,8 @@ def fit_prior(
     planned = inside.config if inside is not None else config
     assert planned is not None
     experts, margins = planned.experts, issubclass(resolve_fdm(planned.fdm), Margin)
-    if data.severity is None and margins:
-        data = replace(data, severity=SEVERITIES)
+    if data.severities is None and margins:
+        data = replace(data, severities=SEVERITIES)
     if data.corruptions is None and data.pairs is None and data.degrade is None and experts:
         if unknown := [name for name in experts if name not in corruption_names("every")]:
             raise ValueError(

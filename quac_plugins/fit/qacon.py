@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from quac_plugins.core.deprecated import renamed
 from quac_plugins.core.hooks import PRIOR_NAME
 from quac_plugins.core.inject.adapter import is_fresh
 from quac_plugins.core.inject.config import QuACConfig
@@ -32,6 +33,7 @@ _PRIOR = f".{PRIOR_NAME}."  # what the state-dict prefixes of a prior end with
 _PICTURES = 320  # degraded pictures that a fit aims at, over all corruptions
 
 
+@renamed(severity="severities")
 def fit_qacon(
     model: nn.Module,
     images: Any = None,

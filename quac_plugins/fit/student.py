@@ -128,7 +128,7 @@ class Student:
         of, data, fitted = self.photographs, self.photographs.data, sum(p.numel() for p in parameters.values())
         self.report = FitReport(what, list(sites), data.kinds, parameters=fitted, seed=data.seed)
         self.report.images, self.report.unreadable = {"all": len(of.few), "held": len(of.held)}, of.few.unreadable
-        self.report.recipe = asdict(self.recipe) | {"views": of.views, "severities": data.severities}
+        self.report.recipe = asdict(self.recipe) | {"views": of.views, "severities": data.levels}
         self.report.recipe["device"] = str(self.device)
         with (
             lent(self.model, self.device),

@@ -12,6 +12,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch import nn
 
+from quac_plugins.core.deprecated import renamed
 from quac_plugins.core.inject import injection_of
 from quac_plugins.core.inject.adapter import adapter_state, is_fresh, load_adapter_state
 from quac_plugins.core.options import named, one_of
@@ -22,6 +23,7 @@ _OF_DATA, _OF_RECIPE = ({field.name for field in fields(kind)} for kind in (Data
 
 
 @HOOKS.register_module(force=True)
+@renamed(severity="severities")
 class FitPriorHook(Hook):
     """Fit the degradation prior of a model on a few photographs, once its weights are loaded and before it runs.
 
@@ -31,7 +33,7 @@ class FitPriorHook(Hook):
         images: folder of clean photographs, or what else :func:`quac_plugins.fit_prior` takes.
         limit: at most so many of them.
         refit: also where the weights that were loaded bring a fitted prior.
-        **options: of :func:`quac_plugins.fit_prior`: ``corruptions``, ``severity``, ``steps``, ``seed``, …
+        **options: of :func:`quac_plugins.fit_prior`: ``corruptions``, ``severities``, ``steps``, ``seed``, …
 
     Raises:
         ValueError: an option is not known or cannot be, at once; the model holds no prior.

@@ -3,4 +3,4 @@
 _base_ = "mmpretrain::resnet/resnet50_8xb32_in1k.py"
 custom_imports = dict(imports=["quac_plugins.mmengine"], allow_failed_imports=False)
 model = dict(backbone=dict(type="QuACResNet", prior=dict(site="stages")))
-custom_hooks = [dict(type="FitPriorHook", images="few/", limit=10, corruptions=["fog"], severity=3)]
+custom_hooks = [dict(type="FitPriorHook", images="few/", limit=10, corruptions=["fog"], severities=3)]

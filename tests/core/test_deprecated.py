@@ -38,6 +38,12 @@ def _class(model, **which):
     return quac.RestoreThen(model, lambda images: images, **which).adapt_to
 
 
+def _data(model, **which):
+    from quac_plugins.fit import Data
+
+    return Data(images="few/", **which).levels
+
+
 def _unet(model, **which):
     from quac_plugins.diffusers import QuACUNet2DModel
 
@@ -68,6 +74,7 @@ OLD = {  # what is called, with the old name, with the new one
     "RestoreThen": (_class, {"quality": "degraded"}, {"adapt_to": "degraded"}),
     "QUAC_KERNELS=reference": (_choice, {"value": "reference"}, {"value": "plain"}),
     "QUAC_KERNELS=fused": (_choice, {"value": "fused"}, {"value": "native"}),
+    "Data": (_data, {"severity": (1, 5)}, {"severities": (1, 5)}),
     "QuACUNet2DModel": pytest.param(_unet, {"quality": Q}, {"q": Q}, marks=_needs("diffusers")),
     "CorruptImage": pytest.param(
         _corrupted, {"image_format": "RGB"}, {"channel_order": "RGB"}, marks=_needs("detectron2")

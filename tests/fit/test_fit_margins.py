@@ -36,7 +36,7 @@ def test_statistics_alone_take_no_step(photos, quick, build):
     report = quac.fit_prior(model, photos, **{**quick, **TWO, "steps": 0})
     assert [entry["step"] for entry in report.stages["margins"]["curve"]] == [0]
     single = build("test_resnet")
-    quac.fit_prior(single, photos, **{**quick, "corruptions": "contrast", "severity": 4, "steps": 0})
+    quac.fit_prior(single, photos, **{**quick, "corruptions": "contrast", "severities": 4, "steps": 0})
     assert [len(margin.table) for margin in margins_of(single)[:2]] == [1, 1]
 
 

@@ -91,7 +91,7 @@ def test_clean_pictures_are_kept_and_no_expert_is_starved_for_it(seed):
 
 def test_the_shipped_gate_serves_few_photographs_and_the_report_is_of_what_is_saved(large, few, build, tmp_path):
     model = build("test_resnet_ddp", experts=EXPERTS)
-    report = quac.fit_prior(model, list(large), severity=3, **few)
+    report = quac.fit_prior(model, list(large), severities=3, **few)
     assert report.gate.choices == ["identity", *EXPERTS]
     assert report.gate.held_out
     assert report.gate.starved == []
@@ -165,7 +165,7 @@ def test_what_cannot_be_fitted_is_said_before_the_work(large, few, build):
 
 def test_half_hosts_and_unfitted_experts_are_judged_as_they_are_saved(large, few, build):
     model = build("test_resnet_ddp", experts=["fog", "contrast"]).bfloat16()
-    report = quac.fit_prior(model, list(large), corruptions="fog", severity=3, **few)
+    report = quac.fit_prior(model, list(large), corruptions="fog", severities=3, **few)
     assert set(report.gate.counts) == {"clean", "fog"}
     assert report.gate.share("clean", choice="contrast") == 0  # it is the identity, wherever the gate sends it
     prior = model.get_submodule(f"{injection_of(model).prior.sites[0].name}.{PRIOR_NAME}")

@@ -32,7 +32,7 @@ def test_it_repairs_and_leaves_the_host_alone(photos, quick, build, snapshot, pu
     model.stages[1].eval()
     before, start = snapshot(model), put_in(model)
     settings = {**quick, "steps": 40, "check_every": 10, "draws": 6, "lr": 1e-2}
-    report = quac.fit_prior(model, photos, corruptions=["contrast"], severity=4, **settings)
+    report = quac.fit_prior(model, photos, corruptions=["contrast"], severities=4, **settings)
     before.check()
     assert any(not torch.equal(tensor, start[name]) for name, tensor in put_in(model).items())
     stage = report.stages["prior"]
@@ -48,7 +48,7 @@ def test_it_repairs_and_leaves_the_host_alone(photos, quick, build, snapshot, pu
 @pytest.mark.parametrize("corruption", ["fog", "contrast"])
 def test_the_loss_on_photographs_falls(photos, quick, build, corruption):
     settings = {**quick, "steps": 60, "check_every": 10, "lr": 1e-2, "near": 0.5, "draws": 6}
-    report = quac.fit_prior(build("test_efficientnet_ddp"), photos, corruptions=corruption, severity=4, **settings)
+    report = quac.fit_prior(build("test_efficientnet_ddp"), photos, corruptions=corruption, severities=4, **settings)
     losses = [entry["loss"] for entry in report.stages["prior"]["curve"][1:]]
     assert losses[2] < 0.85 * losses[0]  # near
     assert losses[5] < losses[3]  # deep
@@ -66,7 +66,7 @@ def test_the_loss_on_photographs_falls(photos, quick, build, corruption):
         ("test_resnet_ddp", {"deep_weight": 0.0, "logits_weight": 0.0}, {}),
         ("test_resnet_ddp", {"amp": "bf16"}, {}),
         ("test_resnet_ddp", {"pairs": True}, {}),
-        ("test_resnet_ddp", {"severity": (1, 5), "corruptions": "contrast,pixelate"}, {}),
+        ("test_resnet_ddp", {"severities": (1, 5), "corruptions": "contrast,pixelate"}, {}),
         ("test_resnet_ddp", {}, {"features_only": True, "num_classes": None}),
         ("test_resnet_qacon_ddp", {}, {}),
     ],
@@ -209,9 +209,9 @@ def test_files_that_cannot_be_read(folder, photos, quick, build, tmp_path):
         ({"images": [np.zeros((20, 90, 3), np.uint8)]}, ValueError, "too small"),
         ({"corruptions": "fogg"}, ValueError, "Did you mean fog"),
         ({"corruptions": []}, ValueError, "no corruptions"),
-        ({"severity": 6}, ValueError, "from 1 to 5"),
-        ({"severity": "3"}, ValueError, "from 1 to 5"),
-        ({"severity": ()}, ValueError, "no severity"),
+        ({"severities": 6}, ValueError, "from 1 to 5"),
+        ({"severities": "3"}, ValueError, "from 1 to 5"),
+        ({"severities": ()}, ValueError, "no severity"),
         ({"views": 0}, ValueError, "views must be a whole number"),
         ({"draws": 1.5}, ValueError, "draws must be a whole number"),
         ({"held_out": 1.0}, ValueError, "below 1"),
@@ -270,7 +270,7 @@ def test_a_name_is_no_model(photos, quick):
 def test_a_host_of_half_precision_is_fitted_in_float32_and_stays_what_it_was(photos, quick, build, dtype, options):
     model = build("test_resnet_ddp", **options).to(dtype)
     host = {n: t.clone() for n, t in model.state_dict().items() if "quac" not in n}
-    report = quac.fit_prior(model, photos, corruptions="contrast", severity=5, **{**quick, "steps": 30, "lr": 1e-2})
+    report = quac.fit_prior(model, photos, corruptions="contrast", severities=5, **{**quick, "steps": 30, "lr": 1e-2})
     assert report.stopped == []
     assert report.held_out < 0.95
     now = model.state_dict()
@@ -419,7 +419,7 @@ def choices(model, images):
 def test_a_routed_prior_learns_its_experts_and_where_to_send_images(photos, quick, build, put_in, snapshot):
     model = build("test_resnet_ddp", experts=KINDS, site="stages")
     before = snapshot(model)
-    report = quac.fit_prior(model, photos, severity=5, **{**quick, "views": 3})
+    report = quac.fit_prior(model, photos, severities=5, **{**quick, "views": 3})
     before.check()
     assert list(report.stages) == report.kinds == KINDS
     assert report.gate.choices == ["identity", *KINDS]
@@ -431,7 +431,7 @@ def test_a_routed_prior_learns_its_experts_and_where_to_send_images(photos, quic
     assert right >= 7
     # one alone, later: the others stay, and so does the way to them
     start = put_in(model)
-    again = quac.fit_prior(model, photos, corruptions="pixelate", severity=5, **{**quick, "views": 3, "lr": 1e-2})
+    again = quac.fit_prior(model, photos, corruptions="pixelate", severities=5, **{**quick, "views": 3, "lr": 1e-2})
     assert list(again.stages) == ["pixelate"]
     now = put_in(model)
     changed = {
@@ -535,7 +535,7 @@ def test_states_of_other_fits_are_refused(photos, quick, build, interrupt, tmp_p
     for model, others in (
         (build("test_resnet_ddp"), {"steps": 9}),
         (build("test_resnet_ddp"), {"corruptions": "fog"}),
-        (build("test_resnet_ddp"), {"severity": 4}),
+        (build("test_resnet_ddp"), {"severities": 4}),
         (build("test_resnet_ddp"), {"images": photos[:3]}),
         (build("test_resnet_ddp"), {"corruptions": None, "degrade": lambda image: image // 2}),
         (build("test_resnet_ddp"), {"deep": None}),

@@ -34,7 +34,7 @@ def test_only_the_activations_change(photos, quick, build, snapshot, put_in, equ
     model = build(name, **({"img_size": 64} if "vit" in name else {})).train()
     before, start = snapshot(model), put_in(model)
     options = {**quick, "steps": 24, "lr": 2e-2, "held_out": 0.25}
-    report = quac.fit_qacon(model, photos, corruptions="contrast,fog", severity=4, **options)
+    report = quac.fit_qacon(model, photos, corruptions="contrast,fog", severities=4, **options)
     before.check()
     now = put_in(model)
     prior = [{n: t for n, t in tensors.items() if "quac_prior" in n} for tensors in (now, start)]

@@ -173,7 +173,7 @@ def test_the_prior_is_fitted_when_the_weights_are_there(config, folder, tmp_path
     plain = Runner.from_cfg(config(host, work_dir=str(tmp_path / "plain")))
     torch.save({"state_dict": plain.model.state_dict()}, tmp_path / "host.pth")
     hook = {
-        "type": "FitPriorHook", "images": str(folder), "limit": 4, "corruptions": ["contrast"], "severity": 5,
+        "type": "FitPriorHook", "images": str(folder), "limit": 4, "corruptions": ["contrast"], "severities": 5,
         "steps": 6, "views": 1, "input_size": 64,
     }  # fmt: skip
     prior = {"type": "DegradationPrior", "backbone": host, "site": "auto"}
@@ -212,7 +212,7 @@ def test_the_prior_is_fitted_when_the_weights_are_there(config, folder, tmp_path
     [
         ({"stpes": 20}, r"FitPriorHook\.stpes: .*did you mean 'steps'"),
         ({"corruptions": ["fogg"]}, r"FitPriorHook\.corruptions: .*fogg"),
-        ({"severity": 9}, r"FitPriorHook\.severity: .*9"),
+        ({"severities": 9}, r"FitPriorHook\.severities: .*9"),
         ({"steps": "many"}, r"FitPriorHook\.steps: steps must be a whole number"),
         ({"limit": 0}, r"FitPriorHook\.limit: limit must be a whole number"),
         ({"lr": "fast"}, r"FitPriorHook\.lr: lr must be a number above 0"),
