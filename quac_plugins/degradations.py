@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from quac_plugins.core.deprecated import renamed
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -192,6 +194,7 @@ def image_seed(seed: int, name: str, severity: int, key: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=4).digest(), "big")
 
 
+@renamed(severity="severities")
 class Corrupt:
     """A transform that corrupts images, for the pipelines of torchvision and timm; put it before the tensor conversion.
 
@@ -201,23 +204,24 @@ class Corrupt:
 
     Args:
         names: a corruption, a set of corruptions or several of them, as in `corruption_names`.
-        severity: one severity or several, each from 1 to 5.
+        severities: one severity or several, each from 1 to 5.
         seed: the seed, or None for fresh draws.
 
     Raises:
         ValueError: if there is no name or severity, or an unknown one.
 
     Example:
-        >>> transform = Corrupt(["fog", "contrast"], severity=[1, 3], seed=0)
+        >>> transform = Corrupt(["fog", "contrast"], severities=[1, 3], seed=0)
         >>> transform(np.zeros((40, 40, 3), dtype=np.uint8)).shape
         (40, 40, 3)
         >>> transform
-        Corrupt(['fog', 'contrast'], severity=[1, 3], seed=0)
+        Corrupt(['fog', 'contrast'], severities=[1, 3], seed=0)
     """
 
-    def __init__(self, names: str | Iterable[str], severity: int | Iterable[int] = 3, seed: int | None = 0):
+    def __init__(self, names: str | Iterable[str], severities: int | Iterable[int] = 3, seed: int | None = 0):
         self.names = corruption_names(names)
-        self.severities = [check_severity(s) for s in (severity if isinstance(severity, Iterable) else [severity])]
+        levels = severities if isinstance(severities, Iterable) else [severities]
+        self.severities = [check_severity(level) for level in levels]
         self.seed = None if seed is None else operator.index(seed)
         if not self.names or not self.severities:
             raise ValueError("Corrupt needs at least one corruption and one severity")
@@ -244,7 +248,7 @@ class Corrupt:
         return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
     def __repr__(self) -> str:
-        return f"Corrupt({self.names}, severity={self.severities}, seed={self.seed})"
+        return f"Corrupt({self.names}, severities={self.severities}, seed={self.seed})"
 
 
 def _as_rgb(image: Any) -> np.ndarray:

@@ -22,7 +22,7 @@ def numbers(text: str | None, kind: Callable[[str], T], what: str) -> list[T] | 
         ValueError: if a part is no such number.
 
     Example:
-        >>> numbers("1,3,5", int, "--severity")
+        >>> numbers("1,3,5", int, "--severities")
         [1, 3, 5]
     """
     if text is None:

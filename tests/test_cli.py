@@ -48,7 +48,7 @@ def weights(tmp_path_factory):
 def test_evaluate_prints_writes_and_draws(images, weights, tmp_path):
     done = quac(
         *("evaluate", "test_resnet", "--data", images, "--base-checkpoint", weights, "--num-classes", 4),
-        *("--mean", 0.5, "--std", "0.5,0.5,0.5", "--corruptions", "fog,contrast", "--severity", "1,3", "--seed", 5),
+        *("--mean", 0.5, "--std", "0.5,0.5,0.5", "--corruptions", "fog,contrast", "--severities", "1,3", "--seed", 5),
         *("--json", tmp_path / "new" / "out.json", "--plot", tmp_path / "out.png", "--batch-size", 3),
     )
     assert done.exit_code == 0, done.output
@@ -156,8 +156,9 @@ def test_unreadable_images_show_in_the_exit_code(images, weights, tmp_path):
     [
         (["--data", "/none/there"], "there is no directory /none/there"),
         (["--corruptions", "fogg"], "Did you mean fog"),
-        (["--severity", "1,x"], "--severity: expected numbers"),
-        (["--severity", "9", "--corruptions", "fog"], "from 1 to 5"),
+        (["--severities", "1,x"], "--severities: expected numbers"),
+        (["--severity", "1", "--severities", "2"], "--severity is the old name of --severities"),
+        (["--severities", "9", "--corruptions", "fog"], "from 1 to 5"),
         (["--num-classes", "3"], "the network has 3 classes"),
         (["--base-checkpoint", "none.pt"], "there is no checkpoint none.pt"),
         (["--checkpoint", "none.pt"], "there is no checkpoint none.pt"),

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from quac_plugins.core.deprecated import warn_of
 from quac_plugins.core.files import same_file
 from quac_plugins.parsing import numbers
 
@@ -42,6 +43,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …. Defaul
 NumWorkers = Annotated[int, typer.Option(min=0, help="Processes that read and corrupt.")]
 Json = Annotated[Path | None, typer.Option(help="Write the report here.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw the report here: .png, .svg, .pdf, ….")]
+OldSeverity = Annotated[str | None, typer.Option("--severity", hidden=True)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -52,6 +54,7 @@ def plain_errors(debug: bool) -> Iterator[None]:
         with warnings.catch_warnings():
             if not debug:
                 warnings.showwarning = _show_warning  # type: ignore[assignment]
+                warnings.filterwarnings("default", r"--\S+ is deprecated", DeprecationWarning)  # else Python hides it
             yield
     except (BrokenPipeError, NotImplementedError, RecursionError, typer.Exit):
         raise
@@ -61,6 +64,16 @@ def plain_errors(debug: bool) -> Iterator[None]:
         text = " ".join(str(error).split()) or type(error).__name__
         typer.echo(f"error: {text}", err=True)
         raise typer.Exit(WRONG) from None
+
+
+def new_option(old: str, old_value: str | None, new: str, value: str | None) -> str | None:
+    """What was given by an option's old name or by its new one; the old one warns."""
+    if old_value is None:
+        return value
+    if value is not None:
+        raise ValueError(f"{old} is the old name of {new}; give {new} alone")
+    warn_of(old, new)
+    return old_value
 
 
 def _show_warning(message: Warning | str, *where: Any) -> None:

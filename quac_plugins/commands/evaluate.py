@@ -31,9 +31,10 @@ def evaluate_command(
     corruptions: Annotated[
         str, typer.Option(help="Names, groups (noise, blur, weather, digital), all, extra or every; comma-separated.")
     ] = "",
-    severity: Annotated[
+    severities: Annotated[
         str | None, typer.Option(help="1 to 5, comma-separated. Default 3; for ImageNet-C all that are there.")
     ] = None,
+    severity: console.OldSeverity = None,
     clean: Annotated[bool, typer.Option(help="Measure the images without corruption too.")] = True,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many images, spread over classes.")] = None,
     seed: Annotated[int, typer.Option(help="Of the corruptions and the choice of images.")] = 0,
@@ -63,7 +64,7 @@ def evaluate_command(
         inputs = [data, base_checkpoint, checkpoint, class_map, *console.files_of(adapter)]
         console.check_outputs(json, plot, inputs=inputs)
         images = console.images_of(mean, std, input_size)
-        severities = numbers(severity, int, "--severity")
+        levels = numbers(console.new_option("--severity", severity, "--severities", severities), int, "--severities")
         import torch
 
         from quac_plugins.evaluate import evaluate
@@ -84,7 +85,7 @@ def evaluate_command(
             network,
             data,
             corruptions=corruptions,
-            severities=severities,
+            severities=levels,
             limit=limit,
             seed=seed,
             batch_size=batch_size,

@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from quac_plugins.core.deprecated import renamed
 from quac_plugins.degradations import check_severity, corrupt, corruption_names, image_seed
 from quac_plugins.evaluate.images import worker_init
 from quac_plugins.fit.sources import FewImages, to_uint8
@@ -65,6 +66,7 @@ class Draws:
         return len(self.degraded)
 
 
+@renamed(workers="num_workers")
 def make_draws(
     few: FewImages,
     size: tuple[int, int],
@@ -76,7 +78,7 @@ def make_draws(
     clean_share: float = 0.0,
     degrade: Degrade | None = None,
     seed: int = 0,
-    workers: int = 0,
+    num_workers: int = 0,
     crop: Callable[[Image.Image], torch.Tensor] | None = None,
     scales: tuple[float, float] = (0.5, 1.0),
 ) -> Draws:
@@ -95,7 +97,7 @@ def make_draws(
         clean_share: the share of all pictures that are views as they are, from 0 to below 1. They come on top.
         degrade: a function, or several by name, as `quac_plugins.fit.Data` has them.
         seed: of everything random.
-        workers: processes that degrade; 0 means this one. The result is the same.
+        num_workers: processes that degrade; 0 means this one. The result is the same.
         crop: makes the first view: PIL image → uint8 tensor (3, h, w), as `quac_plugins.evaluate.preprocessing.Crop`.
             None means to resize until the image covers the size, and to cut the middle out.
         scales: least and most of the sides of the random crops, of the image's.
@@ -121,7 +123,7 @@ def make_draws(
     levels = [check_severity(s) for s in (severities if isinstance(severities, Iterable) else [severities])]
     functions = own_degradations(degrade)
     _check_sources(few, names, levels, functions)
-    for what, value, least in (("views", views, 1), ("draws", draws, 1), ("workers", workers, 0)):
+    for what, value, least in (("views", views, 1), ("draws", draws, 1), ("num_workers", num_workers, 0)):
         if operator.index(value) < least:
             raise ValueError(f"{what} must be at least {least}, got {value}")
     if not 0 <= clean_share < 1:
@@ -140,7 +142,7 @@ def make_draws(
         degraded[: len(tasks)] = _views(few.degraded, few.names, size, views, seed, crop, scales)
     else:
         pictures = _Degraded(clean, tasks, kinds, [few.names[index] for index in image], functions)
-        _fill(degraded[: len(tasks)], pictures, workers)
+        _fill(degraded[: len(tasks)], pictures, num_workers)
     degraded[len(tasks) :] = clean[same]
     return Draws(
         clean=clean,
@@ -367,8 +369,8 @@ class _Batches(Dataset):
             return error, traceback.format_exc()
 
 
-def _fill(result: np.ndarray, pictures: _Degraded, workers: int) -> None:
-    if not workers:
+def _fill(result: np.ndarray, pictures: _Degraded, num_workers: int) -> None:
+    if not num_workers:
         for index in range(len(pictures)):
             result[index] = pictures[index]
         return
@@ -378,7 +380,7 @@ def _fill(result: np.ndarray, pictures: _Degraded, workers: int) -> None:
     loader = DataLoader(
         batches,  # type: ignore[arg-type]
         batch_size=None,
-        num_workers=min(workers, len(batches)),
+        num_workers=min(num_workers, len(batches)),
         worker_init_fn=worker_init,
         generator=torch.Generator(),
     )
@@ -395,5 +397,5 @@ def _check_can_be_sent(own: Mapping[str, Any]) -> None:
     except Exception as error:
         raise ValueError(
             f"the degrade function cannot be sent to worker processes ({error}): define it at the top of a module, or "
-            "give workers=0"
+            "give num_workers=0"
         ) from error

@@ -92,7 +92,7 @@ class Photographs:
             clean_share=clean_share,
             degrade={kind: functions[kind] for kind in kinds if kind in functions} or None,
             seed=self.data.seed,
-            workers=self.data.num_workers,
+            num_workers=self.data.num_workers,
             crop=self.crop,
             scales=self.scales,
         )

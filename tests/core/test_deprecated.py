@@ -10,6 +10,9 @@ import torch
 import quac_plugins as quac
 from quac_plugins.core.deprecated import moved, renamed
 from quac_plugins.core.kernels.native import kernels_choice
+from quac_plugins.degradations import Corrupt
+from quac_plugins.fit.draws import make_draws
+from quac_plugins.fit.sources import few_images
 
 IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -61,6 +64,15 @@ def _corrupted(model, **which):
     return torch.from_numpy(CorruptImage("contrast", 3, seed=0, **which).get_transform(image).apply_image(image))
 
 
+def _drawn(model, **which):
+    return repr(Corrupt("contrast", **which))
+
+
+def _draws(model, **which):
+    photographs = few_images(np.full((1, 64, 64, 3), 128, dtype=np.uint8))
+    return torch.from_numpy(make_draws(photographs, (32, 32), corruptions="contrast", severities=3, **which).degraded)
+
+
 def _choice(model, value):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUAC_KERNELS", value)
@@ -75,6 +87,8 @@ OLD = {  # what is called, with the old name, with the new one
     "QUAC_KERNELS=reference": (_choice, {"value": "reference"}, {"value": "plain"}),
     "QUAC_KERNELS=fused": (_choice, {"value": "fused"}, {"value": "native"}),
     "Data": (_data, {"severity": (1, 5)}, {"severities": (1, 5)}),
+    "Corrupt": (_drawn, {"severity": [1, 3]}, {"severities": [1, 3]}),
+    "make_draws": (_draws, {"workers": 0}, {"num_workers": 0}),
     "QuACUNet2DModel": pytest.param(_unet, {"quality": Q}, {"q": Q}, marks=_needs("diffusers")),
     "CorruptImage": pytest.param(
         _corrupted, {"image_format": "RGB"}, {"channel_order": "RGB"}, marks=_needs("detectron2")

@@ -142,8 +142,8 @@ def test_workers_change_nothing(few, workers):
         {"degrade": lambda image: 255 - image},  # a forked worker has it already
     ):
         if options.get("degrade") is None or multiprocessing.get_start_method() == "fork":
-            same(make_draws(few, SIZE, workers=workers, **options), make_draws(few, SIZE, **options))
-    same(make_draws(paired(few), SIZE, workers=workers), make_draws(paired(few), SIZE))
+            same(make_draws(few, SIZE, num_workers=workers, **options), make_draws(few, SIZE, **options))
+    same(make_draws(paired(few), SIZE, num_workers=workers), make_draws(paired(few), SIZE))
 
 
 def test_every_corruption_of_imagenet_c_leaves_the_views_alone(few):
@@ -322,7 +322,7 @@ def test_errors_of_a_function_name_it_and_the_image(few, workers):
     with pytest.raises(
         RuntimeError, match=r"degrade function fails failed on the image a\.png: KeyError: 'oh'"
     ) as caught:
-        make_draws(few, SIZE, degrade=fails, workers=workers)
+        make_draws(few, SIZE, degrade=fails, num_workers=workers)
     cause = caught.value.__cause__
     assert "in fails" in str(cause) if workers else isinstance(cause, KeyError)
 
@@ -347,7 +347,7 @@ def test_a_function_that_cannot_be_sent_to_workers(few, monkeypatch):
     with pytest.raises(
         ValueError, match=r"cannot be sent to worker processes \(.*\): define it at the top of a module"
     ):
-        make_draws(few, SIZE, degrade=lambda image: image, workers=1)
+        make_draws(few, SIZE, degrade=lambda image: image, num_workers=1)
 
 
 def test_corruptions_and_several_functions_by_name(few):
@@ -381,7 +381,7 @@ def test_corruptions_and_several_functions_by_name(few):
         ({"degrade": {"fog": noisy}}, "'fog'.*: this name is taken"),
         ({"degrade": noisy, "views": 0}, "views must be at least 1, got 0"),
         ({"degrade": noisy, "draws": 0}, "draws must be at least 1, got 0"),
-        ({"degrade": noisy, "workers": -1}, "workers must be at least 0, got -1"),
+        ({"degrade": noisy, "num_workers": -1}, "num_workers must be at least 0, got -1"),
         ({"degrade": noisy, "clean_share": 1.0}, "clean_share must be at least 0 and below 1, got 1.0"),
         ({"degrade": noisy, "clean_share": -0.1}, "clean_share must be at least 0"),
         ({"degrade": noisy, "size": (0, 4)}, r"size must be \(height, width\) with sides from 1 on, got \(0, 4\)"),

@@ -1,4 +1,4 @@
-"""The fused kernels in C++, built by the compiler that torch.compile uses: one library for a dtype.
+"""The native kernels in C++, built by the compiler that torch.compile uses: one library for a dtype.
 
 x is (B, C, N) in rows, with a number of each parameter for a row, or (B, N, C) in columns, with one for each b and c.
 Backward makes all its sums in the pass that writes the gradient of x.

@@ -1,4 +1,4 @@
-"""The equations as the fused kernels compute them: y = x·A(x; c), with as little work a number as there can be.
+"""The equations as the native kernels compute them: y = x·A(x; c), with as little work a number as there can be.
 
 ``FORMS[equation]`` holds, for an equation f(x; θ) of :mod:`plain`, the coefficients c that follow from θ alone, the
 gate A, and what backward needs, in C++; :mod:`gpu` has the same in Triton's language. An equation without an entry here

@@ -1,4 +1,4 @@
-"""The fused kernels in Triton, for a GPU: one pass forward, one backward with its sums.
+"""The native kernels in Triton, for a GPU: one pass forward, one backward with its sums.
 
 They take strides, so that rows (NCHW) and columns (channels_last, tokens) are the same code over tiles of another
 shape. Computed in float32, for x in float32, bfloat16 and float16. The equations are those of :mod:`equations`.

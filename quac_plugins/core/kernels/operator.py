@@ -112,7 +112,7 @@ def kernels_of(device: str, dtype: torch.dtype) -> Kernels | None:
             _try(kernels, device, dtype)
         return kernels
 
-    return built_or_none(device, f"fused activations of {str(dtype)[6:]}", build)
+    return built_or_none(device, f"native kernels of {str(dtype)[6:]}", build)
 
 
 def _try(kernels: Kernels, device: str, dtype: torch.dtype) -> None:

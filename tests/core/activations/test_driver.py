@@ -298,7 +298,7 @@ def by_kernels_and_by_operation(monkeypatch, site, *inputs):
     return found
 
 
-@pytest.mark.filterwarnings("error:fused activations")
+@pytest.mark.filterwarnings("error:native kernels")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", DRIVEN)

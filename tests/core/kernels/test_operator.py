@@ -16,7 +16,7 @@ from quac_plugins.core.kernels import activate, means, native, operator, plain
 from quac_plugins.core.kernels.equations import FORMS
 from quac_plugins.core.kernels.native import kernels_choice, may_read
 
-pytestmark = pytest.mark.filterwarnings("error:fused activations")
+pytestmark = pytest.mark.filterwarnings("error:native kernels")
 
 LAYOUTS = [
     ((2, 5, 7, 6), 1, False), ((2, 5, 7, 6), 1, True), ((2, 150, 37), -1, False), ((3, 5), 1, False),
@@ -428,7 +428,7 @@ print(sum("is a C++ compiler installed" in str(w.message) for w in seen))
     assert run.stdout.strip() == "1"
 
 
-@pytest.mark.filterwarnings("ignore:fused activations")
+@pytest.mark.filterwarnings("ignore:native kernels")
 def test_what_computes_other_numbers_is_left_out(monkeypatch):
     found = operator.kernels_of("cpu", torch.float32)
     wrong = found._replace(run=lambda grad, *args: found.run(grad, -args[0], *args[1:]))
