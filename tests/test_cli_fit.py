@@ -62,7 +62,7 @@ def start(images, weights, tmp_path):
 @pytest.mark.parametrize("name", ["test_resnet", "test_resnet_qacon_ddp"])
 def test_fit_prior_then_evaluate(start, images, weights, tmp_path, name):
     done = start(
-        *("fit-prior", name, "--corruptions", "contrast", "--severity", "3,5", "--mean", 0.5, "--std", 0.25),
+        *("fit-prior", name, "--corruptions", "contrast", "--severities", "3,5", "--mean", 0.5, "--std", 0.25),
         *("--fdm", "light"),
         *("--json", tmp_path / "new" / "report.json", "--plot", tmp_path / "curve.png", "--seed", 2, "--lr", 0.01),
     )
@@ -106,7 +106,7 @@ def test_several_corruptions_are_routed(start, images, weights, tmp_path):
     before = load_file(tmp_path / "adapter" / FILES[1])
     done = start(
         *("fit-prior", "test_resnet_ddp", "--adapter", tmp_path / "adapter", "--corruptions", "pixelate", "--lr", 0.1),
-        *("--overwrite", "--severity", 5),
+        *("--overwrite", "--severities", 5),
     )
     assert done.exit_code == 0, done.output
     after = load_file(tmp_path / "adapter" / FILES[1])
@@ -237,7 +237,7 @@ def test_unreadable_images_show_in_the_exit_code(start, images, tmp_path):
     [
         (["--images", "/none/there"], "there is no file or folder /none/there"),
         (["--corruptions", "fogg"], "Did you mean fog"),
-        (["--severity", "1,x"], "--severity: expected numbers"),
+        (["--severities", "1,x"], "--severities: expected numbers"),
         (["--fdm", "ligth"], "did you mean 'light'"),
         (["--site", "layer9"], "site='layer9' matches no module"),
         (["--deep", "layer9"], "deep='layer9' matches no module"),

@@ -55,9 +55,10 @@ def _shared(
         str | None,
         typer.Option(help="Names, groups (noise, blur, weather, digital), all, extra or every; comma-separated."),
     ] = None,
-    severity: Annotated[
+    severities: Annotated[
         str | None, typer.Option(help="1 to 5; several, comma-separated, are mixed. Default: 3; all for margins.")
     ] = None,
+    severity: console.OldSeverity = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many images.")] = None,
     views: Annotated[int | None, typer.Option(min=1, help="Crops and flips of each image.")] = None,
     draws: Annotated[int | None, typer.Option(min=1, help="Degraded pictures of each view and corruption.")] = None,
@@ -184,7 +185,8 @@ def _data(given: Any) -> Data:
     from quac_plugins.fit import Data
 
     read = vars(given) | console.images_of(given.mean, given.std, given.input_size)
-    read["severities"] = numbers(given.severity, int, "--severity")
+    levels = console.new_option("--severity", given.severity, "--severities", given.severities)
+    read["severities"] = numbers(levels, int, "--severities")
     names = {field.name for field in fields(Data)}
     return Data(**_said(**{name: value for name, value in read.items() if name in names}))
 

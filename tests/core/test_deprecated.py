@@ -8,6 +8,7 @@ import timm
 import torch
 
 import quac_plugins as quac
+from quac_plugins.commands.console import new_option
 from quac_plugins.core.deprecated import moved, renamed
 from quac_plugins.core.kernels.native import kernels_choice
 from quac_plugins.degradations import Corrupt
@@ -73,6 +74,10 @@ def _draws(model, **which):
     return torch.from_numpy(make_draws(photographs, (32, 32), corruptions="contrast", severities=3, **which).degraded)
 
 
+def _option(model, **which):
+    return new_option("--severity", which.get("severity"), "--severities", which.get("severities"))
+
+
 def _choice(model, value):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QUAC_KERNELS", value)
@@ -88,6 +93,7 @@ OLD = {  # what is called, with the old name, with the new one
     "QUAC_KERNELS=fused": (_choice, {"value": "fused"}, {"value": "native"}),
     "Data": (_data, {"severity": (1, 5)}, {"severities": (1, 5)}),
     "Corrupt": (_drawn, {"severity": [1, 3]}, {"severities": [1, 3]}),
+    "--severity": (_option, {"severity": "1,3"}, {"severities": "1,3"}),
     "make_draws": (_draws, {"workers": 0}, {"num_workers": 0}),
     "QuACUNet2DModel": pytest.param(_unet, {"quality": Q}, {"q": Q}, marks=_needs("diffusers")),
     "CorruptImage": pytest.param(
