@@ -317,7 +317,7 @@ def test_the_weather_adapter_sees_what_its_host_does_not(monkeypatch):
         return said.host[0][0], said.classes[0][0]
 
     assert first(cup) == ("espresso", "espresso")
-    for kind in ("contrast", "elastic_transform", "frost", "glass_blur"):
+    for kind in ("contrast", "elastic_transform", "glass_blur"):
         without, with_margins = first(Image.fromarray(corrupt(np.asarray(cup), kind, 4, 0)))
         assert without != "espresso" == with_margins, kind
 
