@@ -277,7 +277,7 @@ def models(args: argparse.Namespace) -> list[dict[str, Any]]:
 def margins(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Inference with margins for the 15 corruptions, with q given and with the quality function's own."""
     rows = []
-    for name in ("mobilenetv2_100", "tf_efficientnet_lite0", "resnet50"):
+    for name in ("mobilenetv2_100", "tf_efficientnet_lite0", "tf_efficientnet_lite1", "resnet50"):
         host = timm.create_model(name).to(args.device).eval()
         ours = quac.inject(copy.deepcopy(host), quac.PriorConfig(fdm="margin", experts=list(CORRUPTIONS))).eval()
         for batch in (1, args.batch_size):

@@ -15,9 +15,8 @@ a single degradation can be folded into the host (:func:`quac_plugins.fuse`).
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,15 +30,6 @@ from quac_plugins.core.quality.context import QualityContext, QualityError
 
 SEVERITIES = (2.0, 4.0)
 """The severities that margins are kept for, where q tells one; beyond them the nearer one is used."""
-
-
-class _Latest(NamedTuple):
-    """What was made of a q."""
-
-    q: Tensor
-    mode: tuple[bool, bool]  # with gradients, of inference
-    shares: Tensor
-    coefficients: dict[int, tuple[Tensor, Tensor]]  # by the place's id; it lives as long as its mixture
 
 
 class Mixture(nn.Module):
@@ -60,8 +50,7 @@ class Mixture(nn.Module):
         self.gate = Gate(quality_channels, experts + 1, told)
         self.severity = severity
         self.given: Tensor | None = None
-        self._latest: _Latest | None = None
-        self._places: tuple[weakref.ref[Margin], ...] = ()  # that have asked
+        self._latest: tuple[Tensor, tuple[bool, bool], Tensor] | None = None  # q, the modes, and what was made of q
 
     def forward(self, q: Tensor, afresh: bool = True) -> Tensor:
         """(B, K·S) of q (B, Q), at least float32; each row sums to at most one.
@@ -73,27 +62,12 @@ class Mixture(nn.Module):
         if in_graph():
             return self._of(q)
         mode, latest = (torch.is_grad_enabled(), torch.is_inference_mode_enabled()), self._latest
-        if not afresh and latest is not None and latest.q is q and latest.mode == mode:
-            return latest.shares
+        if not afresh and latest is not None and latest[0] is q and latest[1] == mode:
+            return latest[2]
         shares = self._of(q)
         # what has a gradient belongs to one graph: it is made anew at each place
-        self._latest = None if shares.requires_grad else _Latest(q, mode, shares, {})
-        if self._latest is not None and not mode[0]:
-            places = [place for ref in self._places if (place := ref()) is not None]
-            self._latest.coefficients.update({id(place): place.mixed(shares) for place in places})
+        self._latest = None if shares.requires_grad else (q, mode, shares)
         return shares
-
-    def coefficients(self, place: Margin, shares: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Scale and shift at a place, if they were made with these shares.
-
-        Those of all places are made one after the other at the first of them: between the layers of a host each would
-        take several times as long, its code and data being out of the processor's caches.
-        """
-        if (latest := self._latest) is None or latest.shares is not shares or torch.is_grad_enabled() or in_graph():
-            return None
-        if (made := latest.coefficients.get(id(place))) is None and all(ref() is not place for ref in self._places):
-            self._places = (*self._places, weakref.ref(place))
-        return made
 
     def _of(self, q: Tensor) -> Tensor:
         q = q.to(self.gate.fc1.weight.device)
@@ -110,7 +84,7 @@ class Mixture(nn.Module):
         return 1 if self.severity is None else len(SEVERITIES)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_latest": None, "_places": (), "given": None}
+        return {**self.__dict__, "_latest": None, "given": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mixture:
         memo[id(self)] = new = type(self).__new__(type(self))
@@ -238,18 +212,11 @@ class Margin(FDM):
     def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The scale and shift of x, (B, C) or (1, C), in its dtype."""
         shares = self.shares(x)
-        made = None if shares is None else self.shared.coefficients(self, shares)  # type: ignore[union-attr]
-        if made is None:
-            with full_precision(x):
-                made = self.mixed(shares)
-        return made[0].to(x.dtype), made[1].to(x.dtype)
-
-    def mixed(self, shares: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Scale and shift for these shares, (B, C) or (1, C), at least float32."""
-        table = self.table.to(torch.promote_types(self.table.dtype, torch.float32))
-        both = table if shares is None else shares.to(table) @ table
-        scale, shift = both.chunk(2, dim=1)
-        return scale + 1, shift
+        with full_precision(x):
+            table = self.table.to(torch.promote_types(self.table.dtype, torch.float32))
+            both = table if shares is None else shares.to(table.dtype) @ table
+            scale, shift = both.chunk(2, dim=1)
+            return (scale + 1).to(x.dtype), shift.to(x.dtype)
 
     @property
     def gate(self) -> Gate | None:

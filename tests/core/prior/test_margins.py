@@ -1,5 +1,6 @@
 """Margins: each image's features are moved by what its degradations ask for, at every norm, and clean ones are not."""
 
+import contextlib
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -197,6 +198,29 @@ def test_shares_with_gradients_and_without_are_not_mixed_up(real):
     assert bool(gradients[0].any())
     for gradient in gradients[1:]:
         torch.testing.assert_close(gradient, gradients[0])
+
+
+def test_a_second_pass_computes_what_the_first_does_and_tables_may_change_between(real):
+    """What is made at the first place for all is made as each would; nothing of it outlives a change."""
+    model, images = filled(host()), images_of(real)[:2]
+    last = margins_of(model)[-1]
+    x = torch.rand(2, last.site.channels, 3, 3)
+    with torch.no_grad(), quac.use_q(model, told("fog", "contrast")):
+        for region in (contextlib.nullcontext(), torch.autocast("cpu", dtype=torch.bfloat16)):
+            with region:
+                fresh = copy.deepcopy(model)
+                with quac.use_q(fresh, told("fog", "contrast")):
+                    first = fresh(images)
+                    assert torch.equal(fresh(images), first)
+                    assert torch.equal(fresh(images), first)
+        model(images)
+        model(images)
+        before = last(x)
+        last.table.data.mul_(2)
+        assert not torch.equal(last(x), before)
+        fresh = copy.deepcopy(model)
+        with quac.use_q(fresh, told("fog", "contrast")):
+            assert torch.equal(model(images), fresh(images))
 
 
 def test_threads_do_not_see_each_others_shares(real):
