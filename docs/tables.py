@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from tables import spread  # noqa: E402  (benchmarks/tables.py)
 
 from quac_plugins.degradations import CORRUPTIONS  # noqa: E402
+from quac_plugins.registry import read_toml  # noqa: E402
 
 
 def rows_of(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -67,9 +68,8 @@ def weather() -> str:
         return [title, mean_of_15(host, severity), f"**{mean_of_15(ours, severity)}**"]
 
     kinds = ("fog", "motion_blur", "gaussian_noise")
-    seeds = "1 seed" if len(ours) == 1 else f"{len(ours)} seeds"
     return rows_of(
-        ["top-1, %", "host", f"with the adapter ({photographs} photographs, {seeds})"],
+        ["top-1, %", "host", f"with the adapter ({photographs} photographs, {_seeds(len(ours))})"],
         [
             row("clean pictures", "clean/0"),
             mean(3),
@@ -196,11 +196,7 @@ def preserved() -> str:
 
 def read_entries(registry: str) -> dict[str, dict[str, Any]]:
     """The entries of registry/REGISTRY.toml, as they are written there."""
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
-    return tomllib.loads((ROOT / "registry" / f"{registry}.toml").read_text(encoding="utf-8"))
+    return read_toml(ROOT / "registry" / f"{registry}.toml")
 
 
 def models() -> str:

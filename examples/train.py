@@ -11,33 +11,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
 import skimage.data
 import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2
+from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 import quac_plugins  # noqa: F401  (NAME_qacon)
-from quac_plugins.degradations import corrupt, corruption_names
-
-
-class Degraded:
-    """A transform: cut to a size, degrade with a probability, make a tensor (3, H, W) in [0, 1]."""
-
-    def __init__(self, size: int, corruptions: str, share: float = 0.5):
-        self.size, self.names, self.share = size, corruption_names(corruptions), share
-
-    def __call__(self, picture: Image.Image) -> torch.Tensor:
-        """Degrade a picture by torch's generator, so that workers and seeds hold."""
-        pixels = np.asarray(picture.convert("RGB").resize((self.size, self.size)))
-        if torch.rand(()) < self.share:
-            name = self.names[int(torch.randint(len(self.names), ()))]
-            severity, seed = int(torch.randint(1, 6, ())), int(torch.randint(2**31, ()))
-            pixels = corrupt(pixels, name, severity, seed=seed)
-        return torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 255
+from quac_plugins.degradations import Corrupt
 
 
 def main() -> None:
@@ -57,7 +41,9 @@ def main() -> None:
             picture.crop((10 * i, 5 * i, 10 * i + 220, 5 * i + 220)).save(data / name / f"{i}.png")
 
     torch.manual_seed(0)
-    pictures = ImageFolder(data, Degraded(args.size, args.corruptions))
+    degrade = Corrupt(args.corruptions, severities=range(1, 6), seed=None)  # drawn anew in each epoch
+    steps = [transforms.Resize((args.size, args.size)), transforms.RandomApply([degrade]), transforms.ToTensor()]
+    pictures = ImageFolder(data, transforms.Compose(steps))
     loader = torch.utils.data.DataLoader(pictures, batch_size=8, shuffle=True, drop_last=True)
     model = timm.create_model(args.model, num_classes=len(pictures.classes))
     mean, std = (torch.tensor(model.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))

@@ -72,7 +72,6 @@ def test_train_learns_the_folder_and_its_weights_load(run, tmp_path):
 
 
 def test_restore_brings_a_rainy_photograph_nearer_to_the_clean_one(run, tmp_path):
-    pytest.importorskip("diffusers")
     words = run("restore", "--side", 96).split()
     assert float(words[6]) > float(words[3]) + 3
     assert (tmp_path / "restore-output/restored.png").is_file()

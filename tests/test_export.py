@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from skimage import data
+from torch import _inductor as inductor
 from torchvision.models.feature_extraction import create_feature_extractor
 from typer.testing import CliRunner
 
@@ -120,7 +121,6 @@ def tones(images):
 
 def test_aotinductor_compiles_both_kinds_for_every_batch_and_size(tmp_path):
     # a small quality function: BRISQUE takes minutes to compile
-    inductor = pytest.importorskip("torch._inductor")
     torch.manual_seed(0)
     layers = [torch.nn.Conv2d(3, 8, 3, 2, 1), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3, 2, 1)]
     model = torch.nn.Sequential(*layers).eval()

@@ -14,6 +14,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from quac_plugins.core.colours import CHANNEL_ORDERS
 from quac_plugins.core.deprecated import renamed
 from quac_plugins.core.inject import PriorConfig, QuACConfig, inject, injection_of
 from quac_plugins.core.inject.surgery import all_or_nothing
@@ -155,7 +156,7 @@ def with_quac(
     backbone: nn.Module,
     pixel_mean: Any,
     pixel_std: Any,
-    channel_order: str = "BGR",
+    channel_order: str = "bgr",
     quac: QuACConfig | dict[str, Any] | None = None,
     prior: PriorConfig | dict[str, Any] | None = None,
 ) -> nn.Module:
@@ -165,7 +166,7 @@ def with_quac(
         backbone: detectron2's ResNet (whose activations become modules), Swin, ViT, MViT, an FPN over one, or your own.
             Activations in parts that are frozen, while others learn, are frozen too.
         pixel_mean, pixel_std: of the model, in pixels to 255.
-        channel_order: of the model: ``"BGR"`` or ``"RGB"``.
+        channel_order: of the model: ``"bgr"`` or ``"rgb"``; in capitals too, as ``INPUT.FORMAT`` has it.
         quac: a :class:`quac_plugins.QuACConfig` or a dict of its options; None puts none in. A lazy config takes the
             dict, or ``L(QuACConfig)(…)``.
         prior: a :class:`quac_plugins.PriorConfig` or a dict of its options, likewise.
@@ -185,7 +186,7 @@ def with_quac(
         'QACON'
     """
     with named("channel_order"):
-        one_of("format", channel_order, ["BGR", "RGB"])
+        one_of("format", channel_order, [*CHANNEL_ORDERS, *map(str.upper, CHANNEL_ORDERS)])
     images = in_unit_range(pixel_mean, pixel_std, channel_order.lower(), ("pixel_mean", "pixel_std"))
     configs: list[QuACConfig | PriorConfig] = []
     for cls, key, given in ((QuACConfig, "quac", quac), (PriorConfig, "prior", prior)):

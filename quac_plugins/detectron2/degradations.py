@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from detectron2.data.transforms import Augmentation, ColorTransform, NoOpTransform, Transform
 
-from quac_plugins.core.colours import in_order
+from quac_plugins.core.colours import CHANNEL_ORDERS, in_order
 from quac_plugins.core.deprecated import renamed
 from quac_plugins.degradations import Corrupt
 
@@ -22,7 +22,7 @@ class CorruptImage(Augmentation):
         corruptions: names or sets of :func:`quac_plugins.degradations.corruption_names`; of several one is drawn.
         severities: 1 to 5, or several, one of which is drawn.
         prob: share of images that are degraded.
-        channel_order: ``"BGR"`` or ``"RGB"``, as ``INPUT.FORMAT``.
+        channel_order: ``"bgr"`` or ``"rgb"``; in capitals too, as ``INPUT.FORMAT`` has it.
         seed: with it, what is drawn depends on the image alone, for validation; without, on numpy's generator.
 
     Raises:
@@ -41,7 +41,7 @@ class CorruptImage(Augmentation):
         corruptions: str | Sequence[str] = "all",
         severities: int | Sequence[int] = (1, 2, 3, 4, 5),
         prob: float = 1.0,
-        channel_order: str = "BGR",
+        channel_order: str = "bgr",
         seed: int | None = None,
     ):
         super().__init__()
@@ -49,9 +49,9 @@ class CorruptImage(Augmentation):
         self.corruptions, self.severities = checked.names, checked.severities
         if isinstance(prob, bool) or not isinstance(prob, (int, float)) or not 0 <= prob <= 1:
             raise ValueError(f"prob must lie between 0 and 1, got {prob!r}")
-        if channel_order not in ("BGR", "RGB"):
-            raise ValueError(f"channel_order must be 'BGR' or 'RGB', got {channel_order!r}")
-        self.prob, self.channel_order, self.seed = prob, channel_order, seed
+        if str(channel_order).lower() not in CHANNEL_ORDERS:
+            raise ValueError(f"channel_order must be 'bgr' or 'rgb', got {channel_order!r}")
+        self.prob, self.channel_order, self.seed = prob, channel_order.lower(), seed
 
     def get_transform(self, image: np.ndarray) -> Transform:
         """What is drawn for this image."""
@@ -66,7 +66,7 @@ class CorruptImage(Augmentation):
         transform = Corrupt(
             self.corruptions, self.severities, int(rng.random() * 2**31) if self.seed is None else self.seed
         )
-        order = self.channel_order.lower()
+        order = self.channel_order
         return ColorTransform(
             lambda pixels: np.ascontiguousarray(
                 in_order(transform(np.ascontiguousarray(in_order(pixels, order, -1))), order, -1)

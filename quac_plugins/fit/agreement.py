@@ -28,32 +28,34 @@ def agreement(student: Student, drawn: Drawn) -> dict[str, dict[str, Any]]:
         network, and ``n``, the number of pictures. Empty for networks that do not return logits (B, classes).
     """
     clean = drawn.view == np.arange(len(drawn.view))
-    told = _classes(student, student.teacher, drawn.pictures[clean])
-    if told is None:
+    told = logits_of(student, student.teacher, drawn.pictures[clean])
+    before, after = (logits_of(student, network, drawn.pictures) for network in (student.teacher, student.model))
+    if told is None or before is None or after is None:
         return {}
-    before, after = (_classes(student, net, drawn.pictures) for net in (student.teacher, student.model))
+    answers = {"before": before.argmax(1).numpy(), "after": after.argmax(1).numpy()}
+    classes = told.argmax(1).numpy()
     percents = {}
     for kind in dict.fromkeys(drawn.kind.tolist()):
         of_kind = drawn.kind == kind
-        right = told[drawn.view[of_kind]]
+        right = classes[drawn.view[of_kind]]
         percents[kind] = {
-            "before": round(100 * float((before[of_kind] == right).mean()), 1) if kind != CLEAN else 100.0,
-            "after": round(100 * float((after[of_kind] == right).mean()), 1),
+            "before": round(100 * float((answers["before"][of_kind] == right).mean()), 1) if kind != CLEAN else 100.0,
+            "after": round(100 * float((answers["after"][of_kind] == right).mean()), 1),
             "n": int(of_kind.sum()),
         }
     return percents
 
 
-def _classes(student: Student, network: nn.Module, pictures: np.ndarray) -> Any:
-    """The predicted classes (N,); None if the network returns no logits."""
-    classes, features = [], facts_of(network).gives_features
+def logits_of(student: Student, network: nn.Module, pictures: np.ndarray) -> Tensor | None:
+    """Logits (N, K) of a network for pictures uint8 (N, H, W, 3), float64 on the CPU; None if it returns none."""
+    parts, features = [], facts_of(network).gives_features
     with torch.no_grad():
         for start in range(0, len(pictures), _BATCH):
             logits = network(student.images(pictures[start : start + _BATCH]))
             if features or not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
                 return None
-            classes.append(logits.argmax(1).cpu().numpy())
-    return np.concatenate(classes)
+            parts.append(logits.double().cpu())
+    return torch.cat(parts)
 
 
 def multiply_adds(student: Student) -> float | None:

@@ -8,22 +8,20 @@ the network is (nearly) homogeneous, as it is behind ReLU, pooling and a classif
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from quac_plugins.core.prior.comparison import Pictures, batches
-from quac_plugins.core.prior.features import LOGITS, Watch
+from quac_plugins.core.prior.comparison import Pictures
 from quac_plugins.core.prior.margins import Margin
+from quac_plugins.fit.agreement import logits_of
+from quac_plugins.fit.loop import FEW, evenly
 from quac_plugins.fit.student import Student
 
 FACTORS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 """What a margin may be scaled by; 1 first."""
 _MOST = 480  # pictures
-_FEW = 4  # photographs held out; of fewer, those that were fitted on choose as well
 
 
 def set_confidence(student: Student, last: Margin, pictures: Pictures, shares: Tensor) -> dict[str, float] | None:
@@ -39,27 +37,22 @@ def set_confidence(student: Student, last: Margin, pictures: Pictures, shares: T
         Divergence KL(untouched, clean ‖ student, degraded) in nats, ``"before"`` and ``"after"``; None where the host
         gives no logits, or nothing was fitted.
     """
-    images = pictures.image if pictures.image is not None else np.arange(len(pictures.clean))
-    held = pictures.held
-    if len(set(images[pictures.view[held]].tolist())) < _FEW:
-        held = np.arange(len(pictures.degraded))
-    chosen = held[np.linspace(0, len(held) - 1, min(len(held), _MOST)).round().astype(int)]
+    held = pictures.held if pictures.images_of(pictures.held) >= FEW else np.arange(len(pictures.degraded))
+    chosen = evenly(held, _MOST)
     weights = shares[chosen].double()
     fitted = (last.table.detach() != 0).any(dim=1).cpu() & (weights.sum(0) > 0)
-    wanted = _logits(student, student.teacher, pictures.clean, sorted(set(pictures.view[chosen].tolist())))
-    if not fitted.any() or not wanted:
+    views, row = np.unique(pictures.view[chosen], return_inverse=True)
+    wanted = logits_of(student, student.teacher, pictures.clean[views])
+    if wanted is None or not fitted.any():
         return None
-    start, ones = last.table.detach().clone(), torch.ones(len(fitted))
+    target, start, ones = wanted[row].log_softmax(1), last.table.detach().clone(), torch.ones(len(fitted))
 
     def distances(factors: Tensor) -> Tensor:
         """(N,) of the pictures, with margins scaled so."""
         _scale(last, start, factors)
-        logits = _logits(student, student.model, pictures.degraded, chosen.tolist())
-        pairs = [
-            (logits[i].log_softmax(0), wanted[view].log_softmax(0))
-            for i, view in zip(logits, pictures.view[chosen], strict=True)
-        ]
-        return torch.stack([F.kl_div(*pair, reduction="sum", log_target=True) for pair in pairs])
+        logits = logits_of(student, student.model, pictures.degraded[chosen])
+        assert logits is not None
+        return F.kl_div(logits.log_softmax(1), target, reduction="none", log_target=True).sum(1)
 
     of_all = torch.stack([distances(torch.where(fitted, factor * ones, ones)) for factor in FACTORS])
     best = (of_all @ weights).argmin(dim=0)
@@ -76,18 +69,3 @@ def _scale(margin: Margin, table: Tensor, factors: Tensor) -> None:
     factors = factors.to(table)[:, None]
     with torch.no_grad():
         margin.table.copy_(torch.where(factors == 1, table, torch.cat([factors * (scale + 1) - 1, factors * shift], 1)))
-
-
-@torch.no_grad()
-def _logits(
-    student: Student, network: torch.nn.Module, pictures: np.ndarray, which: Sequence[int]
-) -> dict[int, Tensor]:
-    """Those of some pictures in float64 on the CPU, by index; none of a network that gives no logits."""
-    watch = Watch(network, [])
-    logits: dict[int, Tensor] = {}
-    for batch in batches(list(which), student.recipe.batch_size):
-        told = watch.run(network, student.images(pictures[batch])).get(LOGITS)
-        if told is None:
-            return {}
-        logits |= dict(zip(batch, told.double().cpu(), strict=True))
-    return logits

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _LOOKED_AT = 96  # held-out pictures, at most
 _STRENGTHS = (1.0, 0.75, 0.5, 0.25)
 _SAFE_STRENGTHS = (0.75, 0.5)  # where the pictures held out are of so few images that what they say is chance
-_FEW = 4
+FEW = 4  # photographs held out
 
 
 class Fit:
@@ -166,15 +166,13 @@ class Fit:
         A few images teach too much rather than too little: features then come nearer while logits go away. Of fewer
         than four held-out images the choice is between less and much less.
         """
-        held = _spread(self.pictures.held, _LOOKED_AT)
+        held = evenly(self.pictures.held, _LOOKED_AT)
         if not (self.scaled and len(held) and self.best_step and self.comparison.compares_logits):
             return 1.0
         whole = [parameter.detach().clone() for parameter in self.scaled]
         distances: dict[float, float] = {}
-        images = (
-            self.pictures.view[held] if self.pictures.image is None else self.pictures.image[self.pictures.view[held]]
-        )
-        for strength in (*(_STRENGTHS if len(set(images.tolist())) >= _FEW else _SAFE_STRENGTHS), None):
+        few = self.pictures.images_of(held) < FEW
+        for strength in (*(_SAFE_STRENGTHS if few else _STRENGTHS), None):
             chosen = min(distances, key=lambda s: distances[s]) if strength is None else strength
             with torch.no_grad(), self._autocast():
                 for parameter, value in zip(self.scaled, whole, strict=True):
@@ -217,7 +215,7 @@ class Fit:
     @property
     def _judges(self) -> np.ndarray:
         """The images held out; without any, the pictures of training."""
-        return _spread(self.pictures.held if len(self.pictures.held) else self.pictures.train, _LOOKED_AT)
+        return evenly(self.pictures.held if len(self.pictures.held) else self.pictures.train, _LOOKED_AT)
 
     def _look(self) -> None:
         """Note the loss on the pictures that judge, and whether it is the best."""
@@ -277,7 +275,7 @@ class Fit:
         self.scaler.load_state_dict(state["scaler"])
 
 
-def _spread(indices: np.ndarray, most: int) -> np.ndarray:
+def evenly(indices: np.ndarray, most: int) -> np.ndarray:
     """At most so many of the indices, evenly spread over them."""
     if len(indices) <= most:
         return indices

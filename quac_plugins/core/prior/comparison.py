@@ -50,6 +50,11 @@ class Pictures:
     labels: np.ndarray | None = None
     image: np.ndarray | None = None
 
+    def images_of(self, indices: np.ndarray) -> int:
+        """Of how many images some degraded pictures are."""
+        views = self.view[indices]
+        return len(set((views if self.image is None else self.image[views]).tolist()))
+
 
 class Comparison:
     """What a fit minimizes.
