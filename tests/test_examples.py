@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 from safetensors.torch import load_file, save_file
 
 import quac_plugins as quac
@@ -63,12 +64,19 @@ def test_deploy_writes_a_file_that_runs_without_this_package(run):
     assert "(2, 1000) without this package: True" in run("deploy", "--format", "torchscript")
 
 
-def test_train_learns_the_folder_and_its_weights_load(run, tmp_path):
-    said = run("train", "--epochs", 4).splitlines()
-    first, last = (float(line.split()[3].rstrip(",")) for line in (said[0], said[-1]))
-    assert last < first
+@pytest.mark.parametrize("loop", ["plain", "trainer", "lightning"])
+def test_train_learns_the_folder_and_its_weights_load(run, tmp_path, loop):
+    said = run("train", "--epochs", 2, "--corruptions", "contrast", "--loop", loop).splitlines()
+    epochs = [line for line in said if line.startswith("epoch")]
+    assert float(epochs[-1].split()[-1]) < float(epochs[0].split()[-1])
     model = timm.create_model("test_resnet_qacon", num_classes=3)
     model.load_state_dict(load_file(tmp_path / "train-output/model.safetensors"))
+    if loop == "trainer":
+        from transformers import AutoModelForImageClassification
+
+        saved = AutoModelForImageClassification.from_pretrained(tmp_path / "train-output/trainer")
+        assert type(quac.injection_of(saved.timm_model).config) is quac.QuACConfig
+        assert all(torch.equal(saved.timm_model.state_dict()[n], t) for n, t in model.state_dict().items())
 
 
 def test_restore_brings_a_rainy_photograph_nearer_to_the_clean_one(run, tmp_path):
