@@ -104,7 +104,7 @@ def equal():
 @pytest.fixture
 def interrupt(monkeypatch):
     """Let the fit be interrupted in a step, counted from 1 over all its stages."""
-    from quac_plugins.fit.loop import Fit
+    from quac_plugins.fit.training import Fit
 
     usual = Fit._one_step
 

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 import quac_plugins
 from quac_plugins.commands import app
-from quac_plugins.commands.fit_network import build_student
+from quac_plugins.commands.fit_network import build_network
 from quac_plugins.core.inject.surgery import injection_of
-from quac_plugins.fit.loop import Fit
+from quac_plugins.fit.training import Fit
 
 FILES = ["adapter_config.json", "adapter_model.safetensors", "fit_report.json"]
 QUICK = ["--input-size", 64, "--views", 1, "--draws", 3, "--steps", 4, "--batch-size", 4, "--device", "cpu"]
@@ -52,7 +52,7 @@ def start(images, weights, tmp_path):
     """fit(command, name, …) with the photographs, the weights and a new folder for the adapter."""
 
     def run(command, name, *arguments, images=images, out=tmp_path / "adapter"):
-        source = ["--images", images] if images is not None else []
+        source = ["--data", images] if images is not None else []
         given = [*source, "--out", out, "--base-checkpoint", weights, "--num-classes", 4, *QUICK]
         return quac(command, name, *given, *arguments)
 
@@ -160,8 +160,8 @@ def test_pairs(start, images, tmp_path):
     for arguments, message in (
         ([*pairs, "--corruptions", "fog"], "--pairs are degraded already"),
         ([*pairs, "--routed"], "--routed needs corruptions"),
-        ([], "give either --images or --pairs, got neither"),
-        ([*pairs, "--images", images], "got both"),
+        ([], "give either --data or --pairs, got neither"),
+        ([*pairs, "--data", images], "got both"),
     ):
         done = start("fit-prior", "test_resnet", *arguments, images=None, out=tmp_path / "b")
         assert (done.exit_code, message in done.stderr) == (2, True), done.output
@@ -235,7 +235,7 @@ def test_unreadable_images_show_in_the_exit_code(start, images, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--images", "/none/there"], "there is no file or folder /none/there"),
+        (["--data", "/none/there"], "there is no file or folder /none/there"),
         (["--corruptions", "fogg"], "Did you mean fog"),
         (["--severities", "1,x"], "--severities: expected numbers"),
         (["--fdm", "ligth"], "did you mean 'light'"),
@@ -321,10 +321,10 @@ def test_students():
         ("test_resnet_ddp", {"quac"}, (True, True)),
         ("test_resnet_qacon_ddp.r160_in1k", set(), (True, True)),
     ):
-        model = build_student(name, wanted, model_kwargs={"site": "layer1"} if there[1] else {}, **kwargs)
+        model = build_network(name, wanted, model_kwargs={"site": "layer1"} if there[1] else {}, **kwargs)
         record = injection_of(model)
         assert (record.config is not None, record.prior is not None) == there
         assert record.prior is None or [site.name for site in record.prior.sites] == ["layer1"]
-    one, other = (build_student("test_resnet", {"prior"}, seed=4, **kwargs) for _ in range(2))
+    one, other = (build_network("test_resnet", {"prior"}, seed=4, **kwargs) for _ in range(2))
     states = [quac_plugins.adapter_state(model) for model in (one, other)]
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())

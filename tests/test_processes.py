@@ -43,7 +43,7 @@ if rank == 0:
     quac.save_adapter(host, out + "/saved")
 torch.save(quac.adapter_state(host), f"{out}/fit-{rank}.pt")
 
-command = f"fit-prior test_resnet --images {root} --out {out}/adapter --corruptions contrast --steps 2"
+command = f"fit-prior test_resnet --data {root} --out {out}/adapter --corruptions contrast --steps 2"
 command += f" --base-checkpoint {out}/../host.safetensors --num-classes 4 --input-size 64 --views 1 --draws 1"
 app(f"{command} --json {out}/command.json --device cpu".split(), standalone_mode=False)
 

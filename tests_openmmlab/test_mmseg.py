@@ -76,7 +76,7 @@ def test_the_runner_trains_evaluates_and_fits_a_prior(config, labelled, tmp_path
     model.decode_head.num_classes, model.decode_head.norm_cfg = 2, {"type": "BN"}
     model.backbone = {"type": "QuACBackbone", "backbone": model.backbone, "quac": {"where": "auto"}, "prior": {}}
     hook = {
-        "type": "FitPriorHook", "images": str(labelled / "pictures"), "corruptions": ["fog"], "steps": 8, "views": 2,
+        "type": "FitPriorHook", "data": str(labelled / "pictures"), "corruptions": ["fog"], "steps": 8, "views": 2,
         "input_size": 128,
     }  # fmt: skip
     sampler = {"type": "InfiniteSampler", "shuffle": True, "seed": 0}

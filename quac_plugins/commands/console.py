@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -17,6 +17,7 @@ from quac_plugins.core.deprecated import warn_of
 from quac_plugins.core.files import same_file
 from quac_plugins.parsing import numbers
 
+T = TypeVar("T")
 WRONG, UNREADABLE, INTERRUPTED = 2, 3, 130
 _PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 
@@ -66,8 +67,8 @@ def plain_errors(debug: bool) -> Iterator[None]:
         raise typer.Exit(WRONG) from None
 
 
-def new_option(old: str, old_value: str | None, new: str, value: str | None) -> str | None:
-    """What was given by an option's old name or by its new one; the old one warns."""
+def new_option(old: str, old_value: T | None, new: str, value: T | None) -> T | None:
+    """Return the value of an option by its new name or, with a warning, by its old one."""
     if old_value is None:
         return value
     if value is not None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from quac_plugins.commands import console
-from quac_plugins.commands.fit_network import build_student, labelled_files
+from quac_plugins.commands.fit_network import build_network, labelled_files
 from quac_plugins.parsing import key_values, numbers
 
 if TYPE_CHECKING:
@@ -40,10 +40,11 @@ def _shared(
         str, typer.Argument(help="A timm name, such as resnet50.a1_in1k (_qacon or _ddp may be left out), or hf-hub:….")
     ],
     out: Annotated[Path, typer.Option(help="Folder for the adapter and its report.")],
-    images: Annotated[Path | None, typer.Option(help="A folder of clean photographs; no labels.")] = None,
+    data: Annotated[Path | None, typer.Option(help="A folder of clean photographs; no labels.")] = None,
+    images: Annotated[Path | None, typer.Option(hidden=True)] = None,
     pairs: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(help="Two folders of the same pictures, in place of --images.", metavar="DEGRADED CLEAN"),
+        typer.Option(help="Two folders of the same pictures, in place of --data.", metavar="DEGRADED CLEAN"),
     ] = None,
     base_checkpoint: console.BaseCheckpoint = None,
     checkpoint: console.Checkpoint = None,
@@ -102,6 +103,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
     def command(**options: Any) -> None:
         given = SimpleNamespace(**{name: options.pop(name) for name in shared})
         with console.plain_errors(given.debug):
+            given.data = console.new_option("--images", given.images, "--data", given.data)
             _check(given, options.get("class_map"))
             function(given, **options)
 
@@ -150,7 +152,7 @@ def fit_prior_command(
     data = _data(given)
     if routed or (routed is None and len(data.names) > 1):
         prior["experts"] = data.names
-    _fit("fit_prior", _student(given, {"prior"}, prior=prior, said=said), data, given)
+    _fit("fit_prior", _network(given, {"prior"}, prior=prior, said=said), data, given)
 
 
 @_command
@@ -170,12 +172,12 @@ def fit_qacon_command(
     Options of the activations go into --model-kwargs: activation=qswish,where=all. Runs on several GPUs or processes
     with: torchrun --nproc-per-node N -m quac_plugins.cli fit-qacon …
     """
-    if labels and given.images is None:
-        raise ValueError("--labels needs --images, a folder of folders of classes")
+    if labels and given.data is None:
+        raise ValueError("--labels needs --data, a folder of folders of classes")
     data = _data(given)
-    network = _student(given, {"quac", "prior"} if with_prior else {"quac"})
+    network = _network(given, {"quac", "prior"} if with_prior else {"quac"})
     if labels:
-        files = labelled_files(given.images, network, given.limit, given.seed, class_map)
+        files = labelled_files(given.data, network, given.limit, given.seed, class_map)
         data = replace(data, images=files, limit=None)
     _fit("fit_qacon", network, data, given, with_prior=with_prior, label_weight=label_weight if labels else None)
 
@@ -184,18 +186,18 @@ def _data(given: Any) -> Data:
     """What the fit learns from, as the options say."""
     from quac_plugins.fit import Data
 
-    read = vars(given) | console.images_of(given.mean, given.std, given.input_size)
+    read = vars(given) | console.images_of(given.mean, given.std, given.input_size) | {"images": given.data}
     levels = console.new_option("--severity", given.severity, "--severities", given.severities)
     read["severities"] = numbers(levels, int, "--severities")
     names = {field.name for field in fields(Data)}
     return Data(**_said(**{name: value for name, value in read.items() if name in names}))
 
 
-def _student(given: Any, wanted: set[str], **prior: Any) -> nn.Module:
+def _network(given: Any, wanted: set[str], **prior: Any) -> nn.Module:
     names = ("adapter", "seed", "base_checkpoint", "checkpoint", "pretrained", "num_classes")
     options = {name: getattr(given, name) for name in names}
     options |= console.images_of(given.mean, given.std, given.input_size)
-    return build_student(given.model, wanted, model_kwargs=key_values(given.model_kwargs or []), **options, **prior)
+    return build_network(given.model, wanted, model_kwargs=key_values(given.model_kwargs or []), **options, **prior)
 
 
 def _fit(kind: str, network: nn.Module, data: Data, given: Any, **options: Any) -> None:
@@ -256,9 +258,9 @@ def _save(network: nn.Module, out: Path, states: Path) -> None:
 
 def _check(given: Any, class_map: Path | None) -> None:
     """Refuse before the work what would be refused after it."""
-    images, pairs, out = given.images, given.pairs, given.out
-    if (images is None) == (pairs is None):
-        raise ValueError(f"give either --images or --pairs, got {'neither' if images is None else 'both'}")
+    data, pairs, out = given.data, given.pairs, given.out
+    if (data is None) == (pairs is None):
+        raise ValueError(f"give either --data or --pairs, got {'neither' if data is None else 'both'}")
     if pairs is not None and given.corruptions is not None:
         raise ValueError("--pairs are degraded already: leave --corruptions out")
     if out.exists() and not out.is_dir():
@@ -270,7 +272,7 @@ def _check(given: Any, class_map: Path | None) -> None:
     if existing and not given.overwrite:
         raise FileExistsError(f"{out} holds {existing[0]} already; give another folder, or --overwrite")
     console.check_folder(out)
-    inputs = [images, *(pairs or ()), given.base_checkpoint, given.checkpoint, class_map]
+    inputs = [data, *(pairs or ()), given.base_checkpoint, given.checkpoint, class_map]
     inputs += [*console.files_of(given.adapter), *console.files_of(str(out))]
     console.check_outputs(given.json, given.plot, inputs=inputs)
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def build_student(
+def build_network(
     name: str,
     wanted: set[str],
     *,

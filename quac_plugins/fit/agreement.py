@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from quac_plugins.core.host.facts import facts_of
 from quac_plugins.core.quality.degradation import CLEAN
 from quac_plugins.fit.gate import Drawn
-from quac_plugins.fit.student import Student
+from quac_plugins.fit.session import FitSession
 
 _BATCH = 16
 
 
-def agreement(student: Student, drawn: Drawn) -> dict[str, dict[str, Any]]:
+def agreement(session: FitSession, drawn: Drawn) -> dict[str, dict[str, Any]]:
     """Share of the pictures whose predicted class is that of the untouched host on the clean picture.
 
     Args:
-        student: :class:`quac_plugins.fit.student.Student`, open, with what was fitted in its final state.
+        session: :class:`quac_plugins.fit.session.FitSession`, open, with what was fitted in its final state.
         drawn: pictures of images that were not fitted on.
 
     Returns:
@@ -28,8 +28,8 @@ def agreement(student: Student, drawn: Drawn) -> dict[str, dict[str, Any]]:
         network, and ``n``, the number of pictures. Empty for networks that do not return logits (B, classes).
     """
     clean = drawn.view == np.arange(len(drawn.view))
-    told = logits_of(student, student.teacher, drawn.pictures[clean])
-    before, after = (logits_of(student, network, drawn.pictures) for network in (student.teacher, student.model))
+    told = logits_of(session, session.teacher, drawn.pictures[clean])
+    before, after = (logits_of(session, network, drawn.pictures) for network in (session.teacher, session.model))
     if told is None or before is None or after is None:
         return {}
     answers = {"before": before.argmax(1).numpy(), "after": after.argmax(1).numpy()}
@@ -46,26 +46,26 @@ def agreement(student: Student, drawn: Drawn) -> dict[str, dict[str, Any]]:
     return percents
 
 
-def logits_of(student: Student, network: nn.Module, pictures: np.ndarray) -> Tensor | None:
+def logits_of(session: FitSession, network: nn.Module, pictures: np.ndarray) -> Tensor | None:
     """Logits (N, K) of a network for pictures uint8 (N, H, W, 3), float64 on the CPU; None if it returns none."""
     parts, features = [], facts_of(network).gives_features
     with torch.no_grad():
         for start in range(0, len(pictures), _BATCH):
-            logits = network(student.images(pictures[start : start + _BATCH]))
+            logits = network(session.images(pictures[start : start + _BATCH]))
             if features or not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < 2:
                 return None
             parts.append(logits.double().cpu())
     return torch.cat(parts)
 
 
-def multiply_adds(student: Student) -> float | None:
+def multiply_adds(session: FitSession) -> float | None:
     """Multiply-adds of what was put in over the host's, for one image (torch's counter)."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    image = student.images(np.zeros((1, *student.photographs.size, 3), dtype=np.uint8))
+    image = session.images(np.zeros((1, *session.photographs.size, 3), dtype=np.uint8))
     counts = []
     try:
-        for network in (student.model, student.teacher):
+        for network in (session.model, session.teacher):
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
                 network(image)
             counts.append(counter.get_total_flops())

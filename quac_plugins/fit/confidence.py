@@ -16,25 +16,25 @@ from torch import Tensor
 from quac_plugins.core.prior.comparison import Pictures
 from quac_plugins.core.prior.margins import Margin
 from quac_plugins.fit.agreement import logits_of
-from quac_plugins.fit.loop import FEW, evenly
-from quac_plugins.fit.student import Student
+from quac_plugins.fit.session import FitSession
+from quac_plugins.fit.training import FEW, evenly
 
 FACTORS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 """What a margin may be scaled by; 1 first."""
 _MOST = 480  # pictures
 
 
-def set_confidence(student: Student, last: Margin, pictures: Pictures, shares: Tensor) -> dict[str, float] | None:
+def set_confidence(session: FitSession, last: Margin, pictures: Pictures, shares: Tensor) -> dict[str, float] | None:
     """Scale each margin of the last place by what brings the logits nearest to the untouched host's on clean pictures.
 
     Args:
-        student: open, with margins that are fitted.
+        session: open, with margins that are fitted.
         last: the margins that the host comes to last.
         pictures: those of the fit; those held out choose, all of them if they are of fewer than four photographs.
         shares: (N, R) how much of each margin each picture is an example of; columns of zeros: that margin stays.
 
     Returns:
-        Divergence KL(untouched, clean ‖ student, degraded) in nats, ``"before"`` and ``"after"``; None where the host
+        Divergence KL(untouched, clean ‖ session, degraded) in nats, ``"before"`` and ``"after"``; None where the host
         gives no logits, or nothing was fitted.
     """
     held = pictures.held if pictures.images_of(pictures.held) >= FEW else np.arange(len(pictures.degraded))
@@ -42,7 +42,7 @@ def set_confidence(student: Student, last: Margin, pictures: Pictures, shares: T
     weights = shares[chosen].double()
     fitted = (last.table.detach() != 0).any(dim=1).cpu() & (weights.sum(0) > 0)
     views, row = np.unique(pictures.view[chosen], return_inverse=True)
-    wanted = logits_of(student, student.teacher, pictures.clean[views])
+    wanted = logits_of(session, session.teacher, pictures.clean[views])
     if wanted is None or not fitted.any():
         return None
     target, start, ones = wanted[row].log_softmax(1), last.table.detach().clone(), torch.ones(len(fitted))
@@ -50,7 +50,7 @@ def set_confidence(student: Student, last: Margin, pictures: Pictures, shares: T
     def distances(factors: Tensor) -> Tensor:
         """(N,) of the pictures, with margins scaled so."""
         _scale(last, start, factors)
-        logits = logits_of(student, student.model, pictures.degraded[chosen])
+        logits = logits_of(session, session.model, pictures.degraded[chosen])
         assert logits is not None
         return F.kl_div(logits.log_softmax(1), target, reduction="none", log_target=True).sum(1)
 

@@ -135,8 +135,8 @@ class Data:
         return [check_severity(level) for level in levels] if self.names else []
 
 
-def data_with(images: Any, given: dict[str, Any]) -> tuple[Data, dict[str, Any]]:
-    """The data of a fit, from photographs or a :class:`Data` and single fields by name; the other settings beside it.
+def data_with(data: Any, settings: dict[str, Any]) -> tuple[Data, dict[str, Any]]:
+    """Return the :class:`Data` of photographs, or of a :class:`Data`, with its fields in ``settings``; and the rest.
 
     Example:
         >>> data, others = data_with(Data(images="few/", seed=3), {"limit": 5, "steps": 200})
@@ -144,6 +144,6 @@ def data_with(images: Any, given: dict[str, Any]) -> tuple[Data, dict[str, Any]]
         ('few/', 3, 5, {'steps': 200})
     """
     names = {field.name for field in fields(Data)}
-    single = {name: value for name, value in given.items() if name in names}
-    others = {name: value for name, value in given.items() if name not in names}
-    return replace(images, **single) if isinstance(images, Data) else Data(images=images, **single), others
+    single = {name: value for name, value in settings.items() if name in names}
+    others = {name: value for name, value in settings.items() if name not in names}
+    return replace(data, **single) if isinstance(data, Data) else Data(images=data, **single), others

@@ -25,7 +25,7 @@ from quac_plugins.core.quality.tap import QualityTap
 from quac_plugins.degradations import SEVERITIES
 from quac_plugins.fit.confusion import Confusion
 from quac_plugins.fit.photographs import Photographs
-from quac_plugins.fit.student import Student
+from quac_plugins.fit.session import FitSession
 
 _LEARNED = 400  # pictures of each kind that a gate is fitted on, over all severities: many more than an expert needs,
 _CALIBRATED = 60  # or calibrated on where it needs no fit,
@@ -83,21 +83,21 @@ def draw(photographs: Photographs, kinds: list[str], images: list[int], wanted: 
 
 
 def fit_gate(
-    student: Student, modules: dict[str, nn.Module], kinds: list[str], experts: list[str]
+    session: FitSession, modules: dict[str, nn.Module], kinds: list[str], experts: list[str]
 ) -> dict[str, Tensor]:
     """Fit and calibrate the gate that all sites share; its state dict.
 
     Args:
-        student: :class:`quac_plugins.fit.student.Student`, open.
+        session: :class:`quac_plugins.fit.session.FitSession`, open.
         modules: the priors by site.
         kinds: degradations whose experts are fitted.
         experts: names of all experts, in their order.
     """
-    photographs, seed = student.photographs, student.photographs.data.seed
+    photographs, seed = session.photographs, session.photographs.data.seed
     routed = routed_of(modules)
     fresh = _fresh(copy.deepcopy(routed[0].gate))
     drawn = draw(photographs, kinds, photographs.train, _LEARNED if fresh.needs_fit else _CALIBRATED)
-    q, target = quality(student, routed[0], drawn.pictures), drawn.choices(experts)
+    q, target = quality(session, routed[0], drawn.pictures), drawn.choices(experts)
     with torch.no_grad():
         told = fresh, fresh(q)  # the gate that the quality function makes by itself, and its logits
         gate, logits = _learned(fresh, q, target, drawn.image, seed) if fresh.needs_fit else told
@@ -116,13 +116,13 @@ def routed_of(modules: dict[str, nn.Module]) -> list[Any]:
     return [m for m in modules.values() if isinstance(m, RoutedFDM) or (isinstance(m, Margin) and m.gate is not None)]
 
 
-def judge_gate(student: Student, gate: Any, drawn: Drawn, kinds: list[str], experts: list[str]) -> Confusion:
+def judge_gate(session: FitSession, gate: Any, drawn: Drawn, kinds: list[str], experts: list[str]) -> Confusion:
     """How often the gate inside a model sends pictures of each kind and severity where first.
 
     An expert that was never fitted is the identity, and counts as such.
     """
     with torch.no_grad():
-        q = quality(student, gate, drawn.pictures).to(next(gate.gate.parameters()).device)
+        q = quality(session, gate, drawn.pictures).to(next(gate.gate.parameters()).device)
         answers = gate.gate(q).argmax(1).cpu().numpy()
     answers[np.isin(answers, [place for place in range(1, len(experts) + 1) if not gate.is_trained(place - 1)])] = 0
     counts: dict[str, dict[str, list[int]]] = {}
@@ -130,7 +130,7 @@ def judge_gate(student: Student, gate: Any, drawn: Drawn, kinds: list[str], expe
         for severity in sorted(set(drawn.severity[drawn.kind == kind].tolist())):
             chosen = answers[(drawn.kind == kind) & (drawn.severity == severity)]
             counts.setdefault(kind, {})[str(severity)] = np.bincount(chosen, minlength=len(experts) + 1).tolist()
-    return Confusion([IDENTITY, *experts], counts, held_out=bool(student.photographs.held))
+    return Confusion([IDENTITY, *experts], counts, held_out=bool(session.photographs.held))
 
 
 def judged_pictures(photographs: Photographs, kinds: list[str]) -> Drawn:
@@ -138,13 +138,13 @@ def judged_pictures(photographs: Photographs, kinds: list[str]) -> Drawn:
     return draw(photographs, kinds, photographs.held or photographs.train, _JUDGED)
 
 
-def quality(student: Student, module: Any, pictures: np.ndarray) -> Tensor:
+def quality(session: FitSession, module: Any, pictures: np.ndarray) -> Tensor:
     """(N, Q) float32 on the CPU, of pictures (N, H, W, 3) uint8, as the tap of the prior computes it."""
-    tap = next(m for m in student.model.modules() if isinstance(m, QualityTap) and m.context is module.context)
+    tap = next(m for m in session.model.modules() if isinstance(m, QualityTap) and m.context is module.context)
     parts = []
     with torch.no_grad():
         for start in range(0, len(pictures), 32):
-            images = student.images(pictures[start : start + 32])
+            images = session.images(pictures[start : start + 32])
             parts.append(tap.quality(tap.to_rgb(images)).float().cpu())
     return torch.cat(parts)
 

@@ -26,9 +26,9 @@ from quac_plugins.core.prior.margins import SEVERITIES, Margin, spread
 from quac_plugins.core.prior.matching import match
 from quac_plugins.degradations import GROUPS
 from quac_plugins.fit.confidence import set_confidence
-from quac_plugins.fit.loop import Fit, run_stage
 from quac_plugins.fit.photographs import digest_of
-from quac_plugins.fit.student import Student
+from quac_plugins.fit.session import FitSession
+from quac_plugins.fit.training import Fit, run_stage
 
 STATISTICS = "statistics"
 _ENOUGH = 32  # pictures of each degradation that statistics are taken of, where there are fewer photographs
@@ -39,7 +39,7 @@ _MIDDLE = 3.0  # severity of degradations that have none
 
 
 def fit_margins(
-    student: Student,
+    session: FitSession,
     modules: dict[str, nn.Module],
     parameters: dict[str, nn.Parameter],
     experts: list[str],
@@ -48,21 +48,21 @@ def fit_margins(
     """Fit the margins of these degradations, those of others staying as they are.
 
     Args:
-        student: open.
+        session: open.
         modules: the margins by site.
         parameters: of the margins, by name.
         experts: names of all margins, in their order; empty: there is a single one.
         per_view: degraded pictures of each view and degradation.
     """
-    photographs, recipe, keep = student.photographs, student.recipe, student.keep
+    photographs, recipe, keep = session.photographs, session.recipe, session.keep
     kinds, clean_share = photographs.data.kinds, photographs.data.clean_share
     margins = [module for module in modules.values() if isinstance(module, Margin)]
     draws = photographs.draws(kinds, _CLEAN if clean_share is None else clean_share, per_view)
     pictures = photographs.split(draws)
     of = f"{digest_of(pictures)} {kinds}" if keep.folder is not None else ""
-    start = student.processes.of_main(lambda: keep.load(STATISTICS, of))
+    start = session.processes.of_main(lambda: keep.load(STATISTICS, of))
     if start is None:
-        _statistics(student, margins, experts)
+        _statistics(session, margins, experts)
         state = {name: parameter.detach().cpu().clone() for name, parameter in parameters.items()}
         keep.save(STATISTICS, state, of)
     else:
@@ -84,7 +84,7 @@ def fit_margins(
         if mixture is None or fit.step >= _TOLD * recipe.steps:
             yield
             return
-        mixture.given = shares[indices].to(student.device)
+        mixture.given = shares[indices].to(session.device)
         try:
             yield
         finally:
@@ -94,23 +94,23 @@ def fit_margins(
     shared = _shared(kinds, experts, mixture.kept) if mixture is not None else torch.ones(1, 0)
     fitted = shared.any(dim=1) if mixture is not None else torch.ones(1, dtype=torch.bool)
     rows = torch.cat([fitted, torch.ones(shared.shape[1], dtype=torch.bool)])
-    column = rows.to(student.device)[:, None]
+    column = rows.to(session.device)[:, None]
     hooks = [table.register_hook(lambda gradient: gradient * column) for table in tables]
     try:
         for margin in margins:
-            sums = _Sums(shared.to(margin.table), fitted.to(student.device))
+            sums = _Sums(shared.to(margin.table), fitted.to(session.device))
             parametrize.register_parametrization(margin, "table", sums, unsafe=True)
-        fit = Fit(student.compare(pictures, during=told), parameters, student.processes, scaled=tables, rows=rows)
-        run_stage(student, "margins", fit)
+        fit = Fit(session.compare(pictures, during=told), parameters, session.processes, scaled=tables, rows=rows)
+        run_stage(session, "margins", fit)
     finally:
         for hook in hooks:
             hook.remove()
         for margin in margins:
             if parametrize.is_parametrized(margin, "table"):
                 parametrize.remove_parametrizations(margin, "table")
-    confidence = set_confidence(student, margins[-1], pictures, shares)
+    confidence = set_confidence(session, margins[-1], pictures, shares)
     if confidence is not None:
-        student.report.stages["margins"]["confidence"] = confidence
+        session.report.stages["margins"]["confidence"] = confidence
 
 
 def _shared(kinds: list[str], experts: list[str], kept: int) -> Tensor:
@@ -147,9 +147,9 @@ class _Sums(nn.Module):
         return torch.cat([table, table.new_zeros(self.shared.shape[1], table.shape[1])])
 
 
-def _statistics(student: Student, margins: Sequence[Margin], experts: list[str]) -> None:
+def _statistics(session: FitSession, margins: Sequence[Margin], experts: list[str]) -> None:
     """Every margin from the statistics of its degradation."""
-    photographs, kinds = student.photographs, student.photographs.data.kinds
+    photographs, kinds = session.photographs, session.photographs.data.kinds
     views = min(_MOST_VIEWS, max(1, round(_ENOUGH / len(photographs.train))))
     mixture = margins[0].shared
     kept = mixture.kept if mixture is not None else 1
@@ -167,6 +167,6 @@ def _statistics(student: Student, margins: Sequence[Margin], experts: list[str])
                 rows = np.arange(len(drawn.clean)) * (len(drawn) // len(drawn.clean))
                 rows += np.arange(len(rows)) % (len(drawn) // len(drawn.clean))
                 yield first + offset, drawn.degraded[rows]
-            student.show(STATISTICS, place + 1, len(kinds), 0.0)
+            session.show(STATISTICS, place + 1, len(kinds), 0.0)
 
-    match(student.model, list(margins), draws(kinds[:1], SEVERITIES[0]).clean, degraded(), student.images)
+    match(session.model, list(margins), draws(kinds[:1], SEVERITIES[0]).clean, degraded(), session.images)

@@ -28,11 +28,11 @@ from quac_plugins.degradations import SEVERITIES, corruption_names
 from quac_plugins.fit.agreement import agreement, multiply_adds
 from quac_plugins.fit.data import data_with
 from quac_plugins.fit.gate import fit_gate, judge_gate, judged_pictures, routed_of, set_gate
-from quac_plugins.fit.loop import Fit, run_stage
 from quac_plugins.fit.margins import fit_margins
 from quac_plugins.fit.photographs import Photographs
 from quac_plugins.fit.report import FitReport
-from quac_plugins.fit.student import Student, check_fit, parameters_of, unharmed
+from quac_plugins.fit.session import FitSession, check_fit, parameters_of, unharmed
+from quac_plugins.fit.training import Fit, run_stage
 from quac_plugins.processes import process_group
 
 _PICTURES = 240  # degraded pictures of each kind that a fit aims at
@@ -41,10 +41,10 @@ _SCALES = (0.8, 1.0)  # of random crops for margins: statistics are to be those 
 _VIEWS = 24  # of an image, at most
 
 
-@renamed(severity="severities")
+@renamed(severity="severities", images="data")
 def fit_prior(
     model: nn.Module,
-    images: Any = None,
+    data: Any = None,
     *,
     config: PriorConfig | None = None,
     deep: str | Sequence[str] | None = "stages",
@@ -64,7 +64,7 @@ def fit_prior(
     Args:
         model: a host with a prior inside (``timm.create_model("NAME_ddp")``, :func:`inject`); into a plain host
             ``config`` is injected.
-        images: clean photographs: a folder, files, arrays, PIL images, tensors in [0, 1], or a Dataset of these; or a
+        data: clean photographs: a folder, files, arrays, PIL images, tensors in [0, 1], or a Dataset of these; or a
             :class:`quac_plugins.fit.Data`.
         config: what to inject into a plain host. None: margins, chosen by quality if there are several degradations.
         deep: places whose features are compared in the second part of the fit: ``"stages"`` (for margins, also a
@@ -95,7 +95,7 @@ def fit_prior(
     """
     started = time.perf_counter()
     check_fit(model, config, PriorConfig)
-    data, settings = data_with(images, settings)
+    data, settings = data_with(data, settings)
     network = unwrap(model)
     inside = getattr(injection_of(network), "prior", None)
     if inside is not None and config is not None:
@@ -127,7 +127,7 @@ def fit_prior(
             photographs = Photographs(network, data, planned, _PICTURES, _VIEWS)
         if recipe is None and margins:  # without features there are the logits alone
             recipe = MARGINS if deep is not None else replace(MARGINS, logits_weight=1.0)
-        student = Student(network, photographs, recipe, settings, device, processes)
+        session = FitSession(network, photographs, recipe, settings, device, processes)
         if experts and set(data.kinds) - set(experts):
             raise ValueError(
                 f"this prior is routed over the experts {', '.join(experts)}; it cannot be fitted on "
@@ -135,65 +135,65 @@ def fit_prior(
                 "among them, or inject PriorConfig(experts=[…]) with other names"
             )
         if inside is None:
-            student.put_in(planned)
-        report = _fit(student, experts, margins, deep=deep, checkpoint=checkpoint, progress=progress)
+            session.put_in(planned)
+        report = _fit(session, experts, margins, deep=deep, checkpoint=checkpoint, progress=progress)
     report.seconds = round(time.perf_counter() - started, 1)
     for fault in report.gate.warnings() if report.gate is not None else ():
         warnings.warn(fault, stacklevel=2)
     return report
 
 
-def _fit(student: Student, experts: list[str], margins: bool, **opened: Any) -> FitReport:
+def _fit(session: FitSession, experts: list[str], margins: bool, **opened: Any) -> FitReport:
     """Fit the prior that is inside, with its gate if it has one, and judge it."""
-    photographs, of_main = student.photographs, student.processes.of_main
+    photographs, of_main = session.photographs, session.processes.of_main
     data, kinds = photographs.data, photographs.data.kinds
-    prior = injection_of(student.model).prior  # type: ignore[union-attr]
+    prior = injection_of(session.model).prior  # type: ignore[union-attr]
     assert prior is not None
-    inside = modules_inside(student.model)
+    inside = modules_inside(session.model)
     everywhere = {site.name: inside[f"{site.name}.{PRIOR_NAME}"] for site in prior.sites}
-    sites = _supported(prior.sites, everywhere, student)
+    sites = _supported(prior.sites, everywhere, session)
     modules = {site.name: everywhere[site.name] for site in sites}
     # the gate of margins is calibrated, not trained: it would give clean pictures away
     of = "table" if margins else ""
     pooled = prior.sites[-1].name if margins and opened["deep"] == "stages" else None
     if pooled is not None:
         opened["deep"] = ["stages", pooled]
-    fitted = parameters_of(student.model, [f"{name}.{PRIOR_NAME}.{of}" for name in modules])
+    fitted = parameters_of(session.model, [f"{name}.{PRIOR_NAME}.{of}" for name in modules])
     opened |= {"after": None if margins else prior.sites[0], "clean_share": data.clean_share}
-    with student.open("prior", fitted, list(modules), **opened) as report:
-        if pooled is not None and student.deeper[-1].name != pooled:  # it is inside the last stage
-            student.deeper = [site for site in student.deeper if site.name != pooled]
+    with session.open("prior", fitted, list(modules), **opened) as report:
+        if pooled is not None and session.deeper[-1].name != pooled:  # it is inside the last stage
+            session.deeper = [site for site in session.deeper if site.name != pooled]
         report.unfitted = [name for name in everywhere if name not in modules]
-        known = _known_experts(student, modules, experts) if experts else kinds
+        known = _known_experts(session, modules, experts) if experts else kinds
         judged = judged_pictures(photographs, known)
         if experts and margins:
-            set_gate(modules, of_main(lambda: fit_gate(student, modules, known, experts)))
+            set_gate(modules, of_main(lambda: fit_gate(session, modules, known, experts)))
         if margins:
-            fit_margins(student, modules, fitted, experts, photographs.per_view(_OF_MARGINS))
+            fit_margins(session, modules, fitted, experts, photographs.per_view(_OF_MARGINS))
         elif experts:
-            _fit_experts(student, sites, modules, experts)
-            set_gate(modules, of_main(lambda: fit_gate(student, modules, known, experts)))
+            _fit_experts(session, sites, modules, experts)
+            set_gate(modules, of_main(lambda: fit_gate(session, modules, known, experts)))
         else:
             share = data.clean_share if data.clean_share is not None else 0.1 if len(kinds) > 1 else 0.0
             pictures = photographs.split(photographs.draws(kinds, share, photographs.per_view(_PICTURES)))
-            run_stage(student, "prior", _fit_of(student, sites, fitted, pictures, list(modules.values())))
-        student.round_as_saved()
+            run_stage(session, "prior", _fit_of(session, sites, fitted, pictures, list(modules.values())))
+        session.round_as_saved()
         if experts:
             gate = routed_of(modules)[0]
-            report.gate = of_main(lambda: judge_gate(student, gate, judged, known, experts))
-        report.agreement = of_main(lambda: agreement(student, judged))
+            report.gate = of_main(lambda: judge_gate(session, gate, judged, known, experts))
+        report.agreement = of_main(lambda: agreement(session, judged))
         with _one_expert(everywhere):
-            report.multiply_adds = multiply_adds(student)
+            report.multiply_adds = multiply_adds(session)
     return report
 
 
-def _known_experts(student: Student, modules: dict[str, nn.Module], experts: list[str]) -> list[str]:
+def _known_experts(session: FitSession, modules: dict[str, nn.Module], experts: list[str]) -> list[str]:
     """The degradations that the gate is to tell: those that are fitted now, and those that have been before.
 
     Raises:
         ValueError: one that was fitted before is the user's own, and its function is not given this time.
     """
-    prior, data = routed_of(modules)[0], student.photographs.data
+    prior, data = routed_of(modules)[0], session.photographs.data
     fitted = {name for place, name in enumerate(experts) if prior.is_trained(place)}
     known = [name for name in experts if name in fitted.union(data.kinds)]
     for name in known:
@@ -205,37 +205,37 @@ def _known_experts(student: Student, modules: dict[str, nn.Module], experts: lis
     return known
 
 
-def _supported(sites: list[PriorSite], modules: dict[str, nn.Module], student: Student) -> list[PriorSite]:
+def _supported(sites: list[PriorSite], modules: dict[str, nn.Module], session: FitSession) -> list[PriorSite]:
     """The first site, and the later ones that the images give enough examples of, or that are fitted already."""
-    images = len(student.photographs.train)
+    images = len(session.photographs.train)
     return [
         site
         for place, site in enumerate(sites)
         if not place
         or isinstance(modules[site.name], Margin)
-        or site.positions(student.photographs.size) * images >= student.recipe.least_positions
+        or site.positions(session.photographs.size) * images >= session.recipe.least_positions
         or not all(inner.is_fresh for inner in _inside([modules[site.name]]))
     ]
 
 
-def _fit_of(student: Student, sites: Any, parameters: Any, pictures: Pictures, modules: list[nn.Module]) -> Fit:
+def _fit_of(session: FitSession, sites: Any, parameters: Any, pictures: Pictures, modules: list[nn.Module]) -> Fit:
     """A fit whose modules are standardized by the clean features."""
-    standardize(student, sites, modules, pictures)
-    first, record = modules[0], injection_of(student.model)
+    standardize(session, sites, modules, pictures)
+    first, record = modules[0], injection_of(session.model)
     # activations that were put in too may change what comes to it; the grid of other tokens is known to their layer
     alone = isinstance(first, FDM) and not first.reads_quality and record is not None and record.config is None
     grid, stride = sites[0].grid, max(sites[0].stride, 1)
-    alone = alone and grid in (None, tuple(round(side / stride) for side in student.photographs.size))
+    alone = alone and grid in (None, tuple(round(side / stride) for side in session.photographs.size))
     scaled = [p for m in _inside(modules) for p in m.body[-1].parameters()]
-    comparison = student.compare(pictures, sites, front=first if alone else None)
-    return Fit(comparison, parameters, student.processes, scaled)
+    comparison = session.compare(pictures, sites, front=first if alone else None)
+    return Fit(comparison, parameters, session.processes, scaled)
 
 
 def _inside(modules: list[nn.Module]) -> list[FDM]:
     return [inner for module in modules for inner in module.modules() if isinstance(inner, FDM)]
 
 
-def standardize(student: Student, sites: Any, modules: list[nn.Module], pictures: Pictures) -> None:
+def standardize(session: FitSession, sites: Any, modules: list[nn.Module], pictures: Pictures) -> None:
     """Give every fresh FDM the statistics of the clean features at its site."""
     fresh = [
         (site.name, [m for m in module.modules() if isinstance(m, FDM) and not isinstance(m, Margin) and m.is_fresh])
@@ -247,7 +247,7 @@ def standardize(student: Student, sites: Any, modules: list[nn.Module], pictures
     axes = {site.name: 1 if site.layout == "nchw" else -1 for site in sites}
     prefixes = {site.name: site.prefix for site in sites}
     statistics = channel_statistics(
-        student.teacher, axes, prefixes, student.photographs.normalize, pictures.clean[views], student.device
+        session.teacher, axes, prefixes, session.photographs.normalize, pictures.clean[views], session.device
     )
     for name, inner in fresh:
         for module in inner:
@@ -255,16 +255,16 @@ def standardize(student: Student, sites: Any, modules: list[nn.Module], pictures
             module.std.copy_(statistics[name][1])
 
 
-def _fit_experts(student: Student, sites: Any, modules: dict[str, nn.Module], experts: list[str]) -> None:
+def _fit_experts(session: FitSession, sites: Any, modules: dict[str, nn.Module], experts: list[str]) -> None:
     """One expert after the other, each on its own degradation."""
-    photographs = student.photographs
+    photographs = session.photographs
     for kind in photographs.data.kinds:
         index = experts.index(kind)
         inner = [module.experts[index] for module in modules.values() if isinstance(module, RoutedFDM)]
-        parameters = parameters_of(student.model, [f"{name}.{PRIOR_NAME}.experts.{index}." for name in modules])
+        parameters = parameters_of(session.model, [f"{name}.{PRIOR_NAME}.experts.{index}." for name in modules])
         pictures = photographs.split(photographs.draws([kind], 0.0, photographs.per_view(_PICTURES)))
         with _one_expert(modules, index):
-            run_stage(student, kind, _fit_of(student, sites, parameters, pictures, inner))
+            run_stage(session, kind, _fit_of(session, sites, parameters, pictures, inner))
 
 
 @contextlib.contextmanager

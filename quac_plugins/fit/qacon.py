@@ -22,21 +22,21 @@ from quac_plugins.core.prior.recipe import Recipe
 from quac_plugins.fit.agreement import agreement, multiply_adds
 from quac_plugins.fit.data import data_with
 from quac_plugins.fit.gate import judged_pictures
-from quac_plugins.fit.loop import Fit, run_stage
 from quac_plugins.fit.photographs import Photographs
 from quac_plugins.fit.prior import standardize
 from quac_plugins.fit.report import FitReport
-from quac_plugins.fit.student import Student, check_fit, parameters_of, unharmed
+from quac_plugins.fit.session import FitSession, check_fit, parameters_of, unharmed
+from quac_plugins.fit.training import Fit, run_stage
 from quac_plugins.processes import process_group
 
 _PRIOR = f".{PRIOR_NAME}."  # what the state-dict prefixes of a prior end with
 _PICTURES = 320  # degraded pictures that a fit aims at, over all corruptions
 
 
-@renamed(severity="severities")
+@renamed(severity="severities", images="data")
 def fit_qacon(
     model: nn.Module,
-    images: Any = None,
+    data: Any = None,
     *,
     config: QuACConfig | None = None,
     with_prior: bool = False,
@@ -59,7 +59,7 @@ def fit_qacon(
             into a plain host ``config`` is injected.
         config: what to inject into a plain host.
         with_prior: fit the degradation prior that the model holds as well.
-        images, deep, recipe, device, checkpoint, progress, **settings: as in :func:`fit_prior`; the severity is 3
+        data, deep, recipe, device, checkpoint, progress, **settings: as in :func:`fit_prior`; the severity is 3
             and a tenth of the pictures clean unless they are given.
 
     Raises:
@@ -76,7 +76,7 @@ def fit_qacon(
     """
     started = time.perf_counter()
     check_fit(model, config, QuACConfig)
-    data, settings = data_with(images, settings)
+    data, settings = data_with(data, settings)
     network = unwrap(model)
     record = injection_of(network)
     inside = record.config if record is not None else None
@@ -96,40 +96,40 @@ def fit_qacon(
         photographs = Photographs(network, data, planned, _PICTURES)
         # every activation of the network moves at once: with ten times this rate it forgets what it was
         recipe = recipe or Recipe(steps=400, near=0.0, lr=2e-4)
-        student = Student(network, photographs, recipe, settings, device, processes)
+        session = FitSession(network, photographs, recipe, settings, device, processes)
         if inside is None:
-            student.put_in(planned)
-        report = _fit(student, with_prior, deep=deep, checkpoint=checkpoint, progress=progress)
+            session.put_in(planned)
+        report = _fit(session, with_prior, deep=deep, checkpoint=checkpoint, progress=progress)
     report.seconds = round(time.perf_counter() - started, 1)
     return report
 
 
-def _fit(student: Student, with_prior: bool, **opened: Any) -> FitReport:
+def _fit(session: FitSession, with_prior: bool, **opened: Any) -> FitReport:
     """Fit the activations that are inside, and judge them."""
-    photographs = student.photographs
+    photographs = session.photographs
     data, kinds = photographs.data, photographs.data.kinds
-    record = injection_of(student.model)
+    record = injection_of(session.model)
     assert record is not None
-    inside = modules_inside(student.model)
+    inside = modules_inside(session.model)
     prefixes = [p for p in record.prefixes() if not p.endswith(_PRIOR)]
     others = [p for p in record.prefixes() if p.endswith(_PRIOR)]
-    parameters = parameters_of(student.model, prefixes + others if with_prior else prefixes)
+    parameters = parameters_of(session.model, prefixes + others if with_prior else prefixes)
     sites = [site.name for site in record.sites]
-    with student.open("qacon", parameters, sites, with_prior=with_prior, **opened) as report:
+    with session.open("qacon", parameters, sites, with_prior=with_prior, **opened) as report:
         judged = judged_pictures(photographs, kinds)
         drawn = photographs.draws(kinds, data.clean_share or 0.0, photographs.per_view(_PICTURES / len(kinds)))
         pictures = photographs.split(drawn)
         if with_prior and record.prior is not None:
-            standardize(student, record.prior.sites, [inside[p[:-1]] for p in others], pictures)
-        _calibrate(student, [inside[p[:-1]] for p in prefixes], pictures)
-        run_stage(student, "qacon", Fit(student.compare(pictures), parameters, student.processes))
-        student.round_as_saved()
-        report.agreement = student.processes.of_main(lambda: agreement(student, judged))
-        report.multiply_adds = multiply_adds(student)
+            standardize(session, record.prior.sites, [inside[p[:-1]] for p in others], pictures)
+        _calibrate(session, [inside[p[:-1]] for p in prefixes], pictures)
+        run_stage(session, "qacon", Fit(session.compare(pictures), parameters, session.processes))
+        session.round_as_saved()
+        report.agreement = session.processes.of_main(lambda: agreement(session, judged))
+        report.multiply_adds = multiply_adds(session)
     return report
 
 
-def _calibrate(student: Student, modules: list[nn.Module], pictures: Pictures) -> None:
+def _calibrate(session: FitSession, modules: list[nn.Module], pictures: Pictures) -> None:
     """Statistics of the drivers' batch norms over the pictures, where they still are those of a new module."""
     norms = [m for module in modules for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
     norms = [m for m in norms if m.running_mean is not None and not m.num_batches_tracked]
@@ -143,7 +143,7 @@ def _calibrate(student: Student, modules: list[nn.Module], pictures: Pictures) -
     try:
         with torch.no_grad():
             for part in np.array_split(chosen, max(1, len(chosen) // 16)):
-                student.model(student.images(pictures.degraded[part]))
+                session.model(session.images(pictures.degraded[part]))
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

@@ -23,14 +23,14 @@ _OF_DATA, _OF_RECIPE = ({field.name for field in fields(kind)} for kind in (Data
 
 
 @HOOKS.register_module(force=True)
-@renamed(severity="severities")
+@renamed(severity="severities", images="data")
 class FitPriorHook(Hook):
     """Fit the degradation prior of a model on a few photographs, once its weights are loaded and before it runs.
 
     Labels are not needed, and the host's own weights stay as they are.
 
     Args:
-        images: folder of clean photographs, or what else :func:`quac_plugins.fit_prior` takes.
+        data: folder of clean photographs, or what else :func:`quac_plugins.fit_prior` takes.
         limit: at most so many of them.
         refit: also where the weights that were loaded bring a fitted prior.
         **options: of :func:`quac_plugins.fit_prior`: ``corruptions``, ``severities``, ``steps``, ``seed``, …
@@ -42,11 +42,11 @@ class FitPriorHook(Hook):
 
     priority = "VERY_LOW"  # after checkpoints and their kin
 
-    def __init__(self, images: Any, limit: int | None = None, refit: bool = False, **options: Any):
-        known = {*inspect.signature(fit_prior).parameters, *_OF_DATA, *_OF_RECIPE} - {"model", "images", "settings"}
+    def __init__(self, data: Any, limit: int | None = None, refit: bool = False, **options: Any):
+        known = {*inspect.signature(fit_prior).parameters, *_OF_DATA, *_OF_RECIPE}
         for name in options:
             with named(f"FitPriorHook.{name}"):
-                one_of("option", name, sorted(known))
+                one_of("option", name, sorted(known - {"model", "data", "images", "settings"}))
         for name, value in {"limit": limit, **options}.items():
             with named(f"FitPriorHook.{name}"):
                 if name in _OF_DATA - {"mean", "std"}:  # which go together
@@ -54,7 +54,7 @@ class FitPriorHook(Hook):
                 elif name in _OF_RECIPE:
                     recipe_with(None, {name: value}, 0, torch.device("cuda"))  # where all precisions are known
         self.refit = refit
-        self.images, self.limit, self.options = images, limit, options
+        self.data, self.limit, self.options = data, limit, options
         self.report: Any = None
 
     def before_train(self, runner: Any) -> None:
@@ -76,9 +76,9 @@ class FitPriorHook(Hook):
         if not self.refit and not is_fresh(model):
             runner.logger.info("FitPriorHook: the prior that was loaded is fitted already; refit=True fits it again")
             return
-        if isinstance(self.images, (str, Path)) and not Path(self.images).expanduser().exists():
-            raise FileNotFoundError(f"FitPriorHook.images: there is no folder or file {str(self.images)!r}")
-        self.report = fit_prior(model, self.images, limit=self.limit, **{"progress": False, **self.options})
+        if isinstance(self.data, (str, Path)) and not Path(self.data).expanduser().exists():
+            raise FileNotFoundError(f"FitPriorHook.data: there is no folder or file {str(self.data)!r}")
+        self.report = fit_prior(model, self.data, limit=self.limit, **{"progress": False, **self.options})
         runner.logger.info(f"degradation prior fitted: {self.report}")
         for average in (ema for hook in runner.hooks if (ema := getattr(hook, "ema_model", None)) is not None):
             load_adapter_state(_holder(average), adapter_state(model))  # which is what is evaluated

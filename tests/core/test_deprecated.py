@@ -10,6 +10,7 @@ from quac_plugins.commands.console import new_option
 from quac_plugins.core.deprecated import moved, renamed
 from quac_plugins.core.kernels.native import kernels_choice
 from quac_plugins.degradations import Corrupt
+from quac_plugins.fit import Data
 from quac_plugins.fit.draws import make_draws
 from quac_plugins.fit.sources import few_images
 
@@ -37,8 +38,6 @@ def _class(model, **which):
 
 
 def _data(model, **which):
-    from quac_plugins.fit import Data
-
     return Data(images="few/", **which).levels
 
 
@@ -68,6 +67,12 @@ def _draws(model, **which):
     return torch.from_numpy(make_draws(photographs, (32, 32), corruptions="contrast", severities=3, **which).degraded)
 
 
+def _fit(model, **which):
+    with pytest.raises(ValueError, match="clean_share is for one FDM") as error:
+        quac.fit_prior(model, **which)
+    return str(error.value)
+
+
 def _option(model, **which):
     return new_option("--severity", which.get("severity"), "--severities", which.get("severities"))
 
@@ -79,6 +84,7 @@ def _choice(model, value):
 
 
 Q = torch.linspace(0, 1, 72).reshape(2, 36)
+FEW = Data(images="few/", corruptions="fog,snow", clean_share=0.1)
 OLD = {  # what is called, with the old name, with the new one
     "quality_of": (_given, {"context": "quality_of"}, {"context": "use_q"}),
     "restore_then": (_restored, {"quality": "degraded"}, {"adapt_to": "degraded"}),
@@ -88,6 +94,7 @@ OLD = {  # what is called, with the old name, with the new one
     "Data": (_data, {"severity": (1, 5)}, {"severities": (1, 5)}),
     "Corrupt": (_drawn, {"severity": [1, 3]}, {"severities": [1, 3]}),
     "--severity": (_option, {"severity": "1,3"}, {"severities": "1,3"}),
+    "fit_prior": (_fit, {"images": FEW}, {"data": FEW}),
     "make_draws": (_draws, {"workers": 0}, {"num_workers": 0}),
     "QuACUNet2DModel": (_unet, {"quality": Q}, {"q": Q}),
     "CorruptImage": (_corrupted, {"image_format": "RGB"}, {"channel_order": "rgb"}),

@@ -15,7 +15,7 @@ HELD = np.arange(4, 8)
 
 
 @pytest.fixture
-def student(build):
+def session(build):
     model, teacher = build("test_vit"), build("test_vit")
     quac.inject(model, quac.PriorConfig(fdm="margin"), torch.rand(1, 3, 160, 160))
     return SimpleNamespace(
@@ -30,25 +30,25 @@ def pictures(photos):
     return Pictures(crops, crops, np.arange(8), np.arange(4), HELD)
 
 
-def last_of(student, value):
-    last = [module for module in student.model.modules() if isinstance(module, Margin)][-1]
+def last_of(session, value):
+    last = [module for module in session.model.modules() if isinstance(module, Margin)][-1]
     with torch.no_grad():
         last.table[:, : last.site.channels] = value
     return last
 
 
-def test_logits_that_shrank_become_as_large_as_they_were(student, pictures):
-    last = last_of(student, 0.5 - 1)
-    told = set_confidence(student, last, pictures, torch.ones(8, 1))
+def test_logits_that_shrank_become_as_large_as_they_were(session, pictures):
+    last = last_of(session, 0.5 - 1)
+    told = set_confidence(session, last, pictures, torch.ones(8, 1))
     assert told["before"] > 1e-4
     assert told["after"] < 1e-9
     assert torch.allclose(last.scale, torch.zeros(()), atol=1e-6)
 
 
-def test_what_is_right_or_not_fitted_or_asked_for_stays_bit_for_bit(student, pictures):
+def test_what_is_right_or_not_fitted_or_asked_for_stays_bit_for_bit(session, pictures):
     for value, shares in ((0.01, torch.ones(8, 1)), (0.0, torch.ones(8, 1)), (-0.5, torch.zeros(8, 1))):
-        last = last_of(student, value)
+        last = last_of(session, value)
         before = last.table.detach().clone()
-        told = set_confidence(student, last, pictures, shares)
+        told = set_confidence(session, last, pictures, shares)
         assert torch.equal(last.table, before)
         assert told is None or told["after"] == told["before"]

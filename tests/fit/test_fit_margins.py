@@ -6,7 +6,7 @@ import torch
 
 import quac_plugins as quac
 from quac_plugins.core.prior.margins import Margin
-from quac_plugins.fit.loop import Fit
+from quac_plugins.fit.training import Fit
 
 TWO = {"corruptions": ["contrast", "gaussian_noise"], "views": 2, "draws": 2, "lr": 2e-3}
 

@@ -173,7 +173,7 @@ def test_the_prior_is_fitted_when_the_weights_are_there(config, folder, tmp_path
     plain = Runner.from_cfg(config(host, work_dir=str(tmp_path / "plain")))
     torch.save({"state_dict": plain.model.state_dict()}, tmp_path / "host.pth")
     hook = {
-        "type": "FitPriorHook", "images": str(folder), "limit": 4, "corruptions": ["contrast"], "severities": 5,
+        "type": "FitPriorHook", "data": str(folder), "limit": 4, "corruptions": ["contrast"], "severities": 5,
         "steps": 6, "views": 1, "input_size": 64,
     }  # fmt: skip
     prior = {"type": "DegradationPrior", "backbone": host, "site": "auto"}
@@ -201,7 +201,7 @@ def test_the_prior_is_fitted_when_the_weights_are_there(config, folder, tmp_path
     ema = next(one for one in runner.hooks if type(one).__name__ == "EMAHook").ema_model.module
     fitted = quac.adapter_state(runner.model.backbone)
     assert all(torch.equal(quac.adapter_state(ema.backbone)[name], tensor) for name, tensor in fitted.items())
-    with pytest.raises(FileNotFoundError, match=r"FitPriorHook\.images: there is no folder or file '.*nowhere'"):
+    with pytest.raises(FileNotFoundError, match=r"FitPriorHook\.data: there is no folder or file '.*nowhere'"):
         Runner.from_cfg(config(prior, custom_hooks=[{**hook, "images": str(tmp_path / "nowhere")}])).test()
     with pytest.raises(ValueError, match="holds no degradation prior"):
         Runner.from_cfg(config(QUAC, custom_hooks=[hook], work_dir=str(tmp_path / "none"))).test()
@@ -221,7 +221,7 @@ def test_the_prior_is_fitted_when_the_weights_are_there(config, folder, tmp_path
 )
 def test_a_wrong_option_of_the_hook_is_named_at_once(options, message):
     with pytest.raises(ValueError, match=message):
-        HOOKS.build({"type": "FitPriorHook", "images": "few/", **options})
+        HOOKS.build({"type": "FitPriorHook", "data": "few/", **options})
 
 
 def test_every_corruption_is_judged(config, folder):

@@ -27,7 +27,7 @@ from quac_plugins.fit.photographs import digest_of
 from quac_plugins.processes import ALONE, Processes
 
 if TYPE_CHECKING:
-    from quac_plugins.fit.student import Student
+    from quac_plugins.fit.session import FitSession
 
 _LOOKED_AT = 96  # held-out pictures, at most
 _STRENGTHS = (1.0, 0.75, 0.5, 0.25)
@@ -282,12 +282,12 @@ def evenly(indices: np.ndarray, most: int) -> np.ndarray:
     return indices[np.linspace(0, len(indices) - 1, most).round().astype(int)]
 
 
-def run_stage(student: Student, stage: str, fit: Fit) -> None:
+def run_stage(session: FitSession, stage: str, fit: Fit) -> None:
     """Run one stage, going on where an earlier run was interrupted, and note in the report what became of it."""
-    keep, show = student.keep, student.show
+    keep, show = session.keep, session.show
     of = digest_of(fit.pictures) if keep.folder is not None else ""
     try:
-        state = student.processes.of_main(lambda: keep.load(stage, of))
+        state = session.processes.of_main(lambda: keep.load(stage, of))
         if state is not None:
             try:
                 fit.load_state_dict(state)
@@ -300,7 +300,7 @@ def run_stage(student: Student, stage: str, fit: Fit) -> None:
     finally:
         fit.close()
     keep.save(stage, fit.state_dict(), of)
-    student.report.stages[stage] = {
+    session.report.stages[stage] = {
         "curve": fit.curve,
         "best_step": fit.best_step,
         "first": fit.untouched,

@@ -17,7 +17,7 @@ from quac_plugins.core.prior.comparison import Comparison, Pictures
 from quac_plugins.core.prior.features import Watch, channel_statistics
 from quac_plugins.core.prior.recipe import Recipe
 from quac_plugins.core.prior.sites import find_prior_sites
-from quac_plugins.fit.loop import Fit
+from quac_plugins.fit.training import Fit
 from quac_plugins.processes import ALONE, Processes
 
 SIZE = 64

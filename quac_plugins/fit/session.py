@@ -1,4 +1,4 @@
-"""The network of a fit, opened for it: what is put in, the untouched host as its teacher, and everything put back."""
+"""The session of one fit: it opens a network, keeps the untouched host as its teacher, and puts everything back."""
 
 from __future__ import annotations
 
@@ -41,24 +41,28 @@ from quac_plugins.progress import Show, progress_bar
 _START = "start"  # the stage whose state is what a fit began with
 
 
-class Student:
-    """What is fitted, and all that its fit goes by: the parts of a fit take it and read what they need.
+class FitSession:
+    """The network, photographs, recipe, device and processes of one fit; each part of the fit reads what it needs.
 
     Args:
-        model: the host with what is fitted inside, or to be put in; unwrapped.
-        photographs: what it learns from.
-        recipe: how; None: as a recipe says by default.
-        settings: of the recipe, by name, in place of its own.
-        device: where; None: where the model is.
-        processes: those that share the work.
+        model: the host, unwrapped; the modules to fit are inside, or :meth:`put_in` injects them.
+        photographs: the images that the fit learns from.
+        recipe: steps, learning rate, …. None: the defaults of :class:`quac_plugins.Recipe`.
+        settings: fields of the recipe by name; they replace the recipe's own values.
+        device: where the fit runs. None: where the model is.
+        processes: the processes that share the work.
 
     Attributes:
-        recipe: with the settings.
-        teacher: while it is open, the untouched host; else the model.
-        deeper: places whose features are compared, while it is open.
-        report: of what is done.
-        keep: the states in a folder.
-        show: a bar, see :mod:`quac_plugins.progress`.
+        model: the network that is fitted (the student of the distillation).
+        recipe: the recipe, with ``settings`` in it.
+        teacher: the untouched host while the session is open, otherwise the model.
+        deeper: the places whose features are compared while the session is open.
+        report: the report of the fit.
+        keep: the checkpoints of the fit.
+        show: shows a progress bar, see :mod:`quac_plugins.progress`.
+
+    Raises:
+        ValueError: the recipe weighs labels, and the photographs have none.
     """
 
     report: FitReport
@@ -111,7 +115,7 @@ class Student:
         progress: bool = False,
         **others: Any,
     ) -> Iterator[FitReport]:
-        """Student in eval mode on the device, only ``parameters`` with gradients; afterwards everything as it was.
+        """Hold the model in eval mode on the device, only ``parameters`` with gradients; restore all at the end.
 
         Args:
             what: is fitted: ``"prior"`` or ``"qacon"``.
@@ -160,7 +164,7 @@ class Student:
         self._finish()
 
     def compare(self, pictures: Pictures, sites: Sequence[PriorSite] = (), **options: Any) -> Comparison:
-        """The student, with its teacher, on pictures; ``options`` are those of the class."""
+        """The session, with its teacher, on pictures; ``options`` are those of the class."""
         return Comparison(
             self.model, self.teacher, list(sites), self.deeper, self.photographs.normalize, pictures, self.recipe,
             self.device, **options,
