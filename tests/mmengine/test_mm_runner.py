@@ -202,7 +202,7 @@ def test_the_prior_is_fitted_when_the_weights_are_there(config, folder, tmp_path
     fitted = quac.adapter_state(runner.model.backbone)
     assert all(torch.equal(quac.adapter_state(ema.backbone)[name], tensor) for name, tensor in fitted.items())
     with pytest.raises(FileNotFoundError, match=r"FitPriorHook\.data: there is no folder or file '.*nowhere'"):
-        Runner.from_cfg(config(prior, custom_hooks=[{**hook, "images": str(tmp_path / "nowhere")}])).test()
+        Runner.from_cfg(config(prior, custom_hooks=[{**hook, "data": str(tmp_path / "nowhere")}])).test()
     with pytest.raises(ValueError, match="holds no degradation prior"):
         Runner.from_cfg(config(QUAC, custom_hooks=[hook], work_dir=str(tmp_path / "none"))).test()
 
