@@ -266,10 +266,10 @@ def image_files(folder: Path, once: bool = True) -> list[Path]:
                 (later if entry.is_symlink() else waiting).append(path)
             elif path.suffix.lower() in EXTENSIONS:
                 (links if entry.is_symlink() else files).append(path)
-    found: dict[tuple[int, int] | Path, Path] = {}
+    paths: dict[tuple[int, int] | Path, Path] = {}
     for path in (*sorted(files), *sorted(links)):
-        found.setdefault(identity(path) if once else path, path)
-    return sorted(found.values())
+        paths.setdefault(identity(path) if once else path, path)
+    return sorted(paths.values())
 
 
 def folders_above(folder: Path) -> set[tuple[int, int] | Path]:

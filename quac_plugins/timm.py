@@ -319,8 +319,8 @@ def _name_of(base: str, pretrained_cfg: Any) -> str:
 def _are_timms(base: str, pretrained_cfg: Any, overlay: dict[str, Any] | None) -> bool:
     """Whether the weights that were asked for are those that timm names so, and no others under the name."""
     known = timm.get_pretrained_cfg(_name_of(base, pretrained_cfg), allow_unregistered=True)
-    given = {} if pretrained_cfg is None or isinstance(pretrained_cfg, str) else pretrained_cfg
-    sources = {key: (overlay or {}).get(key, _field(given, key)) for key in ("hf_hub_id", "url", "file")}
+    cfg = {} if pretrained_cfg is None or isinstance(pretrained_cfg, str) else pretrained_cfg
+    sources = {key: (overlay or {}).get(key, _field(cfg, key)) for key in ("hf_hub_id", "url", "file")}
     return known is not None and all(not value or value == _field(known, key) for key, value in sources.items())
 
 

@@ -150,7 +150,7 @@ def _patterns(config: Config, are_rules: bool) -> Any:
 def _places(host: nn.Module, config: Config, seen: Trace) -> list[Place]:
     rules = _patterns(config, True)
     sites = find_places(host, rules, seen) if rules is not None else []
-    nodes = {feature.name: feature.node for feature in seen.features if feature.made}
+    nodes = {feature.name: feature.node for feature in seen.features if feature.is_new}
     usable = {site.name for site in _usable(host, config, seen) if _is_behind(site)}
     places = []
     for site in sites:

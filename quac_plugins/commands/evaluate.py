@@ -106,15 +106,15 @@ def evaluate_command(
         raise typer.Exit(console.UNREADABLE)
 
 
-def _described(given: dict[str, Any]) -> dict[str, Any]:
+def _described(arguments: dict[str, Any]) -> dict[str, Any]:
     """What the network was made of: files with their hashes, the adapter by its name, all else as it is."""
     files = {
         key: {"path": str(path), "sha256": sha256_of(path)}
         for key in ("base_checkpoint", "checkpoint")
-        if (path := given[key]) is not None
+        if (path := arguments[key]) is not None
     }
-    adapter = {"name": given["adapter"]} if given["adapter"] is not None else None
-    return {**given, **files, "adapter": adapter}
+    adapter = {"name": arguments["adapter"]} if arguments["adapter"] is not None else None
+    return {**arguments, **files, "adapter": adapter}
 
 
 def _write(report: EvaluationReport, json: Path | None, plot: Path | None) -> None:

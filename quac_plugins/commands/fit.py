@@ -95,19 +95,19 @@ def _shared(
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
-    """A command with the options of both, which its function gets together as ``given``, and with its own."""
-    shared = inspect.signature(_shared, eval_str=True).parameters
-    own = dict(inspect.signature(function, eval_str=True).parameters)
-    del own["given"]
+    """A command with the options of both, which its function gets together as ``shared``, and with its own."""
+    both = inspect.signature(_shared, eval_str=True).parameters
+    extra = dict(inspect.signature(function, eval_str=True).parameters)
+    del extra["shared"]
 
     def command(**options: Any) -> None:
-        given = SimpleNamespace(**{name: options.pop(name) for name in shared})
-        with console.plain_errors(given.debug):
-            given.data = console.new_option("--images", given.images, "--data", given.data)
-            _check(given, options.get("class_map"))
-            function(given, **options)
+        shared = SimpleNamespace(**{name: options.pop(name) for name in both})
+        with console.plain_errors(shared.debug):
+            shared.data = console.new_option("--images", shared.images, "--data", shared.data)
+            _check(shared, options.get("class_map"))
+            function(shared, **options)
 
-    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*shared.values(), *own.values())]
+    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*both.values(), *extra.values())]
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
     command.__doc__ = function.__doc__
@@ -116,7 +116,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
 
 @_command
 def fit_prior_command(
-    given: Any,
+    shared: Any,
     site: Annotated[
         list[str] | None, typer.Option(help="After which layers: norms, auto, stages, a name, a glob. May be repeated.")
     ] = None,
@@ -141,23 +141,23 @@ def fit_prior_command(
     """
     if routed is False and top_k is not None:
         raise ValueError("--top-k is for a routed prior, and --single asks for one module")
-    if routed and given.pairs is not None:
+    if routed and shared.pairs is not None:
         raise ValueError("--routed needs corruptions to tell apart, and --pairs bring none")
     prior: dict[str, Any] = _said(site=_one_or_several(site), fdm=fdm, fdm_act=fdm_act, top_k=top_k)
     said = [*prior, *(["routed" if routed else "single"] if routed is not None else [])]
-    options = key_values(given.model_kwargs or [])
+    options = key_values(shared.model_kwargs or [])
     other = {"fdm", "fdm_act", "fdm_width", "top_k"} & {*prior, *options}
     if not other and prior.get("site", options.get("site", "norms")) == "norms":
         prior["fdm"] = "margin"  # what any of these says is of other modules
-    data = _data(given)
+    data = _data(shared)
     if routed or (routed is None and len(data.names) > 1):
         prior["experts"] = data.names
-    _fit("fit_prior", _network(given, {"prior"}, prior=prior, said=said), data, given)
+    _fit("fit_prior", _network(shared, {"prior"}, prior=prior, said=said), data, shared)
 
 
 @_command
 def fit_qacon_command(
-    given: Any,
+    shared: Any,
     labels: Annotated[
         bool, typer.Option("--labels", help="The images lie in folders of classes: learn from their labels too.")
     ] = False,
@@ -172,50 +172,50 @@ def fit_qacon_command(
     Options of the activations go into --model-kwargs: activation=qswish,where=all. Runs on several GPUs or processes
     with: torchrun --nproc-per-node N -m quac_plugins.cli fit-qacon …
     """
-    if labels and given.data is None:
+    if labels and shared.data is None:
         raise ValueError("--labels needs --data, a folder of folders of classes")
-    data = _data(given)
-    network = _network(given, {"quac", "prior"} if with_prior else {"quac"})
+    data = _data(shared)
+    network = _network(shared, {"quac", "prior"} if with_prior else {"quac"})
     if labels:
-        files = labelled_files(given.data, network, given.limit, given.seed, class_map)
+        files = labelled_files(shared.data, network, shared.limit, shared.seed, class_map)
         data = replace(data, images=files, limit=None)
-    _fit("fit_qacon", network, data, given, with_prior=with_prior, label_weight=label_weight if labels else None)
+    _fit("fit_qacon", network, data, shared, with_prior=with_prior, label_weight=label_weight if labels else None)
 
 
-def _data(given: Any) -> Data:
+def _data(shared: Any) -> Data:
     """What the fit learns from, as the options say."""
     from quac_plugins.fit import Data
 
-    read = vars(given) | console.images_of(given.mean, given.std, given.input_size) | {"images": given.data}
-    levels = console.new_option("--severity", given.severity, "--severities", given.severities)
+    read = vars(shared) | console.images_of(shared.mean, shared.std, shared.input_size) | {"images": shared.data}
+    levels = console.new_option("--severity", shared.severity, "--severities", shared.severities)
     read["severities"] = numbers(levels, int, "--severities")
     names = {field.name for field in fields(Data)}
     return Data(**_said(**{name: value for name, value in read.items() if name in names}))
 
 
-def _network(given: Any, wanted: set[str], **prior: Any) -> nn.Module:
+def _network(shared: Any, wanted: set[str], **prior: Any) -> nn.Module:
     names = ("adapter", "seed", "base_checkpoint", "checkpoint", "pretrained", "num_classes")
-    options = {name: getattr(given, name) for name in names}
-    options |= console.images_of(given.mean, given.std, given.input_size)
-    return build_network(given.model, wanted, model_kwargs=key_values(given.model_kwargs or []), **options, **prior)
+    options = {name: getattr(shared, name) for name in names}
+    options |= console.images_of(shared.mean, shared.std, shared.input_size)
+    return build_network(shared.model, wanted, model_kwargs=key_values(shared.model_kwargs or []), **options, **prior)
 
 
-def _fit(kind: str, network: nn.Module, data: Data, given: Any, **options: Any) -> None:
+def _fit(kind: str, network: nn.Module, data: Data, shared: Any, **options: Any) -> None:
     """Fit, write the adapter and its report, and print it."""
     import quac_plugins
     from quac_plugins.processes import is_main_process
 
-    states, main = given.out / STATES, is_main_process()
+    states, main = shared.out / STATES, is_main_process()
     if not main:
         warnings.simplefilter("ignore")  # the first process says the same
-    elif not given.resume:
+    elif not shared.resume:
         for state in states.glob("fit-*.pt"):  # and nothing else that may lie there
             state.unlink()
         with contextlib.suppress(OSError):
             states.rmdir()
-    deep = None if given.deep == ["none"] else _one_or_several(given.deep) or "stages"
-    options |= {"steps": given.steps, "lr": given.lr, "batch_size": given.batch_size, "amp": given.amp.value}
-    device = console.checked_device(given.device)
+    deep = None if shared.deep == ["none"] else _one_or_several(shared.deep) or "stages"
+    options |= {"steps": shared.steps, "lr": shared.lr, "batch_size": shared.batch_size, "amp": shared.amp.value}
+    device = console.checked_device(shared.device)
     try:
         fit = getattr(quac_plugins, kind)
         report = fit(network, data, checkpoint=states, deep=deep, device=device, **_said(**options))
@@ -224,16 +224,16 @@ def _fit(kind: str, network: nn.Module, data: Data, given: Any, **options: Any) 
             typer.echo("interrupted; the same command goes on from where it was", err=True)
         raise typer.Exit(console.INTERRUPTED) from None
     if main:
-        _save(network, given.out, states)
+        _save(network, shared.out, states)
         from quac_plugins.fit.report import REPORT_NAME
 
         typer.echo(str(report))
         console.tell_unreadable(report.unreadable)
-        report.to_json(given.out / REPORT_NAME)
-        if given.json is not None:
-            report.to_json(given.json)
-        if given.plot is not None:
-            report.plot(given.plot)
+        report.to_json(shared.out / REPORT_NAME)
+        if shared.json is not None:
+            report.to_json(shared.json)
+        if shared.plot is not None:
+            report.plot(shared.plot)
     if report.diverged:
         if main:
             typer.echo("the loss was not finite: the adapter holds the best state before; try a lower --lr", err=True)
@@ -256,12 +256,12 @@ def _save(network: nn.Module, out: Path, states: Path) -> None:
         raise OSError(f"{error}; {kept}") from error
 
 
-def _check(given: Any, class_map: Path | None) -> None:
+def _check(shared: Any, class_map: Path | None) -> None:
     """Refuse before the work what would be refused after it."""
-    data, pairs, out = given.data, given.pairs, given.out
+    data, pairs, out = shared.data, shared.pairs, shared.out
     if (data is None) == (pairs is None):
         raise ValueError(f"give either --data or --pairs, got {'neither' if data is None else 'both'}")
-    if pairs is not None and given.corruptions is not None:
+    if pairs is not None and shared.corruptions is not None:
         raise ValueError("--pairs are degraded already: leave --corruptions out")
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"--out: {out} is a file, not a folder")
@@ -269,12 +269,12 @@ def _check(given: Any, class_map: Path | None) -> None:
     from quac_plugins.fit.report import REPORT_NAME
 
     existing = [name for name in (CONFIG_NAME, WEIGHTS_NAME, REPORT_NAME) if (out / name).exists()]
-    if existing and not given.overwrite:
+    if existing and not shared.overwrite:
         raise FileExistsError(f"{out} holds {existing[0]} already; give another folder, or --overwrite")
     console.check_folder(out)
-    inputs = [data, *(pairs or ()), given.base_checkpoint, given.checkpoint, class_map]
-    inputs += [*console.files_of(given.adapter), *console.files_of(str(out))]
-    console.check_outputs(given.json, given.plot, inputs=inputs)
+    inputs = [data, *(pairs or ()), shared.base_checkpoint, shared.checkpoint, class_map]
+    inputs += [*console.files_of(shared.adapter), *console.files_of(str(out))]
+    console.check_outputs(shared.json, shared.plot, inputs=inputs)
 
 
 def _said(**options: Any) -> dict[str, Any]:

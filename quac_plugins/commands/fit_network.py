@@ -55,13 +55,13 @@ def build_network(
     size = data_config(network, input_size=options.get("input_size"))["input_size"][-2:]
     example = torch.empty(1, 3, *size)
     torch.manual_seed(seed)
-    for what, expected, given in (
+    for what, expected, keys in (
         ("quac", record is not None and record.config is not None, list(of_quac)),
         ("prior", record is not None and record.prior is not None, [*of_prior, *(said or [])]),
     ):
-        if expected and [key for key in given if key != "quality"]:
+        if expected and [key for key in keys if key != "quality"]:
             source = f"the adapter {adapter}" if adapter is not None else name
-            raise ValueError(f"{source} says itself what is put in: leave out {', '.join(dict.fromkeys(given))}")
+            raise ValueError(f"{source} says itself what is put in: leave out {', '.join(dict.fromkeys(keys))}")
         if what in wanted and not expected:
             inject(
                 network,

@@ -184,11 +184,11 @@ def read_json(path: str | os.PathLike[str], most: int = 256 << 20, what: str = "
         raise ValueError(f"{what}{os.fspath(path)} is not JSON that can be read: {told}") from error
 
 
-def same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
+def same_file(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> bool:
     """Whether two paths lead to one file, by links of either kind or by name; also to one that is not there yet."""
     with contextlib.suppress(OSError):
-        return os.path.samefile(one, other)
-    return os.path.realpath(one) == os.path.realpath(other)
+        return os.path.samefile(first, second)
+    return os.path.realpath(first) == os.path.realpath(second)
 
 
 def _sync(path: Path) -> None:
@@ -211,5 +211,6 @@ def _descriptor(path: str | os.PathLike[str]) -> int | None:
     return None
 
 
-def _equal(one: Path, other: Path) -> bool:
-    return other.is_file() and one.stat().st_size == other.stat().st_size and one.read_bytes() == other.read_bytes()
+def _equal(first: Path, second: Path) -> bool:
+    same_size = second.is_file() and first.stat().st_size == second.stat().st_size
+    return same_size and first.read_bytes() == second.read_bytes()

@@ -58,11 +58,11 @@ def parts(model: nn.Module) -> dict[str, nn.Module]:
         ['', '0', '1', '1.0']
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    found: dict[int, tuple[str, nn.Module]] = {}
+    first: dict[int, tuple[str, nn.Module]] = {}
     for path, name in paths(model).items():
         if _wrapped(modules[path]) is None:
-            found.setdefault(id(modules[path]), (name, modules[path]))
-    return dict(found.values())
+            first.setdefault(id(modules[path]), (name, modules[path]))
+    return dict(first.values())
 
 
 def module_at(model: nn.Module, name: str) -> nn.Module:

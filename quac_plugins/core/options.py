@@ -31,12 +31,12 @@ def named(key: str) -> Iterator[None]:
         raise ValueError(f"{key}: {error}") from error
 
 
-def read_options(cls: Any, given: Any, path: str, key_of: Callable[[str], str] | None = None) -> Any:
+def read_options(cls: Any, options: Any, path: str, key_of: Callable[[str], str] | None = None) -> Any:
     """A config of ours from a user's options; an error begins with the key that it is about.
 
     Args:
         cls: QuACConfig or PriorConfig.
-        given: its options by name, or such a config, which is returned.
+        options: its options by name, or such a config, which is returned.
         path: where they are in the user's config; "" at its top.
         key_of: the key of an option; by default ``PATH.NAME``.
 
@@ -51,23 +51,23 @@ def read_options(cls: Any, given: Any, path: str, key_of: Callable[[str], str] |
     """
     from quac_plugins.core.quality.registry import resolve_quality  # which knows what this file holds
 
-    if isinstance(given, cls):
-        return given
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{path}: must be a dict of options of {cls.__name__}, got {given!r}")
+    if isinstance(options, cls):
+        return options
+    if not isinstance(options, Mapping):
+        raise ValueError(f"{path}: must be a dict of options of {cls.__name__}, got {options!r}")
     key_of = key_of or (f"{path}.{{}}" if path else "{}").format
     known = [field.name for field in fields(cls)]
-    for name in given:
+    for name in options:
         with named(key_of(name)):
             one_of("option", name, known)
-    for name, value in given.items():  # one by one, so that an error is that key's
+    for name, value in options.items():  # one by one, so that an error is that key's
         with named(key_of(name)):
             if name not in ("mean", "std"):  # which go together
                 cls(**{name: value})
             if name == "quality":
                 resolve_quality(value)
     with named(path or cls.__name__):
-        return cls(**given)
+        return cls(**options)
 
 
 def whole_number(what: str, value: Any, least: int = 1, most: int | None = None) -> None:

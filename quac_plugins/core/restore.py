@@ -175,7 +175,7 @@ class RestoreThen(nn.Module):
                 f"adapt_to='degraded' needs a model that measures quality, and {type(model).__name__} does not: call "
                 "quac_plugins.inject(model, …) first, with an activation that q drives, or use adapt_to='restored'"
             )
-        tap = _first_of(taps, given=mean is not None)
+        tap = _first_of(taps, normalized=mean is not None)
         self.in_chans = tap.in_chans if tap is not None else None
         self.channel_order = channel_order or (tap.channel_order if tap is not None else "rgb")
         self.mean: tuple[float, ...] | None
@@ -235,12 +235,12 @@ class RestoreThen(nn.Module):
 
     def _quality_of(self, images: Tensor) -> list[tuple[QualityContext, Tensor]]:
         """Each tap's q of the images that came in, except where one was given by hand."""
-        found = []
+        pairs = []
         for tap in self._taps():
             if tap.context.given_q() is None:
                 with full_precision(images):
-                    found.append((tap.context, tap.quality(tap.to_rgb(images))))
-        return found
+                    pairs.append((tap.context, tap.quality(tap.to_rgb(images))))
+        return pairs
 
     # -- between the model's images and the restorer's
 
@@ -331,8 +331,8 @@ class RestoreThen(nn.Module):
         if _can_look(restored):
             low, high = _range(restored)
             if not (math.isfinite(low) and math.isfinite(high)):
-                own = "" if bool(rgb.isfinite().all()) else ", for images that are not finite themselves"
-                raise ValueError(f"{restorer} returned NaN or infinite values{own}; expected images in [0, 1]")
+                reason = "" if bool(rgb.isfinite().all()) else ", for images that are not finite themselves"
+                raise ValueError(f"{restorer} returned NaN or infinite values{reason}; expected images in [0, 1]")
             if low < -0.5 or high > 1.5:
                 self._warn(
                     "restored",
@@ -387,12 +387,12 @@ def _image_keyword(restorer: Callable[..., Any]) -> str | None:
     return "image" if "image" in list(parameters)[1:] else None
 
 
-def _first_of(taps: list[QualityTap], given: bool) -> QualityTap | None:
+def _first_of(taps: list[QualityTap], normalized: bool) -> QualityTap | None:
     """The tap that tells how the model's images come; ValueError if others, unless it is given, tell otherwise."""
     if not taps:
         return None
     known, *others = (
-        (t.in_chans, *(() if given else (t.mean, t.std, t.channel_order)), f"(layer {t.layer!r})") for t in taps
+        (t.in_chans, *(() if normalized else (t.mean, t.std, t.channel_order)), f"(layer {t.layer!r})") for t in taps
     )
     for other in others:
         if other[:-1] != known[:-1]:

@@ -189,20 +189,20 @@ def with_quac(
         one_of("format", channel_order, [*CHANNEL_ORDERS, *map(str.upper, CHANNEL_ORDERS)])
     images = in_unit_range(pixel_mean, pixel_std, channel_order.lower(), ("pixel_mean", "pixel_std"))
     configs: list[QuACConfig | PriorConfig] = []
-    for cls, key, given in ((QuACConfig, "quac", quac), (PriorConfig, "prior", prior)):
-        if given is not None:
-            options = {**({"norm": "layer"} if cls is QuACConfig else {}), **_options(given)}
+    for cls, key, config in ((QuACConfig, "quac", quac), (PriorConfig, "prior", prior)):
+        if config is not None:
+            options = {**({"norm": "layer"} if cls is QuACConfig else {}), **_options(config)}
             configs.append(replace(read_options(cls, options, key), **images))
     return put_into(
         with_activations(backbone), configs, len(images["mean"]), {"quac": "quac.where", "prior": "prior.site"}
     )
 
 
-def _options(given: Any) -> dict[str, Any]:
+def _options(config: Any) -> dict[str, Any]:
     """Of a config of ours, a dict, or a node of a lazy config."""
-    if isinstance(given, (QuACConfig, PriorConfig)):
-        return {field.name: getattr(given, field.name) for field in fields(given)}
-    return dict(OmegaConf.to_container(given, resolve=True) if OmegaConf.is_config(given) else given)  # type: ignore
+    if isinstance(config, (QuACConfig, PriorConfig)):
+        return {field.name: getattr(config, field.name) for field in fields(config)}
+    return dict(OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config)  # type: ignore
 
 
 def put_into(

@@ -164,17 +164,17 @@ def inject_heads(model: nn.Module, where: str | list[str] = "all", config: QuACC
     proposals = Proposals(source)
     heads: Any = with_activations(model.roi_heads)  # type: ignore[type-var]
     parts = {name: part for name, part in _parts(heads).items() if any(_may_match(p, name) for p in wanted)}
-    found = {name: _sites(name, part, _example(heads, name, part), wanted) for name, part in parts.items()}
-    if not any(sites for _, sites, _ in found.values()):
+    sites_of = {name: _sites(name, part, _example(heads, name, part), wanted) for name, part in parts.items()}
+    if not any(sites for _, sites, _ in sites_of.values()):
         for name, part in _parts(heads).items():
             with contextlib.suppress(ValueError):
-                found[name] = _sites(name, part, _example(heads, name, part), ["all"])
-        names = [f"{name}.{site.name[5:]}" for name, (_, _, every) in found.items() for site in every]
+                sites_of[name] = _sites(name, part, _example(heads, name, part), ["all"])
+        names = [f"{name}.{site.name[5:]}" for name, (_, _, every) in sites_of.items() for site in every]
         raise ValueError(f"{where!r} matches no activation of the ROI heads; there are: {', '.join(names) or 'none'}")
     for pooler in (module for module in heads.modules() if isinstance(module, ROIPooler)):
         pooler.register_forward_pre_hook(proposals.note, with_kwargs=True)
     for name, part in parts.items():
-        seen, sites, _ = found[name]
+        seen, sites, _ = sites_of[name]
         if sites:
             _put_in(part, f"roi_heads.{name}", replace(config, where="all"), seen, sites, source, proposals)
     return model

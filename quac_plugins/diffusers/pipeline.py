@@ -298,11 +298,11 @@ def _located(source: Any) -> Any:
         raise TypeError(f"a pipeline is named by a string or a path, got {type(source).__name__}")
     if Path(source).is_dir() or (source.count("/") == 1 and source[0] not in "./~"):
         return source
-    found = find_published(source, door="diffusers") if is_published_name(source) else None
-    if found is None:
+    entry = find_published(source, door="diffusers") if is_published_name(source) else None
+    if entry is None:
         known = ", ".join(published("diffusers")) or "none"
         raise FileNotFoundError(
             f"no pipeline at {source!r}: neither a folder, nor of the form 'org/name' of the Hub, nor published here "
             f"({known})"
         )
-    return str(found.folder())
+    return str(entry.folder())

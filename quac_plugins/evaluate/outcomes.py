@@ -83,18 +83,18 @@ def outcomes_of(items: Mapping[Condition, Sequence[Item]], rows: Mapping[Conditi
     }
 
 
-def paired_rows(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[dict[str, Any]]:
+def paired_rows(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[dict[str, Any]]:
     """See `EvaluationReport.paired`; of the outcomes of two reports."""
-    targets = [dict(zip(part["images"], part["targets"], strict=True)) for part in (one, other)]
-    images = [image for image in one["images"] if image in targets[1]]
+    targets = [dict(zip(part["images"], part["targets"], strict=True)) for part in (first, second)]
+    images = [image for image in first["images"] if image in targets[1]]
     differing = [image for image in images if targets[0][image] != targets[1][image]]
     if differing:
         raise ValueError(f"the reports take {differing[0]!r} for different classes; only equal images can be paired")
-    names = [name for name in one["rank"] if name in other["rank"]]
+    names = [name for name in first["rank"] if name in second["rank"]]
     if not images or not names:
         what = "images" if names else "conditions"
         raise ValueError(f"the reports share no {what}, so nothing can be paired")
-    gains = {name: _right(one, name, images) - _right(other, name, images) for name in names}
+    gains = {name: _right(first, name, images) - _right(second, name, images) for name in names}
     corruptions = [values for name, values in gains.items() if name != "clean"]
     rows = [{"condition": name, **_interval(values)} for name, values in gains.items()]
     if len(corruptions) > 1:

@@ -159,5 +159,5 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(numbers) / len(numbers) if numbers else None
 
 
-def _shared(found: Sequence[dict[str, dict[str, Any]]]) -> list[str]:
-    return sorted(set.intersection(*(set(levels) for levels in found)))
+def _shared(conditions: Sequence[dict[str, dict[str, Any]]]) -> list[str]:
+    return sorted(set.intersection(*(set(levels) for levels in conditions)))

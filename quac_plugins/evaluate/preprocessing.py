@@ -125,7 +125,7 @@ def check_tap(tap: QualityTap, config: Mapping[str, Any]) -> None:
         )
 
 
-def sources_of(model: nn.Module, given: Mapping[str, Any]) -> dict[str, str]:
+def sources_of(model: nn.Module, options: Mapping[str, Any]) -> dict[str, str]:
     """Return where each setting of `data_config` came from.
 
     It is ``"given"``, ``"adapter"`` (what was put in knows it), ``"network"`` or, for its default, ``"timm"``.
@@ -139,7 +139,7 @@ def sources_of(model: nn.Module, given: Mapping[str, Any]) -> dict[str, str]:
     places = (("adapter", settings), ("network", {key for key, value in pretrained_cfg.items() if value is not None}))
     return {
         key: "given" if value is not None else next((name for name, keys in places if key in keys), "timm")
-        for key, value in given.items()
+        for key, value in options.items()
     }
 
 

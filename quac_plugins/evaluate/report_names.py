@@ -25,15 +25,15 @@ def label_of(report: EvaluationReport) -> str:
         >>> label_of(EvaluationReport("resnet18", network={"inside": {"sha256": "a1b2c3"}, "given": given}))
         'resnet18 + fog-adapter (a1b2c3), last.pt (d4e5f6)'
     """
-    given, inside = report.network.get("given") or {}, report.network.get("inside")
+    arguments, inside = report.network.get("given") or {}, report.network.get("inside")
     label = report.model
     if inside is not None:
-        adapter = given.get("adapter") or {}
+        adapter = arguments.get("adapter") or {}
         kinds = [key for key, part in (("qacon", "activations"), ("ddp", "prior")) if inside.get(part)]
         kinds = [kind for kind in kinds if f"_{kind}" not in label]
         name = PurePath(adapter["name"]).name if adapter else "_".join(kinds)
         label += (f" + {name}" if name else "") + (f" ({inside['sha256'][:_DIGITS]})" if inside["sha256"] else "")
-    return ", ".join([label, *_file(given.get("checkpoint"))])
+    return ", ".join([label, *_file(arguments.get("checkpoint"))])
 
 
 def labels_of(reports: Sequence[EvaluationReport]) -> list[str]:
@@ -99,11 +99,11 @@ def _facts(report: EvaluationReport) -> dict[str, str]:
 
     The part of a key before the dot groups it.
     """
-    given, seen = report.network.get("given"), report.preprocessing
+    arguments, seen = report.network.get("given"), report.preprocessing
     facts = {"run.data": PurePath(report.data).name, "run.limit": f"limit {report.limit}" if report.limit else ""}
-    if given is not None:
-        facts["weights.base"] = ", ".join(_file(given.get("base_checkpoint")))
-        facts["weights.arguments"] = ", ".join(f"{k}={v}" for k, v in (given.get("model_kwargs") or {}).items())
+    if arguments is not None:
+        facts["weights.base"] = ", ".join(_file(arguments.get("base_checkpoint")))
+        facts["weights.arguments"] = ", ".join(f"{k}={v}" for k, v in (arguments.get("model_kwargs") or {}).items())
     words: dict[str, Callable[[Any], str]] = {
         "input_size": lambda size: "×".join(map(str, size[-2:])), "crop_pct": lambda part: f"crop {part:g}",
         "interpolation": str, "mean": lambda values: f"mean {_numbers(values)}",

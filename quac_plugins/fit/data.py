@@ -112,7 +112,7 @@ class Data:
         self.levels  # noqa: B018 - what it raises
 
     @property
-    def own(self) -> dict[str, Callable[..., Any]]:
+    def functions(self) -> dict[str, Callable[..., Any]]:
         """The user's own degradations by name."""
         return own_degradations(self.degrade)
 
@@ -125,7 +125,7 @@ class Data:
     @property
     def kinds(self) -> list[str]:
         """All degradations: the corruptions, then the user's own; or ``["pairs"]``."""
-        return [*self.names, *self.own] if self.pairs is None else ["pairs"]
+        return [*self.names, *self.functions] if self.pairs is None else ["pairs"]
 
     @property
     def levels(self) -> list[int]:

@@ -199,12 +199,12 @@ def held_out(n_images: int, share: float = 0.2, seed: int = 0) -> tuple[list[int
     return sorted(order[count:]), sorted(order[:count])
 
 
-def _check_sources(few: FewImages, names: list[str], levels: list[int], own: Mapping[str, Any]) -> None:
+def _check_sources(few: FewImages, names: list[str], levels: list[int], functions: Mapping[str, Any]) -> None:
     if not few.clean:
         raise ValueError("there are no images to draw from")
     if len(set(few.names)) != len(few.clean) or len(few.names) != len(few.clean):
         raise ValueError(f"{len(few.clean)} images need as many different names, got {few.names}")
-    if (few.degraded is not None) == bool(names or own):
+    if (few.degraded is not None) == bool(names or functions):
         got = "pairs beside others" if few.degraded is not None else "none"
         raise ValueError(f"give degradations: pairs of images, or else corruptions, degrade, or both; got {got}")
     if names and not levels:
@@ -292,9 +292,9 @@ class _Degraded(Dataset):
     """Maps the index of a task to its picture, uint8 (h, w, 3)."""
 
     def __init__(
-        self, clean: np.ndarray, tasks: list[_Task], kinds: list[str], images: list[str], own: Mapping[str, Any]
+        self, clean: np.ndarray, tasks: list[_Task], kinds: list[str], images: list[str], functions: Mapping[str, Any]
     ):
-        self.clean, self.tasks, self.kinds, self.images, self.own = clean, tasks, kinds, images, own
+        self.clean, self.tasks, self.kinds, self.images, self.functions = clean, tasks, kinds, images, functions
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -302,9 +302,9 @@ class _Degraded(Dataset):
     def __getitem__(self, index: int) -> np.ndarray:
         task = self.tasks[index]
         kind = self.kinds[task.kind]
-        if kind not in self.own:
+        if kind not in self.functions:
             return corrupt(self.clean[task.view], kind, task.severity, task.seed)
-        return _by_function(self.own[kind], self.clean[task.view], task.seed, self.images[task.view])
+        return _by_function(self.functions[kind], self.clean[task.view], task.seed, self.images[task.view])
 
 
 def _by_function(degrade: Any, pixels: np.ndarray, seed: int, image: str) -> np.ndarray:
@@ -375,7 +375,7 @@ def _fill(result: np.ndarray, pictures: _Degraded, num_workers: int) -> None:
             result[index] = pictures[index]
         return
     if multiprocessing.get_start_method() != "fork":
-        _check_can_be_sent(pictures.own)
+        _check_can_be_sent(pictures.functions)
     batches = _Batches(pictures)
     loader = DataLoader(
         batches,  # type: ignore[arg-type]
@@ -386,14 +386,14 @@ def _fill(result: np.ndarray, pictures: _Degraded, num_workers: int) -> None:
     )
     for index, batch in enumerate(loader):
         if not isinstance(batch, torch.Tensor):
-            error, there = batch
-            raise error from RuntimeError(f"in a worker process:\n{there}")
+            error, trace = batch
+            raise error from RuntimeError(f"in a worker process:\n{trace}")
         result[index * _BATCH : index * _BATCH + len(batch)] = batch.numpy()
 
 
-def _check_can_be_sent(own: Mapping[str, Any]) -> None:
+def _check_can_be_sent(functions: Mapping[str, Any]) -> None:
     try:
-        pickle.dumps(dict(own))
+        pickle.dumps(dict(functions))
     except Exception as error:
         raise ValueError(
             f"the degrade function cannot be sent to worker processes ({error}): define it at the top of a module, or "

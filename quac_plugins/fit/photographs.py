@@ -81,7 +81,7 @@ class Photographs:
 
         By default of all images, at the user's severities. Other corruptions may be named than those of the fit.
         """
-        functions = self.data.own
+        functions = self.data.functions
         return make_draws(
             self.few if images is None else self.few.only(images),
             self.size,

@@ -197,7 +197,7 @@ def _known_experts(session: FitSession, modules: dict[str, nn.Module], experts: 
     fitted = {name for place, name in enumerate(experts) if prior.is_trained(place)}
     known = [name for name in experts if name in fitted.union(data.kinds)]
     for name in known:
-        if name not in data.own and name not in corruption_names("every"):
+        if name not in data.functions and name not in corruption_names("every"):
             raise ValueError(
                 f"this prior has an expert for {name!r}, fitted before on a degradation of your own, which the gate is "
                 f"to tell from the others: give the function again, degrade={{{name!r}: function, …}}"

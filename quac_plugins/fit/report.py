@@ -153,9 +153,9 @@ class FitReport:
         return "\n".join(lines)
 
 
-def _change(found: dict[str, Any]) -> str:
+def _change(change: dict[str, Any]) -> str:
     """Before and after."""
-    return f"{found['before']:.0f} → {found['after']:.0f} % of {found['n']}"
+    return f"{change['before']:.0f} → {change['after']:.0f} % of {change['n']}"
 
 
 def _draw_gate(axes: Any, gate: Any) -> None:

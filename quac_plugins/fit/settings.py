@@ -13,16 +13,16 @@ from quac_plugins.core.options import whole_number
 from quac_plugins.core.prior.recipe import Recipe
 
 
-def recipe_with(recipe: Recipe | None, given: dict[str, Any], seed: int, device: torch.device) -> Recipe:
+def recipe_with(recipe: Recipe | None, settings: dict[str, Any], seed: int, device: torch.device) -> Recipe:
     """The recipe with single settings in place of its own; ValueError for one that it has not."""
     if recipe is not None and not isinstance(recipe, Recipe):
         raise TypeError(f"recipe must be a Recipe, got {type(recipe).__name__}; single settings go by name (steps=200)")
     base = recipe or Recipe()
     known = set(asdict(base))
-    unknown = sorted(set(given) - known)
+    unknown = sorted(set(settings) - known)
     if unknown:
         raise ValueError(f"unknown settings {', '.join(unknown)}; a recipe has {', '.join(sorted(known))}")
-    base = replace(base, **{"seed": base.seed or seed, **given})
+    base = replace(base, **{"seed": base.seed or seed, **settings})
     for name in ("batch_size", "check_every", "near_crop", "near_batch"):
         whole_number(name, getattr(base, name))
     for name in ("steps", "patience", "seed", "least_positions"):

@@ -203,8 +203,8 @@ def _labelled_files(items: list[Any]) -> list[_Listed]:
         raise TypeError(f"a list of tuples (file, label) holds a {type(odd).__name__} too")
     listed = _files([path for path, _ in items])
     return [
-        replace(one, load=partial(lambda load, label: (load()[0], label), one.load, label))
-        for one, (_, label) in zip(listed, items, strict=True)
+        replace(file, load=partial(lambda load, label: (load()[0], label), file.load, label))
+        for file, (_, label) in zip(listed, items, strict=True)
     ]
 
 
@@ -337,8 +337,8 @@ def _size(pixels: np.ndarray) -> str:
     return f"{pixels.shape[1]}×{pixels.shape[0]} (width×height)"
 
 
-def _report(unreadable: dict[str, OSError], found: bool) -> None:
-    if unreadable and not found:
+def _report(unreadable: dict[str, OSError], any_read: bool) -> None:
+    if unreadable and not any_read:
         first = next(iter(unreadable.values()))
         raise ValueError(f"no image is left: {len(unreadable)} could not be read, the first because: {first}")
     if unreadable:

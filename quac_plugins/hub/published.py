@@ -39,16 +39,16 @@ class Published:
         """With which the network is built."""
         return dict(self.entry.model_args) if self.entry is not None else {}
 
-    def host_cfg(self, given: Any) -> Any:
+    def host_cfg(self, pretrained_cfg: Any) -> Any:
         """What timm needs to know of the host: the base's tag under an adapter, else this model's own config.
 
         Args:
-            given: the ``pretrained_cfg`` that the user asked for.
+            pretrained_cfg: the ``pretrained_cfg`` that the user asked for.
         """
         if self.entry is None:
             return None  # the base's default weights
         if self.entry.kind == "adapter":
-            return self.entry.base or (None if given == self.entry.tag else given)
+            return self.entry.base or (None if pretrained_cfg == self.entry.tag else pretrained_cfg)
         return pretrained_cfg_of(self.entry)
 
     def folder(self, revision: str | None = None) -> Path:

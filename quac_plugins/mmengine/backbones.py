@@ -50,23 +50,23 @@ def build_quac_backbone(
 def _built(backbone: Any, options: list[tuple[Any, Any, Any, str]], pretrained: Any, input_size: Any) -> nn.Module:
     """A backbone with what options of these classes, as they are and as they were given below a key, say inside."""
     check_input_size(input_size)
-    configs = [(read_options(cls, full, key), given, key) for cls, full, given, key in options if given is not None]
+    configs = [(read_options(cls, full, key), raw, key) for cls, full, raw, key in options if raw is not None]
     if pretrained is not None and not isinstance(backbone, nn.Module):
         backbone = {**backbone, "pretrained": pretrained}
     model = backbone if isinstance(backbone, nn.Module) else MODELS.build(backbone)
     example = torch.empty(1, *input_size) if input_size is not None else None
     with all_or_nothing(model):
-        for config, given, key in configs:
+        for config, raw, key in configs:
             try:
                 inject(model, config, example)
             except DoesNotRun as error:  # it tells what to do in other words than a config's
                 reason = str(error).partition(" Give images")[0]
                 hint = "say the size of the pictures that the backbone takes, input_size=(C, H, W)"
-                raise SiteError("input_size", given, f"{hint}: {reason}") from error
+                raise SiteError("input_size", raw, f"{hint}: {reason}") from error
             except ValueError as error:
                 place = "where" if isinstance(config, QuACConfig) else "site"
-                raise SiteError(f"{key}.{place}".lstrip("."), given, str(error)) from error
-            order = given.get("channel_order") if isinstance(given, Mapping) else None
+                raise SiteError(f"{key}.{place}".lstrip("."), raw, str(error)) from error
+            order = raw.get("channel_order") if isinstance(raw, Mapping) else None
             if order is not None:
                 note_order(model, order)
     model.train(model.training)  # stages that the backbone freezes in train() are frozen before an optimizer is built

@@ -65,7 +65,7 @@ def look_over_models() -> None:
         try:
             built = own_build(self, cfg, *args, **kwargs)
         except SiteError as error:
-            raise ValueError(f"{path_of(cfg, error.given, path) or path}.{error}") from error
+            raise ValueError(f"{path_of(cfg, error.options, path) or path}.{error}") from error
         finally:
             _building.now = False
         note_config(built, cfg)

@@ -20,11 +20,11 @@ _FUNCTIONS = ("build_quac_backbone", "build_quac_resnet", "build_prior_backbone"
 
 
 class SiteError(ValueError):
-    """What a backbone cannot do; ``given`` are the options that ask for it, ``key`` says where below the backbone."""
+    """What a backbone cannot do; ``options`` ask for it, ``key`` says where below the backbone."""
 
-    def __init__(self, key: str, given: Any, message: str):
+    def __init__(self, key: str, options: Any, message: str):
         super().__init__(f"{key}: {message}")
-        self.given = given
+        self.options = options
 
 
 def walk(cfg: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -40,12 +40,12 @@ def walk(cfg: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield from walk(value, at)
 
 
-def path_of(cfg: Any, given: Any, path: str) -> str | None:
-    """Where in a config the backbone of ours is that has the options ``given``; None if nowhere."""
+def path_of(cfg: Any, options: Any, path: str) -> str | None:
+    """Where in a config the backbone of ours is that has these options; None if nowhere."""
     holders = [(at, part) for at, part in walk(cfg, path) if name_of(part) in HOLDERS]
-    options = [(at, [part.get("quac") or {}, part.get("prior"), _options_of_prior(part)]) for at, part in holders]
-    same = [at for at, parts in options if any(part is given for part in parts)]
-    alike = [at for at, parts in options if given in parts]
+    parts_of = [(at, [part.get("quac") or {}, part.get("prior"), _options_of_prior(part)]) for at, part in holders]
+    same = [at for at, parts in parts_of if any(part is options for part in parts)]
+    alike = [at for at, parts in parts_of if options in parts]
     return next(iter([*same, *alike]), None)  # of two with equal options the very one, unless the config was copied
 
 

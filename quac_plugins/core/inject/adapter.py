@@ -84,10 +84,10 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         KeyError: a name that is not of what was put in.
     """
-    here = adapter_state(model)
+    tensors = adapter_state(model)
     with torch.no_grad():
         for name, tensor in state.items():
-            here[name].copy_(tensor)
+            tensors[name].copy_(tensor)
 
 
 def save_adapter(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
@@ -253,16 +253,13 @@ def _check_images(model: nn.Module, saved: Saved) -> None:
     if saved.images is None:
         return
     record, wanted = injection_of(model), saved.images.normalization
-    here = (
-        record.images.host
-        if record is not None and record.images is not None
-        else facts_of(unwrap(model)).normalization
-    )
-    if here is None or same(here, wanted) or (saved.images.host is not None and same(here, saved.images.host)):
+    noted = record.images if record is not None else None
+    host = noted.host if noted is not None else facts_of(unwrap(model)).normalization
+    if host is None or same(host, wanted) or (saved.images.host is not None and same(host, saved.images.host)):
         return
     mean, std = wanted or ((0.0,), (1.0,))
     raise ValueError(
-        f"the adapter in {saved.folder} is for images with {in_words(wanted)}, and this host says {in_words(here)} "
+        f"the adapter in {saved.folder} is for images with {in_words(wanted)}, and this host says {in_words(host)} "
         "(its pretrained_cfg): the quality would be that of other pictures. Build the host for those images "
         f"(timm.create_model(…, pretrained_cfg_overlay=dict(mean={mean}, std={std})), --mean and --std), or take the "
         "adapter's (load_adapter(…, check_host=False))"
@@ -364,10 +361,10 @@ def _with_normalization(model: nn.Module, saved: Saved, config: C) -> C:
     return replace(config, mean=mean, std=std)  # type: ignore[type-var]
 
 
-def _same_prior(saved: Saved, here: PriorInjection) -> bool:
+def _same_prior(saved: Saved, prior: PriorInjection) -> bool:
     assert saved.prior is not None
-    names = [site.name for site in here.sites], [site.name for site in saved.prior_sites]
-    return names[0] == names[1] and not prior_differences(saved.prior, here.config)
+    names = [site.name for site in prior.sites], [site.name for site in saved.prior_sites]
+    return names[0] == names[1] and not prior_differences(saved.prior, prior.config)
 
 
 def _inject_prior(model: nn.Module, saved: Saved, state: dict[str, Tensor], example: Example | None) -> None:
@@ -401,12 +398,12 @@ def _check(model: nn.Module, saved: Saved, state: dict[str, Tensor]) -> None:
     record = _record(model)
     expected = adapter_state(model)
     problems = []
-    for what, there, here in (
+    for what, in_adapter, in_host in (
         ("a prior", saved.prior, record.prior.config if record.prior else None),
         ("activations", saved.config, record.config),
     ):
-        if (there is None) != (here is None):
-            problems.append(f"{what}: in the {'adapter' if here is None else 'host'} only")
+        if (in_adapter is None) != (in_host is None):
+            problems.append(f"{what}: in the {'adapter' if in_host is None else 'host'} only")
     if saved.images is not None and record.images is not None:
         theirs, ours = saved.images.normalization, record.images.normalization
         if not same(theirs, ours):

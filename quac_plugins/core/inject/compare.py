@@ -31,42 +31,42 @@ def tensor_problems(expected: dict[str, Tensor], state: dict[str, Tensor]) -> li
     return problems
 
 
-def site_problems(here: dict[Any, Any], there: dict[Any, Any]) -> list[str]:
+def site_problems(host: dict[Any, Any], adapter: dict[Any, Any]) -> list[str]:
     """Sites that are on one side alone, or laid out otherwise."""
-    problems = [f"site {key[0]!r} is in the adapter, not in this host" for key in there if key not in here]
-    problems += [f"site {key[0]!r} is in this host, not in the adapter" for key in here if key not in there]
+    problems = [f"site {key[0]!r} is in the adapter, not in this host" for key in adapter if key not in host]
+    problems += [f"site {key[0]!r} is in this host, not in the adapter" for key in host if key not in adapter]
     return problems + [
-        f"site {key[0]!r} has its channels on axis {there[key]}, in this host on {here[key]}"
-        if isinstance(here[key], int)
-        else f"site {key[0]!r} has layout {there[key]}, in this host {here[key]}"
-        for key in here
-        if key in there and there[key] != here[key]
+        f"site {key[0]!r} has its channels on axis {adapter[key]}, in this host on {host[key]}"
+        if isinstance(host[key], int)
+        else f"site {key[0]!r} has layout {adapter[key]}, in this host {host[key]}"
+        for key in host
+        if key in adapter and adapter[key] != host[key]
     ]
 
 
-def differences(there: QuACConfig, here: QuACConfig) -> list[str]:
+def differences(adapter: QuACConfig, host: QuACConfig) -> list[str]:
     """What the tensors' shapes do not show: parameters of one activation, read by another, give wrong numbers."""
     fields = ["activation", "init"]
-    if here.is_driven:
+    if host.is_driven:
         fields += ["norm", "reduction"]
-    if here.activation_class.needs_quality:
+    if host.activation_class.needs_quality:
         fields.append("tap")
-    return _compare(there, here, fields, here.activation_class.needs_quality)
+    return _compare(adapter, host, fields, host.activation_class.needs_quality)
 
 
-def prior_differences(there: PriorConfig, here: PriorConfig) -> list[str]:
+def prior_differences(adapter: PriorConfig, host: PriorConfig) -> list[str]:
     """The same for a prior."""
-    return _compare(there, here, ["fdm", "fdm_width", "fdm_act", "experts"], here.needs_quality)
+    return _compare(adapter, host, ["fdm", "fdm_width", "fdm_act", "experts"], host.needs_quality)
 
 
-def _compare(there: QualityOptions, here: QualityOptions, fields: list[str], needs_quality: bool) -> list[str]:
-    if needs_quality and isinstance(here.quality, str) and not there.has_own_quality:
+def _compare(adapter: QualityOptions, host: QualityOptions, fields: list[str], needs_quality: bool) -> list[str]:
+    if needs_quality and isinstance(host.quality, str) and not adapter.has_own_quality:
         fields = [*fields, "quality"]
-    if there.mean is not None:  # explicit there; otherwise each host brings its own, and q is that of the pictures
+    if adapter.mean is not None:  # explicit there; otherwise each host brings its own, and q is that of the pictures
         fields = [*fields, "mean", "std"]
     if needs_quality:
         fields = [*fields, "channel_order"]
-    known = there.to_dict(), here.to_dict()
+    known = adapter.to_dict(), host.to_dict()
     pairs = [(field, known[0][field], known[1][field]) for field in fields]
     return [f"{field} is {a!r} in the adapter, {b!r} in this host" for field, a, b in pairs if a != b]
 

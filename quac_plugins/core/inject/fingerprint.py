@@ -62,8 +62,8 @@ def fingerprint(model: nn.Module) -> str | None:
     return "-".join(digest.hexdigest()[:16] for digest in digests)
 
 
-def same_weights(one: Any, other: Any) -> bool:
+def same_weights(first: Any, second: Any) -> bool:
     """Whether two fingerprints may be of the same weights: those of one precision agree, or one is not known."""
-    if one is None or other is None:
+    if first is None or second is None:
         return True
-    return not set(str(one).split("-")).isdisjoint(str(other).split("-"))
+    return not set(str(first).split("-")).isdisjoint(str(second).split("-"))

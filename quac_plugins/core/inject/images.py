@@ -68,14 +68,14 @@ def _read(value: Any) -> Normalization | None:
     return mean, std
 
 
-def same(one: Normalization | None, other: Normalization | None) -> bool:
+def same(first: Normalization | None, second: Normalization | None) -> bool:
     """Whether two normalizations give the same images; None, images in [0, 1], is a mean of 0 and a std of 1.
 
     Example:
         >>> same(((0.5,), (0.5,)), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))), same(None, ((0.0,), (1.0,)))
         (True, True)
     """
-    return np.allclose(_three(one), _three(other), rtol=0, atol=1e-6)
+    return np.allclose(_three(first), _three(second), rtol=0, atol=1e-6)
 
 
 def _three(value: Normalization | None) -> list[tuple[float, ...]]:

@@ -62,7 +62,7 @@ class Feature:
         before: and when it was called.
         depth: how many of these lead to the tensor one after another, on the longest way from the image.
         node: number of the tensor; modules that return the same tensor share it.
-        made: the module computed it, rather than handing on what it was given.
+        is_new: the module computed the tensor, rather than handing on its input.
         cut: whatever the host makes of the image, it makes it of this tensor: nothing goes around it. True for the
             ends of stages and blocks, false for the branches inside a block. (A host that returns several tensors: as
             seen from the one that most of its computations lead to.)
@@ -74,7 +74,7 @@ class Feature:
     before: int = 0
     depth: int = 0
     node: int = 0
-    made: bool = True
+    is_new: bool = True
     cut: bool = True
 
 
@@ -161,25 +161,25 @@ def trace(model: nn.Module, example: Example | None = None, tokens: bool = False
             raise DoesNotRun(_cannot_run(model, single, error)) from None  # the message holds what it adds
 
 
-def _part(model: nn.Module, one: Arguments) -> tuple[str, tuple[int, ...]] | None:
+def _part(model: nn.Module, arguments: Arguments) -> tuple[str, tuple[int, ...]] | None:
     """The part of a host that is given the images, if the host runs up to there."""
     with _evaluating(model), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
-        return find_part(model, one.images.new_zeros(2, *one.images.shape[1:]))
+        return find_part(model, arguments.images.new_zeros(2, *arguments.images.shape[1:]))
 
 
 def _random(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.rand(shape).to(tensor) if tensor.is_floating_point() else tensor.expand(shape).clone()
 
 
-def _cannot_run(model: nn.Module, given: Arguments, error: Exception) -> str:
-    beside = "alone" if given.alone else "and the other arguments of the example"
+def _cannot_run(model: nn.Module, arguments: Arguments, error: Exception) -> str:
+    beside = "alone" if arguments.alone else "and the other arguments of the example"
     reason = (str(error).splitlines() or [""])[0].rstrip(".")
-    part = _part(model, given) if given.alone else None
+    part = _part(model, arguments) if arguments.alone else None
     if part is not None:
         return f"{type(model).__name__} is not given its images as one tensor (B, C, H, W). {in_words(model, part)}"
     return (
-        f"{type(model).__name__} does not run on images of shape {tuple(given.images.shape)} {beside}, so its "
+        f"{type(model).__name__} does not run on images of shape {tuple(arguments.images.shape)} {beside}, so its "
         f"activations cannot be found ({type(error).__name__}: {reason}). Give images it takes: inject(model, config, "
         "example=torch.rand(1, C, H, W)). A host that takes more than images: give all its arguments, the images first "
         "(example=(images, timestep, …)), or inject the part of it that takes images alone"
@@ -210,11 +210,11 @@ def _input_size(model: nn.Module) -> tuple[int, int, int]:
     return chans, height, width
 
 
-def _run(model: nn.Module, given: Arguments, batch: int) -> Trace:
-    images = given.images
+def _run(model: nn.Module, arguments: Arguments, batch: int) -> Trace:
+    images = arguments.images
     channel, height, width = (1, *images.shape[2:]) if images.ndim == 4 else (2, 0, 0)  # nothing tells tokens' size
     images._quac_label = Label(batch=0, channel=channel)  # type: ignore[attr-defined]
-    result = Trace(in_chans=images.shape[channel], image_size=(height, width), alone=given.alone)
+    result = Trace(in_chans=images.shape[channel], image_size=(height, width), alone=arguments.alone)
     known = parts(model)
     names = {id(module): name for name, module in known.items()}
     labels = Labels(batch)
@@ -270,7 +270,7 @@ def _run(model: nn.Module, given: Arguments, batch: int) -> Trace:
                 if callable(method := getattr(module, WITH_TAP, None)):
                     module.__dict__[WITH_TAP] = partial(with_tap, module, method)
             try:
-                if not given.alone:
+                if not arguments.alone:
                     raise TypeError("it takes more than images")
                 features = model.forward_features(images)  # type: ignore[operator]
                 result.last = _backbone_output(features, outputs, batch, known)
@@ -279,7 +279,7 @@ def _run(model: nn.Module, given: Arguments, batch: int) -> Trace:
                 result.features, result.others, labels.layers = [], {}, 0
                 while running:
                     running.pop().end(labels)
-                end = given.call(model)
+                end = arguments.call(model)
     finally:
         for handle in handles:
             handle.remove()
@@ -363,9 +363,9 @@ def _backbone_output(
     for name, output in reversed(matching or [pair for pair in outputs if pair[0]]):
         call = _describe(output, batch)
         while call is not None and isinstance(known[name], nn.Sequential):
-            parts = [(part, found) for part, found in outputs if part.rpartition(".")[0] == name]
-            same = [part for part, found in parts if found is output]
-            if not same or len({found.shape for _, found in parts}) == 1:
+            parts = [(part, tensor) for part, tensor in outputs if part.rpartition(".")[0] == name]
+            same = [part for part, tensor in parts if tensor is output]
+            if not same or len({tensor.shape for _, tensor in parts}) == 1:
                 break
             name = same[-1]
         if call is not None:

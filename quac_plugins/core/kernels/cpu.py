@@ -54,7 +54,7 @@ static inline V slope_of(const V& x, int64_t host) {
 static inline S total(const V& v) { return at::vec::vec_reduce_all([](V a, V b) { return a + b; }, v); }
 
 static double row_sum(const T* x, int64_t n) {
-  double found = 0;
+  double result = 0;
   constexpr int64_t PIECE = 4096;
   for (int64_t at = 0; at < n; at += PIECE) {  // since a long sum in float loses digits
     const int64_t count = std::min(PIECE, n - at);
@@ -65,9 +65,9 @@ static double row_sum(const T* x, int64_t n) {
     for (; i + UNROLL * W <= count; i += UNROLL * W)
       for (int64_t u = 0; u < UNROLL; ++u) sum[u] = sum[u] + in(from + i + u * W);
     for (; i < count; i += W) sum[0] = sum[0] + in(from + i, std::min(W, count - i));
-    found += total((sum[0] + sum[1]) + (sum[2] + sum[3]));
+    result += total((sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
-  return found;
+  return result;
 }
 
 constexpr int64_t COLUMNS = W >= 16 ? 16 : 8;  // vectors, as many as there are registers for
@@ -103,16 +103,16 @@ static void means(const T* x, S* out, int64_t batch, int64_t rows, int64_t n, bo
   for (int64_t task = 0; task < batch * chunks; ++task) {
     const int64_t first = task % chunks * SUMMED, count = std::min(SUMMED, rows - first);
     const T* from = x + (task / chunks * rows + first) * n;
-    S* own = sums.data() + task * n;
+    S* piece = sums.data() + task * n;
     int64_t at = 0;  // row after row, a tile of the columns in registers: several rows at a time take twice as long
-    for (; at + COLUMNS * W <= n; at += COLUMNS * W) tile_sums<true>(from + at, count, n, COLUMNS * W, own + at);
-    if (at < n) tile_sums<false>(from + at, count, n, n - at, own + at);
+    for (; at + COLUMNS * W <= n; at += COLUMNS * W) tile_sums<true>(from + at, count, n, COLUMNS * W, piece + at);
+    if (at < n) tile_sums<false>(from + at, count, n, n - at, piece + at);
   }
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t i = 0; i < n; ++i) {
-      double found = 0;
-      for (int64_t k = 0; k < chunks; ++k) found += sums[(b * chunks + k) * n + i];
-      out[b * n + i] = S(found / rows);
+      double sum = 0;
+      for (int64_t k = 0; k < chunks; ++k) sum += sums[(b * chunks + k) * n + i];
+      out[b * n + i] = S(sum / rows);
     }
 }
 
@@ -135,22 +135,22 @@ template <class E, bool ROWS, bool START> struct Line {
     return x * E::gate(x, c);
   }
 
-  inline void write(const T* x, const T* below, T* y, const V& found, int64_t count = W) const {
-    if (host == NOTHING) out(found, y, count);
-    else out((host == BELOW ? in(below, count) : hosted(in(x, count), host)) + found, y, count);
+  inline void write(const T* x, const T* below, T* y, const V& gated, int64_t count = W) const {
+    if (host == NOTHING) out(gated, y, count);
+    else out((host == BELOW ? in(below, count) : hosted(in(x, count), host)) + gated, y, count);
   }
 
   void forward(const T* x, const T* below, T* y, int64_t n) {
     if (ROWS) pick(0, W);
     int64_t i = 0;
     for (; i + UNROLL * W <= n; i += UNROLL * W) {
-      V found[UNROLL];
+      V gated[UNROLL];
       for (int64_t u = 0; u < UNROLL; ++u) {
         if (!ROWS) pick(i + u * W, W);
-        found[u] = value(in(x + i + u * W));
+        gated[u] = value(in(x + i + u * W));
       }
       for (int64_t u = 0; u < UNROLL; ++u)
-        write(x + i + u * W, below + i + u * W, y + i + u * W, found[u]);
+        write(x + i + u * W, below + i + u * W, y + i + u * W, gated[u]);
     }
     for (; i < n; i += W) {
       const int64_t count = std::min(W, n - i);
@@ -223,16 +223,16 @@ template <class E, bool ROWS, bool START> static void backward(const Given& d, c
     }
   } else {
     const int64_t chunks = (d.rows + CHUNK - 1) / CHUNK, width = E::PARTS * d.n;
-    std::vector<S> found(d.batch * chunks * width, S(0));
+    std::vector<S> partial(d.batch * chunks * width, S(0));
 #pragma omp parallel for num_threads(d.threads)
     for (int64_t task = 0; task < d.batch * chunks; ++task) {
       const int64_t b = task / chunks, k = task % chunks;
       Line<E, ROWS, START> line{coef + b * E::COUNT * d.n, d.n, start, d.host};
       for (int64_t r = b * d.rows + k * CHUNK; r < b * d.rows + std::min((k + 1) * CHUNK, d.rows); ++r)
-        line.backward(d.g + r * d.n, d.x + r * d.n, d.y + r * d.n, d.n, found.data() + task * width);
+        line.backward(d.g + r * d.n, d.x + r * d.n, d.y + r * d.n, d.n, partial.data() + task * width);
     }
     for (int64_t task = 0; task < d.batch * chunks; ++task)
-      for (int64_t i = 0; i < width; ++i) sums[task / chunks * width + i] += found[task * width + i];
+      for (int64_t i = 0; i < width; ++i) sums[task / chunks * width + i] += partial[task * width + i];
   }
 }
 

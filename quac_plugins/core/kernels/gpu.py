@@ -95,11 +95,11 @@ def forward(x_of, below_of, y_of, t0_of, t1_of, t2_of, b0, b1, b2, s0, s1, s2, c
     """One tile: b0, b1, b2 are the parameters' strides along the batch, s0, s1, s2 those of θ⁰."""
     b, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     channel, pixel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS), tile * PIXELS + tl.arange(0, PIXELS)
-    here, inside = channel < channels, (pixel < pixels)[:, None] & (channel < channels)[None, :]
+    valid, inside = channel < channels, (pixel < pixels)[:, None] & (channel < channels)[None, :]
     at = b.to(tl.int64) * by_batch + pixel.to(tl.int64)[:, None] * by_pixel + channel[None, :] * by_channel
-    t0 = tl.load(t0_of + b * b0 + channel, mask=here, other=0.0)[None, :]
-    t1 = tl.load(t1_of + b * b1 + channel, mask=here, other=0.0)[None, :]
-    t2 = tl.load(t2_of + b * b2 + channel, mask=here, other=0.0)[None, :]
+    t0 = tl.load(t0_of + b * b0 + channel, mask=valid, other=0.0)[None, :]
+    t1 = tl.load(t1_of + b * b1 + channel, mask=valid, other=0.0)[None, :]
+    t2 = tl.load(t2_of + b * b2 + channel, mask=valid, other=0.0)[None, :]
     x = tl.load(x_of + at, mask=inside, other=0.0).to(tl.float32)
     gate = _gate(x, t0, t1, t2, EQUATION)
     if START:
@@ -119,16 +119,16 @@ def backward(grad_of, x_of, by_x_of, t0_of, t1_of, t2_of, b0, b1, b2, s0, s1, s2
     """A piece of TILES tiles: ∂x, and its part of the sums (B, pieces, COUNT, C) that ∂θ is made of."""
     b, piece = tl.program_id(0) // pieces, tl.program_id(0) % pieces
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    here = channel < channels
-    t0 = tl.load(t0_of + b * b0 + channel, mask=here, other=0.0)[None, :]
-    t1 = tl.load(t1_of + b * b1 + channel, mask=here, other=0.0)[None, :]
-    t2 = tl.load(t2_of + b * b2 + channel, mask=here, other=0.0)[None, :]
+    valid = channel < channels
+    t0 = tl.load(t0_of + b * b0 + channel, mask=valid, other=0.0)[None, :]
+    t1 = tl.load(t1_of + b * b1 + channel, mask=valid, other=0.0)[None, :]
+    t2 = tl.load(t2_of + b * b2 + channel, mask=valid, other=0.0)[None, :]
     sum0 = tl.zeros((PIXELS, CHANNELS), tl.float32)
     sum1 = tl.zeros((PIXELS, CHANNELS), tl.float32)
     sum2 = tl.zeros((PIXELS, CHANNELS), tl.float32)
     for tile in range(piece * TILES, piece * TILES + TILES):
         pixel = tile * PIXELS + tl.arange(0, PIXELS)
-        inside = (pixel < pixels)[:, None] & here[None, :]
+        inside = (pixel < pixels)[:, None] & valid[None, :]
         at = b.to(tl.int64) * by_batch + pixel.to(tl.int64)[:, None] * by_pixel + channel[None, :] * by_channel
         x = tl.load(x_of + at, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_of + at, mask=inside, other=0.0).to(tl.float32)
@@ -143,12 +143,12 @@ def backward(grad_of, x_of, by_x_of, t0_of, t1_of, t2_of, b0, b1, b2, s0, s1, s2
         if COUNT > 1:
             sum1 += tl.where(inside, grad * p1, 0.0)
             sum2 += tl.where(inside, grad * p2, 0.0)
-    own = sums_of + tl.program_id(0).to(tl.int64) * COUNT * channels + channel
-    tl.store(own, tl.sum(sum0, axis=0), mask=here)
+    sums_at = sums_of + tl.program_id(0).to(tl.int64) * COUNT * channels + channel
+    tl.store(sums_at, tl.sum(sum0, axis=0), mask=valid)
     if COUNT > 1:
         apart = (t0 - t1) * (t0 - t1)
-        tl.store(own + channels, tl.sum(sum1, axis=0), mask=here)
-        tl.store(own + 2 * channels, tl.sum(sum2 * apart, axis=0), mask=here)
+        tl.store(sums_at + channels, tl.sum(sum1, axis=0), mask=valid)
+        tl.store(sums_at + 2 * channels, tl.sum(sum2 * apart, axis=0), mask=valid)
 
 
 def run(
@@ -162,7 +162,7 @@ def run(
     count, host = len(theta), below if isinstance(below, str) else "below"
     parameters = (*theta, *theta, *theta)[:3]
     strides_of = [channels if p.numel() != channels else 0 for p in parameters]
-    given = (*parameters, *strides_of, *(*map(float, start), 0.0, 0.0, 0.0)[:3])
+    values = (*parameters, *strides_of, *(*map(float, start), 0.0, 0.0, 0.0)[:3])
     if by_rows:
         wide = min(TILE, triton.next_power_of_2(max(pixels, 1)))
         shape = {"PIXELS": wide, "CHANNELS": min(TILE // wide, triton.next_power_of_2(max(channels, 1)))}
@@ -176,7 +176,7 @@ def run(
         if x.numel():
             with torch.cuda.device_of(x):
                 forward[(batch * tiles, groups)](
-                    x, x if isinstance(below, str) else below, y, *given, channels, pixels, tiles, *strides, **options
+                    x, x if isinstance(below, str) else below, y, *values, channels, pixels, tiles, *strides, **options
                 )
         return y
     together = min(max(tiles, 1), max(PIECE // shape["PIXELS"], 4))
@@ -185,7 +185,7 @@ def run(
     if x.numel():
         with torch.cuda.device_of(x):
             backward[(batch * pieces, groups)](
-                grad, x, y, *given, sums, channels, pixels, pieces, *strides, COUNT=count, TILES=together, **options
+                grad, x, y, *values, sums, channels, pixels, pieces, *strides, COUNT=count, TILES=together, **options
             )
     by = sums.sum(1).unbind(1)
     return y, [(b if p.numel() != channels else b.sum(0)).view_as(p) for b, p in zip(by, theta, strict=True)]

@@ -31,22 +31,22 @@ constexpr int64_t UNROLL = 4;  // chains that do not wait for one another
 template <class U> static inline V in(const U* x, int64_t count = W) {
   if constexpr (std::is_same_v<U, S>) return V::loadu(x, count);
   else {
-    V found;
+    V vector;
     if (count < W) {  // in torch 2.6, on AVX2, what loadu of a count leaves behind them is not zero
       U padded[W] = {};
       std::memcpy(padded, x, count * sizeof(U));
-      at::vec::load_to_float(padded, found);
-      return found;
+      at::vec::load_to_float(padded, vector);
+      return vector;
     }
-    at::vec::load_to_float(x, found);
-    return found;
+    at::vec::load_to_float(x, vector);
+    return vector;
   }
 }
 
-template <class U> static inline void out(const V& found, U* y, int64_t count = W) {
-  if constexpr (std::is_same_v<U, S>) found.store(y, count);
+template <class U> static inline void out(const V& vector, U* y, int64_t count = W) {
+  if constexpr (std::is_same_v<U, S>) vector.store(y, count);
   else {
-    const auto twice = at::vec::convert_from_float<U>(found, found);
+    const auto twice = at::vec::convert_from_float<U>(vector, vector);
     if (count < W) twice.store(y, count);
     else std::memcpy(y, &twice, W * sizeof(U));  // a masked store, and what is loaded next to it would wait
   }

@@ -64,7 +64,7 @@ class _Place:
     @property
     def key(self) -> Any:
         """The same for modules that return the same tensor: a prior after one is a prior after the other."""
-        return self.feature.node if self.feature.made else self.site.name
+        return self.feature.node if self.feature.is_new else self.site.name
 
 
 def find_prior_sites(model: nn.Module, seen: Trace, patterns: list[str]) -> list[PriorSite]:
@@ -152,7 +152,7 @@ def _places(model: nn.Module, seen: Trace) -> tuple[list[_Place], dict[str, str]
     return [replace(p, main=p.site.name in main, spans=p.site.name in spans) for p in usable], unusable
 
 
-def _site(feature: Feature, image: tuple[int, int], own: int | None) -> PriorSite | str:
+def _site(feature: Feature, image: tuple[int, int], known_prefix: int | None) -> PriorSite | str:
     call = feature.call
     shape = f"its output (B, {', '.join(map(str, call.shape[1:]))})"
     if call.batch_axis != 0:
@@ -162,9 +162,9 @@ def _site(feature: Feature, image: tuple[int, int], own: int | None) -> PriorSit
     if len(call.shape) == 3:
         if call.channel_dim != -1:
             return f"{shape} has its channels on axis {call.channel_dim}, not last"
-        for prefix in (own or 0, *range(_MOST_PREFIXES + 1)):
+        for prefix in (known_prefix or 0, *range(_MOST_PREFIXES + 1)):
             grid = _grid(call.shape[1] - prefix, image)
-            if grid is not None and (prefix == own or 2 * prefix <= grid[0] * grid[1]):
+            if grid is not None and (prefix == known_prefix or 2 * prefix <= grid[0] * grid[1]):
                 return PriorSite(feature.name, call.channels, "tokens", prefix, grid, round(image[0] / grid[0]))
         return f"{shape} has {call.shape[1]} tokens, which are no grid over the image of {image[0]}×{image[1]}"
     if call.channel_dim not in (1, -1):
@@ -195,7 +195,7 @@ def _off_the_main_path(model: nn.Module, seen: Trace, usable: list[_Place]) -> s
     """Names of the usable modules that are not on the main path; see :func:`find_prior_sites`."""
     half = seen.layers / 2
     # the modules that blocks and steps can be: the rest are the host itself, by whatever name
-    parts = {f.name: f for f in seen.features if f.cut and f.made and f.layers - f.before <= half}
+    parts = {f.name: f for f in seen.features if f.cut and f.is_new and f.layers - f.before <= half}
     blocks = set()
     for feature in seen.features:
         if not feature.cut:
@@ -210,7 +210,7 @@ def _off_the_main_path(model: nn.Module, seen: Trace, usable: list[_Place]) -> s
     for place in usable:
         name, stride, feature = place.site.name, place.site.stride, place.feature
         around = [outer for outer in _around(name) if outer in parts]
-        if not (feature.cut and feature.made) or any(outer in blocks or outer in heads for outer in around):
+        if not (feature.cut and feature.is_new) or any(outer in blocks or outer in heads for outer in around):
             off.add(name)
         elif any(strides.get(o, stride) > stride and feature.layers - parts[o].before < _FEW for o in around):
             off.add(name)  # the beginning of a step to a coarser resolution

@@ -318,13 +318,13 @@ def _all_sums(grey: Tensor, dtype: torch.dtype) -> Tensor:
     if exporting():  # at once, in a fifth of the operations; zeros beyond the border count nowhere
         around = F.pad(y, (0, 1, 1, 1))
         neighbours = [around[:, 1 + down :][:, :height, right:][..., :width] for down, right in _SHIFTS]
-        return _sums(torch.stack([y, *(y * there for there in neighbours)], dim=1), dtype)
+        return _sums(torch.stack([y, *(y * neighbour for neighbour in neighbours)], dim=1), dtype)
     sums = [_sums(y, dtype)]
     for down, right in _SHIFTS:
         top, bottom = max(0, -down), max(0, down)
-        here = y[:, top : height - bottom, : width - right]
-        there = y[:, bottom : height - top, right:]
-        sums.append(_sums(here * there, dtype))
+        pixels = y[:, top : height - bottom, : width - right]
+        neighbour = y[:, bottom : height - top, right:]
+        sums.append(_sums(pixels * neighbour, dtype))
     return torch.stack(sums, dim=1)
 
 

@@ -200,7 +200,7 @@ extern "C" void kernel({arguments}) {
 """
 
 
-def build(window: tuple[float, ...], luma: tuple[int, ...], one: int, contrast: float) -> Callable[..., None]:
+def build(window: tuple[float, ...], luma: tuple[int, ...], total: int, contrast: float) -> Callable[..., None]:
     """The one kernel, for the functions below.
 
     Args:
@@ -209,7 +209,7 @@ def build(window: tuple[float, ...], luma: tuple[int, ...], one: int, contrast: 
         contrast: one grey level.
     """
     source = _SOURCE.replace("{chunk}", f"{CHUNK}").replace("{window}", ", ".join(f"{value!r}f" for value in window))
-    source = source.replace("{one}", f"{one}").replace("{contrast}", f"{contrast!r}f")
+    source = source.replace("{one}", f"{total}").replace("{contrast}", f"{contrast!r}f")
     for name, weight in zip(("red", "green", "blue"), luma, strict=True):
         source = source.replace(f"{{{name}}}", f"{weight}")
     tensors = ["const float* images", "float* grey", "float* half", "const float* across", "const float* down"]

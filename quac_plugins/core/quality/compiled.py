@@ -78,9 +78,9 @@ def define_operators() -> None:
     """``torch.ops.quac_plugins``; made with the first context, since making them costs a third of an import."""
     from quac_plugins.core.quality.context import context_of  # which cannot be imported before
 
-    def keep_q(q: Tensor, given: Tensor | None, handle: int, graph: int, fixed: bool, descends: bool) -> Tensor:
+    def keep_q(q: Tensor, q_by_hand: Tensor | None, handle: int, graph: int, fixed: bool, descends: bool) -> Tensor:
         """Start a forward pass of this thread with q, or with what the thread was given in its place."""
-        return context_of(handle).keep(q, given, sites_of(graph), fixed, descends)
+        return context_of(handle).keep(q, q_by_hand, sites_of(graph), fixed, descends)
 
     def current_q(like: Tensor, x: Tensor, handle: int, layer: str, differentiated: bool) -> Tensor:
         """The q that belongs to x in this thread; ``like`` has its shape, and is it where gradients reach q."""
@@ -89,7 +89,7 @@ def define_operators() -> None:
     # a recorded CUDA graph would replay what it did, and not ask again
     tags: dict[str, Any] = {"tags": (torch.Tag.cudagraph_unsafe,)} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
     keep = torch.library.custom_op("quac_plugins::keep_q", keep_q, mutates_args=(), **tags)
-    keep.register_fake(lambda q, given, handle, graph, fixed, descends: torch.empty_like(q))
+    keep.register_fake(lambda q, q_by_hand, handle, graph, fixed, descends: torch.empty_like(q))
     keep.register_autograd(lambda ctx, grad: (grad, *[None] * 5))
     current = torch.library.custom_op("quac_plugins::current_q", current_q, mutates_args=(), **tags)
     current.register_fake(lambda like, x, handle, layer, differentiated: torch.empty_like(like))

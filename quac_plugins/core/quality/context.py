@@ -43,15 +43,15 @@ class _Forward:
     """The q of one forward pass; autograd nodes of that pass hold it, so it lives as long as its graph."""
 
     __slots__ = (
-        "__weakref__", "anchored", "exported", "fixed", "given", "grad_enabled", "images", "lent", "order", "q", "ran",
-        "recomputations",
+        "__weakref__", "anchored", "by_hand", "exported", "fixed", "grad_enabled", "images", "lent", "order", "q",
+        "ran", "recomputations",
     )  # fmt: skip
     _count = itertools.count()
 
-    def __init__(self, q: Tensor, images: Tensor | None = None, given: bool = False):
+    def __init__(self, q: Tensor, images: Tensor | None = None, by_hand: bool = False):
         self.q = q
         self.images = weakref.ref(images) if images is not None else None
-        self.given = given
+        self.by_hand = by_hand
         self.order = next(self._count)
         self.ran: dict[str, int] = {}
         self.grad_enabled = torch.is_grad_enabled()
@@ -154,10 +154,10 @@ class QualityContext:
         """Start a forward pass whose quality features are q (B, Q)."""
         if torch.compiler.is_dynamo_compiling():
             if not is_exporting():
-                given = None if self._given_here else self.given
+                q_by_hand = None if self._given_here else self.given
                 descends = images is not None and images.requires_grad
                 graph = note_tap(self._handle)
-                q = torch.ops.quac_plugins.keep_q(q, given, self._handle, graph, self._given_here, descends)
+                q = torch.ops.quac_plugins.keep_q(q, q_by_hand, self._handle, graph, self._given_here, descends)
             else:
                 note_tap(self._handle)
             self.q = q
@@ -168,33 +168,33 @@ class QualityContext:
         if images is not None and images.grad_fn is not None and torch.is_grad_enabled() and not torch.jit.is_tracing():
             _metadata(images.grad_fn)[self._key] = forward  # what else is made of them is not what they were made from
 
-    def keep(self, q: Tensor, given: Tensor | None, ran: dict[str, int], fixed: bool, descends: bool) -> Tensor:
+    def keep(self, q: Tensor, q_by_hand: Tensor | None, ran: dict[str, int], fixed: bool, descends: bool) -> Tensor:
         """Start a forward pass of the thread that runs a graph, and return its q: that of the graph, or the thread's.
 
         Args:
             q: as the graph has it.
-            given: what it was given by hand when it started, by whatever thread.
+            q_by_hand: what it was given by hand when it started, by whatever thread.
             ran: how often each site, by its name, runs in the graph.
             fixed: it was given by code inside the graph.
             descends: the images may have been made by another pass, with gradients.
         """
-        own = None if fixed else self.given_q()
-        is_own = given is own or (given is not None and own is not None and _same(given, own))
-        if not is_own:
-            if own is None or own.shape != q.shape or q.requires_grad:
+        thread_q = None if fixed else self.given_q()
+        unequal = q_by_hand is None or thread_q is None or not _same(q_by_hand, thread_q)
+        if q_by_hand is not thread_q and unequal:
+            if thread_q is None or thread_q.shape != q.shape or q.requires_grad:
                 raise QualityError(
                     f"layer {self.tap!r} is compiled, and threads gave its model different quality features by hand, "
                     "or one none, which compiled code cannot tell apart. Call the model uncompiled inside "
                     "`with use_q(…)`, or give each thread a copy"
                 )
-            q = own.to(q)
-        forward = _Forward(q.detach().clone(), given=fixed or own is not None)
+            q = thread_q.to(q)
+        forward = _Forward(q.detach().clone(), by_hand=fixed or thread_q is not None)
         forward.fixed, forward.ran = fixed, dict(ran)
         if descends:
             self._unmarked = forward.order
         if in_backward():  # the tap is recomputed
-            found = [f for f in self._waiting() if f.q.shape == q.shape and torch.equal(f.q, q)]
-            forward = found[0] if found else forward
+            matches = [f for f in self._waiting() if f.q.shape == q.shape and torch.equal(f.q, q)]
+            forward = matches[0] if matches else forward
         self._start(forward)
         lent = q.clone()
         forward.lent = lent if lent.requires_grad or q.requires_grad else None
@@ -204,14 +204,14 @@ class QualityContext:
         """If the tap's layer is recomputed during backward, go on with the forward pass that these images began."""
         if compiling() or not in_backward():
             return False
-        found = [f for f in self._waiting() if f.images is not None and _same(f.images(), images)]
-        if found and all(f.q.shape == found[0].q.shape and torch.equal(f.q, found[0].q) for f in found[1:]):
-            self._start(found[0])
+        matches = [f for f in self._waiting() if f.images is not None and _same(f.images(), images)]
+        if matches and all(f.q.shape == matches[0].q.shape and torch.equal(f.q, matches[0].q) for f in matches[1:]):
+            self._start(matches[0])
             return True
-        own = self._gave.get(
+        was_given = self._gave.get(
             threading.current_thread(), any(self._gave.copy().values())
         )  # autograd has threads of its own
-        if found or (own and self.given_q() is None):
+        if matches or (was_given and self.given_q() is None):
             raise QualityError(
                 f"layer {layer!r} is recomputed by activation checkpointing, after quality features were given by "
                 "hand, and it cannot be told whether these are its own. Call backward inside `with use_q(…)`, or "
@@ -222,17 +222,17 @@ class QualityContext:
     def _start(self, forward: _Forward) -> None:
         self._local.forward = forward  # begun last, or recomputed last
         if not in_backward():
-            self._gave[threading.current_thread()] = forward.given
-            self._passes.begin(forward, not (forward.given or forward.exported))
+            self._gave[threading.current_thread()] = forward.by_hand
+            self._passes.begin(forward, not (forward.by_hand or forward.exported))
         note_graph(self._handle, 0)
         with self._lock:
             self._alive.add(forward)
 
     def _candidates(self) -> list[_Forward]:
         """The same; the latest alone, where all have the same q."""
-        found = sorted(self._waiting(), key=lambda forward: forward.order)
-        alike = all(f.q.shape == found[0].q.shape and torch.equal(f.q, found[0].q) for f in found[1:])
-        return found[-1:] if alike else found
+        forwards = sorted(self._waiting(), key=lambda forward: forward.order)
+        alike = all(f.q.shape == forwards[0].q.shape and torch.equal(f.q, forwards[0].q) for f in forwards[1:])
+        return forwards[-1:] if alike else forwards
 
     def _waiting(self) -> list[_Forward]:
         """The forward passes that a recomputation may belong to."""
@@ -277,8 +277,8 @@ class QualityContext:
         """What runs next goes on with what the model has returned: ``output``, or the latest if that is not known."""
         if compiling() or in_backward() or self.given_q() is not None:
             return
-        found = self._passes.known(output) or [getattr(self._local, "forward", None)]
-        self._passes.current = found[0] if len(found) == 1 else None
+        passes = self._passes.known(output) or [getattr(self._local, "forward", None)]
+        self._passes.current = passes[0] if len(passes) == 1 else None
 
     # -- read by the activations
 
@@ -372,21 +372,21 @@ class QualityContext:
 
     def _marks(self, x: Tensor) -> set[_Forward]:
         """The nearest marks up the autograd graph of x, as far as they tell."""
-        found: set[_Forward] = set()
+        marks: set[_Forward] = set()
         if x.grad_fn is None:
-            return found
+            return marks
         queue, seen = deque([x.grad_fn]), {x.grad_fn}
         while queue:
             node = queue.popleft()
             mark = _metadata(node).get(self._key)
             if mark is not None:
-                found.add(mark)
+                marks.add(mark)
                 continue
             for parent, _ in node.next_functions:
                 if parent is not None and parent not in seen:
                     seen.add(parent)
                     queue.append(parent)
-        return {forward for forward in found if forward.order >= self._unmarked}
+        return {forward for forward in marks if forward.order >= self._unmarked}
 
     def _recomputed(self, x: Tensor, layer: str) -> _Forward:
         forward = self._lineage(x)

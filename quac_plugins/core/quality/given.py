@@ -15,12 +15,12 @@ from quac_plugins.core.quality.context import QualityContext
 
 def contexts_of(model: nn.Module) -> list[QualityContext]:
     """Every context in a model (one for each tap), in module order."""
-    found: dict[int, QualityContext] = {}
+    contexts: dict[int, QualityContext] = {}
     for module in model.modules():
         context = getattr(module, "context", None)
         if isinstance(context, QualityContext):
-            found[id(context)] = context
-    return list(found.values())
+            contexts[id(context)] = context
+    return list(contexts.values())
 
 
 @contextmanager
@@ -68,8 +68,8 @@ class quality_given:
     A class and not a generator, which torch 2.6 cannot compile.
     """
 
-    def __init__(self, given: Iterable[tuple[QualityContext, Tensor]]):
-        self.pairs = list(given)
+    def __init__(self, pairs: Iterable[tuple[QualityContext, Tensor]]):
+        self.pairs = list(pairs)
         self.before: list[Any] = []
 
     def __enter__(self) -> None:
@@ -83,8 +83,8 @@ class quality_given:
 
     def __exit__(self, *error: object) -> None:
         if torch.compiler.is_dynamo_compiling():
-            for (context, _), (q, given, here, graph) in zip(self.pairs, self.before, strict=True):
-                context.q, context.given, context._given_here = q, given, here
+            for (context, _), (q, q_by_hand, is_local, graph) in zip(self.pairs, self.before, strict=True):
+                context.q, context.given, context._given_here = q, q_by_hand, is_local
                 note_graph(context._handle, graph)
             return
         for (context, _), (gift, forward) in zip(self.pairs, self.before, strict=True):

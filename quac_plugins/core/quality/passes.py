@@ -80,13 +80,13 @@ class Passes:
 
     # -- told by the model and its parts; ``given``: the thread is inside use_q, so there is nothing to find out
 
-    def enter(self, part: nn.Module, args: Any, whole: bool, given: bool) -> None:
+    def enter(self, part: nn.Module, args: Any, whole: bool, by_hand: bool) -> None:
         """A call begins."""
         thread = self._thread
         at = next((i for i, level in enumerate(thread.levels) if level.part is part), None)
         if at is not None:  # the call before was broken off from outside
-            self._end(at, given)
-        known = given or (bool(thread.levels) and thread.levels[-1].known)
+            self._end(at, by_hand)
+        known = by_hand or (bool(thread.levels) and thread.levels[-1].known)
         level = _Level(part, whole, known, thread.open)
         thread.levels.append(level)
         if known:
@@ -94,30 +94,30 @@ class Passes:
         if whole:
             thread.current = None  # no image has reached it yet
             return
-        found = self.known(args)
-        level.mixed = len(found) > 1
-        if len(found) == 1:
-            self._recognized(found[0])
+        passes = self.known(args)
+        level.mixed = len(passes) > 1
+        if len(passes) == 1:
+            self._recognized(passes[0])
 
-    def leave(self, part: nn.Module, output: Any, given: bool) -> None:
+    def leave(self, part: nn.Module, output: Any, by_hand: bool) -> None:
         """A call ends; what it returns belongs to the thread's current pass, if that is known."""
         thread = self._thread
         at = next((i for i in reversed(range(len(thread.levels))) if thread.levels[i].part is part), None)
         if at is None:
             return
         current, known = thread.current, thread.levels[at].known
-        self._end(at, given)
+        self._end(at, by_hand)
         if known and current is not None and (not thread.levels or thread.levels[-1].whole):
             for tensor in _tensors(output):
                 self._mark(tensor, current)
 
-    def _end(self, at: int, given: bool) -> None:
+    def _end(self, at: int, by_hand: bool) -> None:
         """The call at this level ends, and those in it."""
         thread = self._thread
         for level in thread.levels[at:]:
             if level.whole:
                 thread.open = level.open
-                thread.current = thread.current if given else None
+                thread.current = thread.current if by_hand else None
         del thread.levels[at:]
 
     def begin(self, new: Pass, waits: bool = True) -> None:

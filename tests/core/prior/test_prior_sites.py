@@ -158,7 +158,7 @@ def test_cut_features_are_all_that_the_output_is_made_of():
     model = timm.create_model("test_efficientnet").eval()
     images = torch.rand(2, 3, 160, 160)
     seen = trace(model)
-    cuts = {f.name: f.cut for f in seen.features if f.made}
+    cuts = {f.name: f.cut for f in seen.features if f.is_new}
     assert {True, False} == set(cuts.values())
     (usable,) = {cut for name, cut in cuts.items() if name == "blocks.1"}
     assert usable
