@@ -44,6 +44,7 @@ MODULES = {
     "detectron2": "detectron2",
     "mmengine": "MMEngine",
     "diffusers": "diffusers",
+    "transformers": "transformers",
 }
 
 

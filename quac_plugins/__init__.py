@@ -15,7 +15,7 @@ from quac_plugins import functional
 from quac_plugins import timm as _timm_door
 from quac_plugins import timm_facts as _timm_facts  # noqa: F401  (what hosts say of themselves)
 from quac_plugins import torchvision as _torchvision_door  # noqa: F401  (notes the sizes of images in batches)
-from quac_plugins import transformers as _transformers_facts  # noqa: F401
+from quac_plugins import transformers_facts as _transformers_facts  # noqa: F401
 from quac_plugins.core.activations import (
     ACTIVATIONS,
     QACON,

@@ -75,11 +75,12 @@ def make_card(
 
     config = read_json(folder / (name := _config_name(folder)))
     is_adapter = name == CONFIG_NAME
-    of_timm = not is_adapter or str(config["host"].get("class", "timm.")).startswith("timm.")
-    inside = _inside(config) if is_adapter else _inside_model(config)
+    library = "timm" if is_adapter or "architecture" in config else "transformers"
+    of_timm = str(config["host"].get("class", "timm.")).startswith("timm.") if is_adapter else library == "timm"
+    inside = _inside(config) if is_adapter else _inside_model(config) if of_timm else _inside_transformers(config)
     fitted = _fit(fit)
     data = ModelCardData(
-        library_name="quac-plugins" if is_adapter else "timm",
+        library_name="quac-plugins" if is_adapter else library,
         license=license,
         base_model=base_model,
         pipeline_tag="image-classification" if of_timm or reports else None,
@@ -94,6 +95,7 @@ def make_card(
             repo_id=repo_id,
             is_adapter=is_adapter,
             of_timm=of_timm,
+            library=library,
             description=description,
             base_model=base_model,
             license=license,
@@ -145,6 +147,16 @@ def _inside_model(config: dict[str, Any]) -> dict[str, Any]:
         "name": name, "host": name, "fingerprint": None, "parts": parts, "tags": tags,
         "has_prior": False, "tag": tag, "num_classes": config.get("num_classes"),
     }  # fmt: skip
+
+
+def _inside_transformers(config: dict[str, Any]) -> dict[str, Any]:
+    name, parts = (config.get("architectures") or [""])[0], []
+    if quac := config.get("quac"):
+        parts.append(_part("Q-ACON and its family", quac, [], "activation"))
+    if prior := config.get("quac_prior"):
+        parts.append(_part("Degradation prior", prior, [], "fdm"))
+    tags = (["q-acon"] if quac else []) + (["degradation-prior"] if prior else [])
+    return {"name": name, "host": name, "fingerprint": None, "parts": parts, "tags": tags, "has_prior": bool(prior)}
 
 
 def _fit(fit: Any) -> dict[str, Any] | None:

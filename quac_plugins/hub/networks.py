@@ -1,4 +1,4 @@
-"""Networks and pipelines of diffusers from the Hub: verified files, safetensors alone, before diffusers sees one."""
+"""Networks of diffusers and transformers, and pipelines, from the Hub: verified files, safetensors alone."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ _NOT_NEEDED = ("local_files_only", "proxies", "resume_download")  # a folder has
 _LIMIT = 64 << 20  # bytes of the list of a large network's shards
 
 
-def verified_network(source: Any, options: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def verified_network(source: Any, options: Mapping[str, Any], weights: str = _WEIGHTS) -> tuple[Any, dict[str, Any]]:
     """Where ``from_pretrained`` of a network shall read, and with which options: a folder, and safetensors alone.
 
     Args:
         source: a folder, or ``"org/name"`` of the Hub.
         options: of ``from_pretrained``: ``subfolder``, ``variant``, ``revision``, …
+        weights: what its files of weights are called, without their endings.
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: see :func:`quac_plugins.hub.fetch.fetch`.
@@ -33,7 +34,8 @@ def verified_network(source: Any, options: Mapping[str, Any]) -> tuple[Any, dict
     kept = safe(options)
     if os.path.isdir(source):
         return source, kept
-    folder = fetch_network(str(source), kept.get("subfolder"), kept.get("variant"), **fetching(kept))
+    loading = fetching(kept)
+    folder = fetch_network(str(source), kept.get("subfolder"), kept.get("variant"), weights, **loading)
     return str(folder), kept
 
 
@@ -74,11 +76,13 @@ def verified_pipeline(
     return str(folder), kept
 
 
-def fetch_network(repo_id: str, subfolder: str | None, variant: str | None, **options: Any) -> Path:
+def fetch_network(
+    repo_id: str, subfolder: str | None, variant: str | None, called: str = _WEIGHTS, **options: Any
+) -> Path:
     """The folder of a commit with one network in it, verified; its weights may be in several files."""
     inside, middle = f"{subfolder}/" if subfolder else "", f".{variant}" if variant else ""
-    config, weights = f"{inside}config.json", f"{inside}{_WEIGHTS}{middle}.safetensors"
-    index = f"{inside}{_WEIGHTS}.safetensors.index{middle}.json"
+    config, weights = f"{inside}config.json", f"{inside}{called}{middle}.safetensors"
+    index = f"{inside}{called}.safetensors.index{middle}.json"
     folder = fetch(repo_id, files=(config,), optional=(weights, index), **options)
     commit = {**options, "revision": folder.name}
     if not (folder / index).is_file():

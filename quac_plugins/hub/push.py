@@ -79,8 +79,9 @@ def push(
             wrote.
         repo_id: ``"org/name"``; made if it does not exist. With ``dry_run`` also the ``NAME.TAG`` under which the
             files are to be embedded.
-        whole: send the host's weights too, as ``timm.create_model("hf-hub:org/name", pretrained=True)`` reads them;
-            the host is one of timm. By default what was put in alone.
+        whole: send the host's weights too. A model of timm is read back by
+            ``timm.create_model("hf-hub:org/name", pretrained=True)``, one of a class ``QuACNAME`` of
+            :mod:`quac_plugins.transformers` by its ``from_pretrained``. By default what was put in alone.
         metrics: what was measured: an :class:`EvaluationReport`, the path of its JSON, or several of these, one for
             each seed.
         fit: the :class:`FitReport` of the fit, or the path of its JSON, for the card's recipe and what it says of the
@@ -210,11 +211,17 @@ def _stage(model: nn.Module | str | Path, folder: Path, whole: bool | None) -> N
         if whole:
             from timm.models import save_for_hf
 
-            if not isinstance(getattr(model, "pretrained_cfg", None), dict):
+            of_timm, own = isinstance(getattr(model, "pretrained_cfg", None), dict), hasattr(model, "host_class")
+            if not of_timm and not (own and hasattr(model, "save_pretrained")):
                 raise ValueError(
-                    f"whole=True needs a model of timm, got {type(model).__name__}; leave it out to send the adapter"
+                    f"whole=True needs a model of timm, or one whose class keeps QuAC in its config (of transformers: "
+                    f"quac_plugins.transformers.quac_class(type(model)).from_host(model)), got {type(model).__name__}; "
+                    "leave it out to send the adapter"
                 )
             check_savable({"": model}, dict(model.named_parameters()))
+            if not of_timm:
+                model.save_pretrained(folder)  # type: ignore[operator]
+                return
             record = injection_of(model)
             if record is not None and record.changed is not None:
                 record.changed(model)  # timm has noted the arguments as they were given, with regular expressions
