@@ -1,4 +1,4 @@
-"""Old names that keep working for one version, each with a warning that says the new one."""
+"""Old names, which work for one more version; each use warns and tells the new name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T", bound=Callable[..., Any])
 
 
 def warn_of(old: str, new: str, stacklevel: int = 2) -> None:
-    """Warn that ``new`` takes the place of ``old``; ``stacklevel`` counts from the caller."""
+    """Warn that ``new`` replaces ``old``; ``stacklevel`` counts frames from the caller of this function."""
     message = f"{old} is deprecated and will be gone in the next version: use {new}"
     warnings.warn(message, DeprecationWarning, stacklevel=stacklevel + 1)
 
@@ -20,8 +20,10 @@ def warn_of(old: str, new: str, stacklevel: int = 2) -> None:
 def renamed(**names: str) -> Callable[[T], T]:
     """Let a function, or the constructor of a class, take arguments by their old names too.
 
+    An instance of the class also has the new attribute under the old name.
+
     Args:
-        **names: old name → new name. Both in one call are a TypeError.
+        **names: old name → new name. A call that gives both raises a TypeError.
 
     Example:
         >>> @renamed(colour="color")
@@ -35,6 +37,8 @@ def renamed(**names: str) -> Callable[[T], T]:
     def decorate(target: T) -> T:
         if isinstance(target, type):
             target.__init__ = _taking_old(target.__init__, names, target.__name__)  # type: ignore[misc]
+            for old, new in names.items():
+                setattr(target, old, _attribute(old, new))
             return target
         return _taking_old(target, names, getattr(target, "__qualname__", ""))
 
@@ -55,13 +59,26 @@ def _taking_old(function: Any, names: Mapping[str, str], where: str) -> Any:
     return call
 
 
+def _attribute(old: str, new: str) -> property:
+    def get(instance: Any) -> Any:
+        value = getattr(instance, new)
+        warn_of(f"{type(instance).__name__}.{old}", f".{new}")
+        return value
+
+    def put(instance: Any, value: Any) -> None:
+        warn_of(f"{type(instance).__name__}.{old}", f".{new}")
+        setattr(instance, new, value)
+
+    return property(get, put, doc=f"The old name of ``{new}``.")
+
+
 def moved(module: str, otherwise: Callable[[str], Any] | None = None, /, **places: str) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a module whose names have moved: each gives what it gave, with a warning.
+    """Return a ``__getattr__`` for a module whose names have moved: it warns and looks the name up in its new place.
 
     Args:
-        module: its name.
-        otherwise: the ``__getattr__`` for all other names.
-        **places: name → the module where it is now, or ``"module:name"`` where it has another name.
+        module: the name of the module.
+        otherwise: the ``__getattr__`` for all other names. None: other names raise an AttributeError.
+        **places: old name → the new module, or ``"module:name"`` if the name has changed too.
     """
 
     def __getattr__(name: str) -> Any:

@@ -196,6 +196,10 @@ class RestoreThen(nn.Module):
             self._normalization(self.in_chans)
         self._warned: set[str] = set()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Read a pickle; one of version 0.1.0 says ``quality`` for ``adapt_to``."""
+        super().__setstate__({"adapt_to" if name == "quality" else name: value for name, value in state.items()})
+
     def extra_repr(self) -> str:
         """What is done, for ``print(model)``."""
         restorer = "" if isinstance(self.restorer, nn.Module) else f"restorer={_name(self.restorer)}, "

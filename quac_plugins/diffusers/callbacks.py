@@ -1,4 +1,4 @@
-"""Callbacks at the end of a step, as those of diffusers' pipelines."""
+"""Callbacks at the end of a denoising step, called as diffusers' pipelines call theirs."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from typing import Any
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
+from quac_plugins.core.deprecated import warn_of
 from quac_plugins.core.options import one_of
+
+_RENAMED = {"quality": "q"}  # tensors of callbacks that were written for version 0.1.0
 
 
 def tensor_inputs(callback: Any, names: Any, known: tuple[str, ...]) -> list[str]:
-    """Which tensors a callback is given: those it asks for itself, or else ``names``.
+    """Return the names of the tensors that a callback gets: its own ``tensor_inputs``, or else ``names``.
 
     Raises:
-        TypeError: it cannot be called, or the names are no list.
-        ValueError: a name is not of ``known``.
+        TypeError: the callback cannot be called, or the names are not a list.
+        ValueError: a name is not in ``known``.
 
     Example:
-        >>> tensor_inputs(print, ["latents"], ("latents", "quality"))
+        >>> tensor_inputs(print, ["latents"], ("latents", "q"))
         ['latents']
     """
     if callback is not None and not callable(callback):
@@ -29,34 +32,38 @@ def tensor_inputs(callback: Any, names: Any, known: tuple[str, ...]) -> list[str
     if not isinstance(names, (list, tuple)):
         raise TypeError(f"callback_on_step_end_tensor_inputs must be a list of names, got {names!r}")
     for name in names:
-        one_of("callback_on_step_end_tensor_inputs", name, list(known))
+        if name in _RENAMED:
+            warn_of(f"callback_on_step_end_tensor_inputs={name!r}", repr(_RENAMED[name]))
+        one_of("callback_on_step_end_tensor_inputs", _RENAMED.get(name, name), list(known))
     return list(names)
 
 
 def changed_by(callback: Any, pipe: Any, step: int, t: Tensor, tensors: Mapping[str, Any], names: list[str]) -> dict:
-    """The tensors after a callback, which may have returned others in their place.
+    """Call a callback, and return the tensors with those that the callback replaced.
 
     Args:
-        callback: called as ``callback(pipe, step, t, {name: tensor})``; None: nothing is changed.
-        pipe, step, t: what it is told.
-        tensors: name → tensor, or None for one that there is not.
-        names: those it is given.
+        callback: called as ``callback(pipe, step, t, {name: tensor})``. None: no tensor is changed.
+        pipe, step, t: the pipeline, the index of the step, and the timestep.
+        tensors: name → tensor, or None where the pipeline has no such tensor.
+        names: the tensors that the callback gets.
 
     Raises:
-        TypeError, ValueError: it returned something else than tensors of the same shapes by their names.
+        TypeError: the callback returned something else than a dict or None.
+        ValueError: the callback returned an unknown name, or a tensor of another shape.
 
     Example:
-        >>> changed_by(lambda pipe, step, t, given: {"latents": given["latents"] + 1}, None, 0, None,
+        >>> changed_by(lambda pipe, step, t, tensors: {"latents": tensors["latents"] + 1}, None, 0, None,
         ...            {"latents": Tensor([1.0])}, ["latents"])
         {'latents': tensor([2.])}
     """
     if callback is None:
         return dict(tensors)
-    changed = callback(pipe, step, t, {name: tensors[name] for name in names})
+    changed = callback(pipe, step, t, {name: tensors[_RENAMED.get(name, name)] for name in names})
     if changed is None:
         return dict(tensors)
     if not isinstance(changed, Mapping):
         raise TypeError(f"callback_on_step_end must return a dict of tensors, got {type(changed).__name__}")
+    changed = {_RENAMED.get(name, name): value for name, value in changed.items()}
     for name, value in changed.items():
         one_of("tensor returned by callback_on_step_end", name, list(tensors))
         was = tensors[name]

@@ -69,7 +69,7 @@ class QuACRestorationPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "unet"
-    _callback_tensor_inputs = ("latents", "quality")
+    _callback_tensor_inputs = ("latents", "q")
     _interrupt: bool
     _num_timesteps: int
 
@@ -167,7 +167,7 @@ class QuACRestorationPipeline(DiffusionPipeline):
                 ``pipe._interrupt = True`` ends the call, and those of other threads: the images are as they were after
                 their latest step, or as they came.
             callback_on_step_end_tensor_inputs: which of ``"latents"``, the images (B, 3, H, W) around [−1, 1], and
-                ``"quality"`` it gets; a ``PipelineCallback`` says so itself.
+                ``"q"``, its quality features, it gets; a ``PipelineCallback`` says so itself.
 
         Returns:
             The restored images in the order they were given, of their sizes; with the transparency of PIL images, which
@@ -213,8 +213,8 @@ class QuACRestorationPipeline(DiffusionPipeline):
                         break
                     v = self._velocity(x, t, q, tile_size // multiple * multiple, overlap, multiple)
                     x = scheduler.step(v, t, x, return_dict=False)[0]
-                    tensors = changed_by(callback_on_step_end, self, step, t, {"latents": x, "quality": q}, names)
-                    x, q = tensors["latents"], tensors["quality"]
+                    tensors = changed_by(callback_on_step_end, self, step, t, {"latents": x, "q": q}, names)
+                    x, q = tensors["latents"], tensors["q"]
                     bar.update()
                 for index, finite in zip(indices, torch.isfinite(x).flatten(1).all(1).tolist(), strict=True):
                     if not finite:

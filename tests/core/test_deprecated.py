@@ -110,6 +110,30 @@ def test_an_old_name_warns_and_does_the_same(call, old, new, model, recwarn):
     assert torch.equal(result, expected) if isinstance(expected, torch.Tensor) else result == expected
 
 
+@pytest.mark.parametrize("case", ["RestoreThen", "Data", "CorruptImage"])
+def test_an_old_attribute_warns_and_is_the_new_one(case, model):
+    if case == "RestoreThen":
+        holder, old, new = quac.RestoreThen(model, lambda images: images, adapt_to="degraded"), "quality", "adapt_to"
+    elif case == "Data":
+        holder, old, new = Data(images="few/", severities=(1, 5)), "severity", "severities"
+    else:
+        from quac_plugins.detectron2.degradations import CorruptImage
+
+        holder, old, new = CorruptImage("contrast", channel_order="rgb"), "image_format", "channel_order"
+    with pytest.warns(DeprecationWarning, match=rf"{case}\.{old} is deprecated .* use \.{new}"):
+        assert getattr(holder, old) == getattr(holder, new)
+
+
+def test_a_model_that_the_earlier_version_pickled_whole_goes_on(model):
+    expected = quac.RestoreThen(model, torch.nn.AvgPool2d(3, 1, 1), adapt_to="degraded")
+    earlier = {"quality" if name == "adapt_to" else name: value for name, value in expected.__dict__.items()}
+    read = quac.RestoreThen.__new__(quac.RestoreThen)
+    read.__setstate__(earlier)
+    with torch.no_grad():
+        assert torch.equal(read(IMAGES), expected(IMAGES))
+    assert read.adapt_to == "degraded"
+
+
 def test_both_names_of_an_argument_are_refused():
     with pytest.raises(TypeError, match=r"paint got colour= and color=, the old and the new name of one argument"):
         renamed(colour="color")(_paint)(color="red", colour="red")

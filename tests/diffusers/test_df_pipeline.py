@@ -127,9 +127,9 @@ def test_a_callback_sees_and_changes_each_step(pipeline, photograph):
         photograph(),
         num_inference_steps=3,
         callback_on_step_end=note,
-        callback_on_step_end_tensor_inputs=["latents", "quality"],
+        callback_on_step_end_tensor_inputs=["latents", "q"],
     )
-    assert [(step, names) for step, _, names in seen] == [(i, ["latents", "quality"]) for i in range(3)]
+    assert [(step, names) for step, _, names in seen] == [(i, ["latents", "q"]) for i in range(3)]
     assert torch.equal(found, torch.full_like(found, 0.5))
 
 
@@ -153,7 +153,7 @@ def test_latents_are_what_the_last_step_left(pipeline, photograph):
 
 def test_a_callback_of_diffusers_says_itself_what_it_needs(pipeline, photograph):
     class Note(PipelineCallback):
-        tensor_inputs = ("latents", "quality")
+        tensor_inputs = ("latents", "q")
 
         def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
             seen.append(sorted(callback_kwargs))
@@ -163,8 +163,23 @@ def test_a_callback_of_diffusers_says_itself_what_it_needs(pipeline, photograph)
     for callback in (Note(), MultiPipelineCallbacks([Note()])):
         found = restored(pipe, photograph(), num_inference_steps=2, callback_on_step_end=callback)
         assert torch.equal(found, restored(pipe, photograph(), num_inference_steps=2))
-    assert seen == [["latents", "quality"]] * 4
+    assert seen == [["latents", "q"]] * 4
     assert pipe.num_timesteps == 2
+
+
+def test_a_callback_may_call_q_by_its_old_name(pipeline, photograph):
+    pipe = pipeline()
+    results = [
+        restored(
+            pipe,
+            photograph(),
+            num_inference_steps=2,
+            callback_on_step_end=lambda pipe, step, t, tensors, name=name: {name: 0 * tensors[name]},
+            callback_on_step_end_tensor_inputs=[name],
+        )
+        for name in ("q", "quality")
+    ]
+    assert torch.equal(*results)
 
 
 def test_a_callback_ends_the_call(pipeline, photograph):
