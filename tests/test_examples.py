@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import quac_plugins as quac
@@ -83,3 +84,10 @@ def test_restore_brings_a_rainy_photograph_nearer_to_the_clean_one(run, tmp_path
     words = run("restore", "--side", 96).split()
     assert float(words[6]) > float(words[3]) + 3
     assert (tmp_path / "restore-output/restored.png").is_file()
+
+
+@pytest.mark.parametrize("network", ["unet", "fcn", "fpn"])
+def test_segment_trains_a_network_of_each_framework_and_draws_what_it_finds(run, tmp_path, network):
+    said = run("segment", "--network", network, "--steps", 2, "--batch", 2, "--corruptions", "contrast")
+    assert [line.split(":")[0] for line in said.splitlines()] == [f"{network}, clean", f"{network}, contrast"]
+    assert Image.open(tmp_path / "segment-output/segmented.png").size == (192, 192)
