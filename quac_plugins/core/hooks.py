@@ -46,7 +46,10 @@ def size_pre_hook(layer: Any, args: tuple, kwargs: dict) -> None:
 
 def prior_hook(layer: Any, args: tuple, kwargs: dict, output: Any) -> Any:
     """Repair the output of a layer, whose call may tell the grid that its tokens stand on."""
-    return layer.quac_prior(output, grid=_grid_of(layer, args, kwargs, output))
+    prior = layer.quac_prior
+    if getattr(prior, "over", False):  # nobody else holds the output
+        return prior(output, over=True)
+    return prior(output, grid=_grid_of(layer, args, kwargs, output))
 
 
 def _grid_of(layer: Any, args: tuple, kwargs: dict, output: Any) -> tuple[int, int] | None:

@@ -45,7 +45,7 @@ from quac_plugins.core.prior.fdm import FDM, resolve_fdm
 from quac_plugins.core.prior.grid import ImageSize, SizeNote
 from quac_plugins.core.prior.margins import Margin, margins_at
 from quac_plugins.core.prior.routed import RoutedFDM
-from quac_plugins.core.prior.sites import PriorSite, find_prior_sites
+from quac_plugins.core.prior.sites import PriorSite, find_prior_sites, returns_new_memory
 from quac_plugins.core.quality.context import QualityContext
 from quac_plugins.core.quality.registry import QualityFunction, resolve_quality
 from quac_plugins.core.quality.tap import QualityTap
@@ -252,6 +252,8 @@ def place_prior(
             fdm.image_size = size
     for site, module in zip(sites, built, strict=True):
         host = module_at(model, site.name)
+        if isinstance(module, Margin):
+            module.over = returns_new_memory(model, site.name)
         _put_behind(host, PRIOR_NAME, module.train(host.training))
         record.inside[f"{site.name}.{PRIOR_NAME}"] = (module,)
     tap = seen.tap if quality is not None else None

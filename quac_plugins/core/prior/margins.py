@@ -26,6 +26,7 @@ from quac_plugins.core.precision import full_precision
 from quac_plugins.core.prior.fdm import FDM, LAYOUTS, all_zero
 from quac_plugins.core.prior.routed import Gate
 from quac_plugins.core.prior.sites import Grid, PriorSite
+from quac_plugins.core.private import hides_memory
 from quac_plugins.core.quality.context import QualityContext, QualityError
 
 SEVERITIES = (2.0, 4.0)
@@ -117,6 +118,7 @@ class Margin(FDM):
 
     Attributes:
         table: (K·S, 2·C), or (1, 2·C) where there is a single margin: scales less one, then shifts.
+        over: whether nobody but the margin reads what the layer returns, so that it may be written over.
         observer: called with the margin and the features in place of all this, while statistics are taken.
 
     Example:
@@ -136,6 +138,7 @@ class Margin(FDM):
         self.layer = site.name
         self.image_size: Any = None
         self.context: QualityContext | None = None
+        self.over = False
         self.observer: Callable[[Margin, Tensor], Tensor] | None = None
         rows = experts * mixture.kept if mixture is not None else 1
         self.table = nn.Parameter(torch.zeros(rows, 2 * site.channels))
@@ -174,14 +177,13 @@ class Margin(FDM):
             )
         return mixture(q, afresh=self.mixture is not None).to(x.device)
 
-    def forward(
-        self, x: Tensor, onto: Tensor | None = None, weight: Tensor | None = None, grid: Grid | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, grid: Grid | None = None, over: bool = False) -> Tensor:
         """Move the channels of features x of the site's layout; same shape and dtype.
 
         Args:
             x: features.
-            onto, weight, grid: of other feature de-drifting modules; not used.
+            grid: of other feature de-drifting modules; not used.
+            over: x may be written over, as far as no gradient needs it and no hook of the margin sees it.
         """
         if (node := called_whole(self, x)) is not None:
             return node
@@ -197,26 +199,32 @@ class Margin(FDM):
             raise ValueError(f"the margin after {site.name!r} expects features {shape}, got {got}")
         if self.observer is not None:
             return self.observer(self, x)
-        scale, shift = self.coefficients(x)
-        if axis == 1 and not x.is_contiguous():  # channels_last
-            y = torch.addcmul(shift[:, :, None, None], x, scale[:, :, None, None])
-        elif axis == 1:  # three times as fast as the same in one operation, which torch does not vectorize here
-            y = (x * scale[:, :, None, None]).add_(shift[:, :, None, None])
+        scale, shift = self.coefficients(x, axis)
+        over = over and self._may_write_over(x)
+        if axis == 1 and x.is_contiguous():  # three times as fast as one operation, which torch does not vectorize here
+            y = (x.mul_(scale) if over else x * scale).add_(shift)
         else:
-            last = (-1, *(1,) * (x.ndim - 2), site.channels)
-            y = torch.addcmul(shift.view(last), x, scale.view(last))
+            y = torch.addcmul(shift, x, scale, out=x if over else None)
         if self.context is not None:
             self.context.mark(y)
         return y
 
-    def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The scale and shift of x, (B, C) or (1, C), in its dtype."""
+    def coefficients(self, x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+        """The scale and shift of x, in its dtype, that broadcast against it with the channels at an axis."""
         shares = self.shares(x)
+        shape = (-1, 2, self.site.channels, 1, 1) if axis == 1 else (-1, 2, *(1,) * (x.ndim - 2), self.site.channels)
         with full_precision(x):
             table = self.table.to(torch.promote_types(self.table.dtype, torch.float32))
-            both = table if shares is None else shares.to(table.dtype) @ table
-            scale, shift = both.chunk(2, dim=1)
+            scale, shift = (table if shares is None else shares.to(table.dtype) @ table).view(shape).unbind(1)
             return (scale + 1).to(x.dtype), shift.to(x.dtype)
+
+    def _may_write_over(self, x: Tensor) -> bool:
+        """Whether y can take the memory of x: new memory for y takes several times as long as y does."""
+        if torch.is_grad_enabled() or x.requires_grad or in_graph():
+            return False
+        if self._forward_hooks or self._forward_pre_hooks:  # they see x as well
+            return False
+        return x.is_inference() == torch.is_inference_mode_enabled() and not hides_memory(x)
 
     @property
     def gate(self) -> Gate | None:

@@ -256,6 +256,15 @@ def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and not any(isinstance(m, _WEIGHTED) for m in module.modules())
 
 
+def returns_new_memory(model: nn.Module, name: str) -> bool:
+    """Whether what a layer returns is in no other hands: that of a norm or a convolution of torch's or timm's."""
+    module = module_at(model, name)
+    if type(module) is nn.Identity and name.endswith(".drop"):  # between a norm and its activation
+        module = module_at(model, name.removesuffix(".drop"))
+    library = type(module).__module__.partition(".")[0]
+    return library in ("torch", "timm") and (is_norm(module) or isinstance(module, nn.Conv2d))
+
+
 def _outermost(places: Iterable[_Place]) -> list[_Place]:
     """One place for each tensor: the outermost, but a stage before what holds several, which not every path calls."""
     outermost: dict[Any, _Place] = {}

@@ -322,3 +322,24 @@ def test_an_adapter_in_half_precision(real, tmp_path):
     whole = quac.save_adapter(model, tmp_path / "whole")
     sizes = [(folder / "adapter_model.safetensors").stat().st_size for folder in (tmp_path, whole)]
     assert sizes[0] < 0.6 * sizes[1]
+
+
+class KeepingNorm(nn.BatchNorm2d):
+    """A host's own norm, which goes on to use what it has returned."""
+
+    def forward(self, x):
+        self.kept = super().forward(x)
+        return self.kept
+
+
+def test_what_a_host_keeps_is_not_written_over(real):
+    model = host()
+    model.layer2[0].bn1 = KeepingNorm(model.layer2[0].bn1.num_features).eval()
+    model = filled(model)
+    images, q = images_of(real[:2, :96, :96]), told("fog", "contrast")
+    with torch.no_grad(), quac.use_q(model, q):
+        without_gradients = model(images)
+        kept = model.layer2[0].bn1.kept.clone()
+    with quac.use_q(model, q):
+        torch.testing.assert_close(without_gradients, model(images).detach())  # whose host keeps all
+    torch.testing.assert_close(kept, model.layer2[0].bn1.kept.detach())
