@@ -43,7 +43,7 @@ class AconC(ChannelActivation):
         self.beta = nn.Parameter(torch.ones(1, channels, 1, 1))
 
     def values(self, x: Tensor, q: Tensor | None) -> tuple[Tensor, ...]:
-        """p1, p2, β."""
+        """Return p1, p2 and β, (1, C, 1, 1) each, shaped to broadcast against x."""
         return self.shaped(self.p1, x), self.shaped(self.p2, x), self.shaped(self.beta, x)
 
 

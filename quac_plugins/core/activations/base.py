@@ -29,7 +29,10 @@ ACTIVATIONS: dict[str, type[ChannelActivation]] = {}
 
 
 def resolve_activation(name: str) -> type[ChannelActivation]:
-    """The class of a name such as ``"qacon"``; ValueError listing the known names otherwise.
+    """Return the activation class of a name such as ``"qacon"``.
+
+    Raises:
+        ValueError: no activation has the name; the message lists the known names.
 
     Example:
         >>> resolve_activation("qacon").__name__
@@ -93,7 +96,7 @@ class ChannelActivation(nn.Module):
     # -- what a subclass says
 
     def values(self, x: Tensor, q: Tensor | None) -> tuple[Tensor, ...]:
-        """The parameters for this x (and q), broadcastable against it. Every subclass says its own."""
+        """Return the parameters for x (and q), each broadcastable against x; every subclass defines this method."""
         raise TypeError(f"{type(self).__name__} does not say where its parameters come from")
 
     # -- what all share
@@ -103,10 +106,10 @@ class ChannelActivation(nn.Module):
 
         Args:
             x: (B, C, H, W) or any shape with channels at ``channel_dim``; floating point.
-            q: (B, Q) or (B, Q, 1, 1) quality features; by default those of the tap.
+            q: (B, Q) or (B, Q, 1, 1) quality features. None: the tap gives them.
 
         Returns:
-            Shape and dtype of x.
+            y, with the shape and dtype of x.
         """
         if (node := called_whole(self, x)) is not None:
             return node
@@ -118,7 +121,7 @@ class ChannelActivation(nn.Module):
         return y
 
     def shaped(self, parameter: Tensor, x: Tensor) -> Tensor:
-        """A (1, C, 1, 1) parameter, shaped to broadcast along the channels of x."""
+        """Reshape a parameter (1, C, 1, 1) so that it broadcasts along the channels of x."""
         if x.ndim == 4 and self.channel_dim == 1:
             return parameter
         return per_channel(parameter.flatten(), x, self.channel_dim)
@@ -135,7 +138,7 @@ class ChannelActivation(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """Channels and how they are laid out, for ``print(model)``."""
+        """Return the number of channels and their axis, for ``print(model)``."""
         return f"{self.channels}, channel_dim={self.channel_dim}, init={self.init!r}"
 
 

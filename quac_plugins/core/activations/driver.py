@@ -39,12 +39,12 @@ def make_norm(norm: str, width: int) -> nn.Module:
 
 
 def _is_learning(norm: nn.Module) -> bool:
-    """Whether a norm takes the statistics of the batch; it may be frozen while all else trains."""
+    """Return whether a norm uses the statistics of the batch; a norm may be frozen while the model trains."""
     return type(norm) is nn.BatchNorm2d and (norm.training or norm.running_mean is None)
 
 
 def _saturate(z: Tensor, dtype: torch.dtype) -> Tensor:
-    """In ``dtype``; what leaves the range of float16 stays at its end, since a norm makes NaN of infinity."""
+    """Cast z to ``dtype``, clamped to the range of float16 there, since a norm makes NaN of infinity."""
     return z.clamp(-65504, 65504).to(dtype) if dtype == torch.float16 else z.to(dtype)
 
 
@@ -55,7 +55,7 @@ class Pointwise(nn.Conv2d):
         super().__init__(width, outputs, 1)
 
     def forward(self, z: Tensor) -> Tensor:
-        """(B, C', 1, 1)."""
+        """Map (B, C, 1, 1) to (B, C', 1, 1)."""
         z = F.linear(z.flatten(1), self.weight.flatten(1), self.bias)
         return z.view(*z.shape, 1, 1)  # several None in an index are several operations
 
@@ -108,7 +108,7 @@ class DrivenActivation(ChannelActivation):
             self._preserve_head()
 
     def _build_head(self, width: int) -> nn.Module | None:
-        """fc3, or None where the numbers are h itself."""
+        """Return fc3, or None where the driver's numbers are h itself."""
         return Pointwise(width, self.numbers * self.channels)
 
     def _preserve_head(self) -> None:
@@ -123,7 +123,7 @@ class DrivenActivation(ChannelActivation):
             )
 
     def hidden(self, z: Tensor) -> Tensor:
-        """h = σ(norm2(fc2 norm1(fc1 z))) of z (B, C + Q), (B, C + Q); in z's dtype."""
+        """Compute h = σ(norm2(fc2 norm1(fc1 z))): z (B, C + Q) → h (B, C + Q), in the dtype of z."""
         if z.shape[0] == 1 and (_is_learning(self.bn1) or _is_learning(self.bn2)):
             raise ValueError(
                 f"layer {self.layer!r}: norm='batch' cannot train on a batch of one (a variance needs two). Use "
@@ -135,7 +135,7 @@ class DrivenActivation(ChannelActivation):
         return torch.sigmoid(self.bn2(z)).flatten(1)
 
     def values(self, x: Tensor, q: Tensor | None) -> tuple[Tensor, ...]:
-        """The learned parameters, then those from the driver for this x and q; all broadcast against x."""
+        """Return the learned parameters, then the driver's for x and q; each broadcasts against x."""
         # the driver is tiny: float32 under autocast costs nothing and keeps preserve exact
         with full_precision(x):
             z = means(x, self.channel_dim)
@@ -148,11 +148,11 @@ class DrivenActivation(ChannelActivation):
         return (*[self.shaped(getattr(self, name), x) for name in self.learned], *driven)
 
     def head(self, h: Tensor) -> Tensor:
-        """The numbers of h, (B, numbers·C)."""
+        """Map h (B, C + Q) to the driver's numbers (B, numbers·C)."""
         return h if self.fc3 is None else self.fc3(h.view(*h.shape, 1, 1)).flatten(1)
 
     def quality_for(self, x: Tensor, q: Tensor | None) -> Tensor:
-        """The given q or the tap's, checked and with one row for every row of x: (B, Q)."""
+        """Return the given q, or the tap's, checked and expanded to one row for every row of x: (B, Q)."""
         if q is None:
             if self.context is None:
                 raise QualityError(
@@ -178,7 +178,7 @@ class DrivenActivation(ChannelActivation):
         return expand_rows(q, rows, self.expand_q)
 
     def extra_repr(self) -> str:
-        """Adds Q, the hidden width and the norm."""
+        """Return the base class's text with Q, the hidden width and the norm."""
         return f"{super().extra_repr()}, Q={self.quality_channels}, r={self.reduction}, norm={self.norm!r}"
 
 

@@ -289,7 +289,7 @@ def _assigned(name: str, expressions: Sequence[str]) -> str:
 
 
 def build(dtype: torch.dtype) -> Kernels:
-    """The kernels of a dtype, built at their first use and kept on disk by torch."""
+    """Return the kernels of a dtype; torch builds them at their first use and keeps them on disk."""
     stored, computed = TYPES[dtype]
     equations = "".join(
         _EQUATION.format(

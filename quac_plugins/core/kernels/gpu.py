@@ -155,7 +155,7 @@ def run(
     grad: Tensor | None, x: Tensor, theta: Sequence[Tensor], equation: Callable[..., Tensor],
     start: tuple[float, ...], below: Tensor | str, layout: Layout,
 ) -> Any:  # fmt: skip
-    """As :func:`cpu.run`."""
+    """Run the kernels as :func:`cpu._run` does: y, or the gradients of x and of θ."""
     batch, rows, n, by_rows = layout
     channels, pixels = (rows, n) if by_rows else (n, rows)
     strides = (channels * pixels, pixels, 1) if by_rows else (channels * pixels, 1, channels)
@@ -192,5 +192,5 @@ def run(
 
 
 def build(dtype: torch.dtype) -> Kernels | None:
-    """The kernels of a dtype, which Triton compiles at their first use and keeps on disk; None: there are none."""
+    """Return the kernels of a dtype, or None; Triton compiles them at their first use and keeps them on disk."""
     return Kernels(run, None) if dtype in DTYPES else None

@@ -36,7 +36,7 @@ class Kernels(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def layout_of(shape: torch.Size, stride: tuple[int, ...], channel: int) -> Layout | None:
-    """That of a tensor, by the axis of its channels; None: there are gaps, or another order."""
+    """Return the layout of a tensor whose channels are on axis ``channel``; None: it has gaps, or another order."""
     x = torch.empty_strided(shape, stride, device="meta")
     batch, channels = shape[0], shape[channel]
     pixels = x.numel() // max(batch * channels, 1)

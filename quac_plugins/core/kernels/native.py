@@ -22,10 +22,10 @@ _OWN = {Tensor, nn.Parameter}
 
 
 def kernels_choice() -> str:
-    """``QUAC_KERNELS``: ``"auto"``, ``"plain"`` (no kernels) or ``"native"`` (kernels, also for few numbers).
+    """Return the value of ``QUAC_KERNELS``: ``"auto"``, ``"plain"`` (no kernels) or ``"native"`` (kernels of any size).
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the variable has another value.
 
     Example:
         >>> kernels_choice() in CHOICES
@@ -43,26 +43,26 @@ def kernels_choice() -> str:
 
 
 def in_graph() -> bool:
-    """Whether a graph is made, by any thread: it gets the plain expression."""
+    """Return whether any thread is making a graph; a graph gets the plain expression."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def may_read(x: Tensor, *others: Tensor, large: bool = True) -> bool:
-    """Whether a kernel may read the memory of these tensors, and is to.
+    """Return whether a kernel may and should read the memory of these tensors.
 
-    Not in graphs that are made (they get the plain expression, which their compiler fuses with its neighbours), nor
-    where a mode or a transform sees operations, nor of subclasses. ``QUAC_KERNELS`` has its say.
+    A graph gets the plain expression, which its compiler fuses with the neighbouring operations. So do subclasses of
+    tensors, and code inside a mode or a transform that sees operations. ``QUAC_KERNELS`` may forbid kernels.
 
     Args:
         x: decides on the device; all must be on it.
-        others: what is read beside it.
+        others: further tensors that the kernel reads.
         large: whether x has so many numbers that a kernel saves time.
     """
     return not in_graph() and _reads(x, *others, large=large)
 
 
 def reads(x: Tensor, *others: Tensor, large: bool = True) -> bool:
-    """As :func:`may_read`, for functions that compilers do not enter."""
+    """Do the same as :func:`may_read`, inside functions that compilers do not enter."""
     choice = kernels_choice()
     if choice == "plain" or not (large or choice == "native") or x.dtype not in DTYPES:
         return False
@@ -77,16 +77,16 @@ _reads = torch.compiler.disable(reads)  # compilers do not know it, and may meet
 
 
 class WrongNumbersError(Exception):
-    """What was built computes something else than the plain expression."""
+    """A built kernel computes other numbers than the plain expression."""
 
 
 def built_or_none(kind: str, what: str, build: Callable[[], Any]) -> Any:
-    """What ``build`` returns; None where no compiler works, or what it built computes wrongly, which is told once.
+    """Return what ``build`` returns; where no compiler works or a kernel is wrong, warn once and return None.
 
     Args:
-        kind: of device, ``"cpu"`` or ``"cuda"``.
-        what: is slow then, for the warning.
-        build: builds, and tries on a few numbers; raises :class:`WrongNumbersError`.
+        kind: the kind of device, ``"cpu"`` or ``"cuda"``.
+        what: the computation that is slow without the kernel, for the warning.
+        build: builds the kernel and tries it on a few numbers; raises :class:`WrongNumbersError`.
     """
     if kind in broken:
         return None
@@ -105,7 +105,7 @@ def built_or_none(kind: str, what: str, build: Callable[[], Any]) -> Any:
 
 
 def load(arguments: list[str], source: str) -> Callable[..., None]:
-    """The function ``kernel(arguments)`` of a source, built at its first use and kept on disk by torch.
+    """Build the function ``kernel(arguments)`` of a C++ source; torch keeps the library on disk.
 
     Args:
         arguments: C declarations, ``"const float* x"`` (a tensor is passed) or ``"const int64_t n"``.

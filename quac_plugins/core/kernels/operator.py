@@ -43,19 +43,19 @@ def activate(
     start: tuple[float, ...] = (),
     below: Tensor | str | Callable[[Tensor], Tensor] = "",
 ) -> Tensor:
-    """below + f(x; θ), or from a start below + f(x; θ) − f(x; θ⁰).
+    """Compute below + f(x; θ), or, with a start, below + f(x; θ) − f(x; θ⁰).
 
     Args:
         x: (B, …) floating point, channels at ``dim``.
         theta: θ, each broadcastable against x and constant along all but batch and channels.
         equation: f, of x and θ; one of :mod:`plain` has kernels.
         dim: axis of the channels.
-        start: θ⁰, a number each; none: nothing is taken off.
-        below: what is added: like x, or a function of x, by its name if in ``HOSTED``; ``""``: nothing. A function that
-            is given may be called for some images at a time.
+        start: θ⁰, one number for each parameter; empty: nothing is subtracted.
+        below: the summand: a tensor like x, a function of x, or the name of a function in ``HOSTED``; ``""``: none. A
+            function may be called for some of the images at a time.
 
     Returns:
-        Shape and dtype of x.
+        y, with the shape and dtype of x.
 
     Example:
         >>> activate(torch.ones(2, 3, 4, 4), [torch.zeros(1, 3, 1, 1)], plain.swish).unique().item()
@@ -71,7 +71,7 @@ def activate(
 
 
 def means(x: Tensor, dim: int = 1) -> Tensor:
-    """Over all but batch and channels: (B, C), at least float32; see :func:`plain.global_average`."""
+    """Average x over all axes but batch and channels: (B, C), at least float32; see :func:`plain.global_average`."""
     if not in_graph():
         averages = _fused_means(x, dim % x.ndim)
         if averages is not None:
@@ -102,7 +102,7 @@ def _pieces(x: Tensor) -> int:
 
 @cache
 def kernels_of(device: str, dtype: torch.dtype) -> Kernels | None:
-    """Those of a kind of device, built and tried; None: see :func:`built_or_none`."""
+    """Return the kernels of a kind of device, built and tried, or None; see :func:`built_or_none`."""
 
     def build() -> Kernels | None:
         kernels = importlib.import_module(f"quac_plugins.core.kernels.{'cpu' if device == 'cpu' else 'gpu'}").build(
@@ -116,10 +116,10 @@ def kernels_of(device: str, dtype: torch.dtype) -> Kernels | None:
 
 
 def _try(kernels: Kernels, device: str, dtype: torch.dtype) -> None:
-    """A few numbers by the kernels and by the plain expressions.
+    """Compare the kernels with the plain expressions on a few numbers.
 
     Raises:
-        WrongNumbersError: they differ.
+        WrongNumbersError: the results differ.
     """
     with torch.inference_mode(False), torch.enable_grad(), torch.device(device):
         for equation, form in FORMS.items():

@@ -15,7 +15,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def _wide(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
-    """x and its parameters in one dtype, wide enough that β·d cannot overflow."""
+    """Return x and its parameters in one dtype, wide enough that β·d cannot overflow."""
     dtype = torch.float32 if x.dtype in _HALF else x.dtype
     return tuple(t.to(dtype) for t in (x, *parameters))
 

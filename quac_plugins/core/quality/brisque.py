@@ -142,7 +142,7 @@ def _two_scales(images: Tensor, dtype: torch.dtype) -> Tensor:
 
 @cache
 def _compiled() -> Callable[..., None] | None:
-    """In C++, tried on a few pixels; None: see :func:`built_or_none`."""
+    """Return the C++ kernel, tried on a few pixels, or None; see :func:`built_or_none`."""
 
     def build() -> Callable[..., None]:
         code = brisque_cpu.build(_WINDOW, _LUMA, _LUMA_ONE, _C)
@@ -189,7 +189,7 @@ def _luma(levels: Tensor) -> Tensor:
 
 
 def _exact(x: Tensor) -> bool:
-    """Whether a fused multiply-add has to be spelled out, since compilers and ONNX round twice."""
+    """Return whether a fused multiply-add has to be spelled out, since compilers and ONNX round twice."""
     return (torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()) and x.device.type != "mps"
 
 
@@ -305,7 +305,7 @@ def _features(sums: Tensor, ratios: Tensor) -> Tensor:
 
 
 def _is_compiled(images: Tensor) -> bool:
-    """Whether C++ computes it; by the size of an image alone, so that features do not depend on the batch."""
+    """Return whether C++ computes the features; the size of an image alone decides, so the batch has no influence."""
     if in_graph() or (torch.is_grad_enabled() and images.requires_grad) or images.device.type != "cpu":
         return False
     return may_read(images, large=images.shape[-2] * images.shape[-1] >= _MIN_PIXELS)

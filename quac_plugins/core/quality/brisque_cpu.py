@@ -201,11 +201,11 @@ extern "C" void kernel({arguments}) {
 
 
 def build(window: tuple[float, ...], luma: tuple[int, ...], total: int, contrast: float) -> Callable[..., None]:
-    """The one kernel, for the functions below.
+    """Build the kernel that :func:`scales_of` and :func:`sums_of` call.
 
     Args:
         window: weights of the window's rows, from its centre on.
-        luma, one: weights of red, green and blue, and what they sum up to.
+        luma, total: the weights of red, green and blue, and their sum.
         contrast: one grey level.
     """
     source = _SOURCE.replace("{chunk}", f"{CHUNK}").replace("{window}", ", ".join(f"{value!r}f" for value in window))
@@ -218,11 +218,11 @@ def build(window: tuple[float, ...], luma: tuple[int, ...], total: int, contrast
 
 
 def scales_of(code: Callable[..., None], images: Tensor, across: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Luminance (B, H, W) of images (B, 1 or 3, H, W) float32, and the same at half the size.
+    """Compute the luminance (B, H, W) of images (B, 1 or 3, H, W) float32, and the luminance at half the size.
 
     Args:
-        code: what was built.
-        images: as above.
+        code: the kernel.
+        images: (B, 1 or 3, H, W) float32.
         across, down: the weights (2, 4, half) of :func:`brisque._taps` for both axes.
     """
     batch, channels, height, width = images.shape
@@ -235,10 +235,10 @@ def scales_of(code: Callable[..., None], images: Tensor, across: Tensor, down: T
 
 
 def sums_of(code: Callable[..., None], grey: Tensor) -> Tensor:
-    """Sums (B, 5, 5) in float64 of luminance (B, H, W) float32.
+    """Compute the sums (B, 5, 5), float64, of luminance (B, H, W), float32.
 
-    They are those of :func:`quac_plugins.core.quality.brisque._sums`, of the normalized coefficients and of their
-    products with the neighbours H, V, D1, D2.
+    The sums are the same as :func:`quac_plugins.core.quality.brisque._sums` gives for the normalized coefficients and
+    for their products with the neighbours H, V, D1, D2.
     """
     batch, height, width = grey.shape
     grey = grey.detach().contiguous()

@@ -59,8 +59,8 @@ def brisque_tone(images: Tensor) -> Tensor:
         [0.5, 0.5, 0.5, 0.29, 0.29, 0.29, 0.01, 0.25, 0.5, 0.75, 0.99]
     """
     features = brisque(images)  # first, since it names what is wrong with the images
-    tone = torch.cat([_tone(block) for block in blocks(images)])
-    return torch.cat([features, tone.to(features.dtype)], dim=1)
+    tones = torch.cat([tone(finite(block)) for block in blocks(images)])
+    return torch.cat([features, tones.to(features.dtype)], dim=1)
 
 
 def blocks(images: Tensor) -> tuple[Tensor, ...]:
@@ -73,10 +73,9 @@ def blocks(images: Tensor) -> tuple[Tensor, ...]:
     return images.split(max(1, _BLOCK_PIXELS // (images.shape[2] * images.shape[3])))
 
 
-def _tone(images: Tensor) -> Tensor:
-    """The 11 statistics of images (B, 1 or 3, H, W), any floating dtype; (B, 11)."""
-    wide = torch.float32 if images.device.type == "mps" else torch.float64  # MPS has no float64
-    pixels = finite(images)
+def tone(pixels: Tensor) -> Tensor:
+    """Compute the 11 tone statistics (B, 11) of the pixels (B, 3, H, W) that :func:`finite` returns."""
+    wide = torch.float32 if pixels.device.type == "mps" else torch.float64  # MPS has no float64
     mean, deviation = _moments(pixels, wide)
     return torch.cat([mean, deviation, _percentiles(pixels.detach(), wide)], dim=1)
 
@@ -91,7 +90,7 @@ def finite(images: Tensor) -> Tensor:
 
 
 def luminance(pixels: Tensor) -> Tensor:
-    """(B, H, W) of RGB (B, 3, H, W)."""
+    """Compute the luminance (B, H, W) of RGB (B, 3, H, W)."""
     red, green, blue = pixels.unbind(1)
     return red * _LUMA[0] + green * _LUMA[1] + blue * _LUMA[2]
 
@@ -119,7 +118,7 @@ def _percentiles(pixels: Tensor, wide: torch.dtype) -> Tensor:
 
 
 def _of_ranks(levels: Tensor, ranks: Tensor) -> Tensor:
-    """Those of levels (B, N), whole numbers below 2^16, that stand at ranks (B, M) once they are sorted; (B, M)."""
+    """Select the levels at ranks (B, M) of the sorted levels (B, N), whole numbers below 2^16: (B, M)."""
     if exporting():  # slower, in two operations that every format knows
         return levels.sort(dim=1).values.gather(1, ranks.long())
     # integers: a sum that is the same in whatever order a GPU adds

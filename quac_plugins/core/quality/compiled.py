@@ -36,7 +36,7 @@ _numbers = itertools.count(1)
 
 
 def sites_of(graph: int) -> dict[str, int]:
-    """How often each site, by its name, runs in a graph that holds a tap, after it."""
+    """Return, for a graph with a tap, site name → how often the site runs after the tap."""
     return _graphs[graph]
 
 
@@ -45,20 +45,20 @@ def sites_of(graph: int) -> dict[str, int]:
 
 @torch.compiler.assume_constant_result
 def traced_graph(handle: int) -> int:
-    """The number of the graph that is traced, if the tap of a context is in it, before; else 0."""
+    """Return the number of the traced graph, if it already holds the tap of the context; else 0."""
     return _noted.__dict__.setdefault("numbers", {}).get(handle, 0)
 
 
 @torch.compiler.assume_constant_result
 def note_graph(handle: int, number: int) -> int:
-    """The number is that now; 0: what runs afterwards, compiled or not, is another graph."""
+    """Set the number of the traced graph; 0: the next code, compiled or not, is another graph."""
     _noted.__dict__.setdefault("numbers", {})[handle] = number
     return number
 
 
 @torch.compiler.assume_constant_result
 def note_tap(handle: int) -> int:
-    """A tap is traced: the new number of its graph."""
+    """Note that a tap is traced, and return the new number of its graph."""
     number = next(_numbers)
     _graphs[number] = {}
     return note_graph(handle, number)
@@ -66,7 +66,7 @@ def note_tap(handle: int) -> int:
 
 @torch.compiler.assume_constant_result
 def note_site(handle: int, layer: str) -> bool:
-    """A site is traced: whether its tap is in the same graph."""
+    """Note that a site is traced, and return whether its tap is in the same graph."""
     ran = _graphs.get(traced_graph(handle))
     if ran is not None:
         ran[layer] = ran.get(layer, 0) + 1
@@ -75,7 +75,7 @@ def note_site(handle: int, layer: str) -> bool:
 
 @lru_cache(maxsize=1)
 def define_operators() -> None:
-    """``torch.ops.quac_plugins``; made with the first context, since making them costs a third of an import."""
+    """Define ``torch.ops.quac_plugins``, with the first context, since they cost a third of an import."""
     from quac_plugins.core.quality.context import context_of  # which cannot be imported before
 
     def keep_q(q: Tensor, q_by_hand: Tensor | None, handle: int, graph: int, fixed: bool, descends: bool) -> Tensor:

@@ -71,7 +71,7 @@ def _same(images: Tensor | None, others: Tensor) -> bool:
 
 
 def _metadata(node: Any) -> dict[str, Any]:
-    """A dict that lives as long as the node of the autograd graph."""
+    """Return the dict of an autograd node, which lives as long as the node."""
     return node.metadata
 
 
@@ -80,7 +80,7 @@ _contexts: weakref.WeakValueDictionary[int, QualityContext] = weakref.WeakValueD
 
 
 def context_of(handle: int) -> QualityContext:
-    """The context that compiled code names so."""
+    """Return the context that compiled code knows by its handle."""
     return _contexts[handle]
 
 
@@ -139,14 +139,14 @@ class QualityContext:
     # -- written by the tap
 
     def given_q(self) -> Tensor | None:
-        """The q handed in by :func:`use_q`, if this thread is inside one; a graph asks again when it runs."""
+        """Return the q of :func:`use_q`, if this thread is inside one, else None; a graph asks again when it runs."""
         if torch.compiler.is_dynamo_compiling():
             return self.given
         gifts: list[_Gift] = self._local.__dict__.get("gifts", [])
         return gifts[-1].q if gifts else None
 
     def watch(self, tap: nn.Module) -> None:
-        """Remember the tap that writes: once its layer is replaced and it is gone, its last q is nobody's."""
+        """Remember the tap that writes: once its layer is replaced and the tap gone, its last q is not used."""
         if not compiling():
             self._tap = weakref.ref(tap)
 
@@ -172,10 +172,10 @@ class QualityContext:
         """Start a forward pass of the thread that runs a graph, and return its q: that of the graph, or the thread's.
 
         Args:
-            q: as the graph has it.
-            q_by_hand: what it was given by hand when it started, by whatever thread.
-            ran: how often each site, by its name, runs in the graph.
-            fixed: it was given by code inside the graph.
+            q: the q in the graph, (B, Q).
+            q_by_hand: the q that any thread gave by hand when the graph started, or None.
+            ran: site name → how often the site runs in the graph.
+            fixed: code inside the graph gave q.
             descends: the images may have been made by another pass, with gradients.
         """
         thread_q = None if fixed else self.given_q()
@@ -229,18 +229,18 @@ class QualityContext:
             self._alive.add(forward)
 
     def _candidates(self) -> list[_Forward]:
-        """The same; the latest alone, where all have the same q."""
+        """Return the forward passes that a recomputation may belong to; the latest alone if all have the same q."""
         forwards = sorted(self._waiting(), key=lambda forward: forward.order)
         alike = all(f.q.shape == forwards[0].q.shape and torch.equal(f.q, forwards[0].q) for f in forwards[1:])
         return forwards[-1:] if alike else forwards
 
     def _waiting(self) -> list[_Forward]:
-        """The forward passes that a recomputation may belong to."""
+        """Return the forward passes that a recomputation may belong to."""
         with self._lock:
             return list({id(f): f for f in [*self._alive, *self._reentrant]}.values())
 
     def _give(self, q: Tensor) -> tuple[_Gift, _Forward | None]:
-        """Let this thread have q; returns what :meth:`_take_back` takes."""
+        """Give this thread a q, and return the arguments of :meth:`_take_back`."""
         gifts: list[_Gift] = self._local.__dict__.setdefault("gifts", [])
         gift, before = _Gift(q, gifts), self._passes.current
         gifts.append(gift)
@@ -251,7 +251,7 @@ class QualityContext:
         return gift, before
 
     def _take_back(self, gift: _Gift, before: _Forward | None) -> None:
-        """End what :meth:`_give` began, in whatever order, since generators do not end in that of their beginnings."""
+        """End a :meth:`_give`; calls may end in any order, as generators do."""
         was_last = gift.gifts[-1] is gift
         gift.gifts.remove(gift)
         with self._lock:
@@ -264,17 +264,17 @@ class QualityContext:
     # -- told by the model and its parts
 
     def enter(self, part: nn.Module, args: Any, whole: bool) -> None:
-        """The model, if it is ``whole``, or a part of it is called with these arguments."""
+        """Note the start of a call of the model (``whole``) or of a part of it, with these arguments."""
         if not compiling() and not in_backward():
             self._passes.enter(part, args, whole, self.given_q() is not None)
 
     def leave(self, part: nn.Module, output: Any) -> None:
-        """And returns this."""
+        """Note the end of a call of the model or of a part, with its output."""
         if not compiling() and not in_backward():
             self._passes.leave(part, output, self.given_q() is not None)
 
     def go_on(self, output: Any) -> None:
-        """What runs next goes on with what the model has returned: ``output``, or the latest if that is not known."""
+        """Let the next code belong to the pass of the model's ``output``, or to the latest pass if none is known."""
         if compiling() or in_backward() or self.given_q() is not None:
             return
         passes = self._passes.known(output) or [getattr(self._local, "forward", None)]
@@ -283,7 +283,7 @@ class QualityContext:
     # -- read by the activations
 
     def current(self, x: Tensor, layer: str) -> Tensor:
-        """The q (B, Q) of the forward pass that x belongs to; QualityError naming ``layer`` if there is none."""
+        """Return the q (B, Q) of the forward pass of x; a QualityError names ``layer`` if there is none."""
         if torch.compiler.is_dynamo_compiling():
             if self.q is None:
                 raise QualityError(self._no_image(layer))
@@ -297,7 +297,7 @@ class QualityContext:
         return forward.q
 
     def lend(self, like: Tensor, x: Tensor, layer: str, differentiated: bool) -> Tensor:
-        """What :meth:`current` gives to a graph that runs; ``like`` is q as the graph has it, maybe of other images."""
+        """Return the q of :meth:`current` to a running graph; ``like`` is the graph's q, maybe of other images."""
         forward = self._forward_of(x, layer)
         q = self._differentiated(forward, like, layer) if differentiated else forward.q
         if q.shape != like.shape or q.dtype != like.dtype:
@@ -309,7 +309,7 @@ class QualityContext:
         return q.clone()
 
     def _differentiated(self, forward: _Forward, q: Tensor | None, layer: str) -> Tensor:
-        """q, from which the gradient goes on, if it is that of the forward pass."""
+        """Return q with its gradient, if q is the one of the forward pass."""
         if q is None or not _same(q, forward.lent if forward.lent is not None else forward.q):
             raise QualityError(
                 f"layer {layer!r} and the layer that sees the images are not in one compiled graph, gradients are to "
@@ -319,7 +319,7 @@ class QualityContext:
         return q
 
     def _forward_of(self, x: Tensor, layer: str) -> _Forward:
-        """The forward pass that x belongs to."""
+        """Return the forward pass that x belongs to; QualityError if it cannot be told."""
         if in_backward():
             return self._recomputed(x, layer)
         if self._tap is not None and self._tap() is None:
@@ -348,8 +348,8 @@ class QualityContext:
         """Leave the current forward pass in the autograd graph of ``output``, for recomputations to find.
 
         Args:
-            output: what a layer returned.
-            tap: the layer is the tap's, so the forward pass is the one that it has just begun.
+            output: the output of a layer.
+            tap: the layer is the tapped one, which has just begun the forward pass.
         """
         if compiling() or torch.jit.is_tracing():
             return
@@ -367,11 +367,11 @@ class QualityContext:
         return f"quac_plugins.{id(self)}"
 
     def _lineage(self, x: Tensor) -> _Forward | None:
-        """The forward pass of x: the latest mark up its autograd graph, since images may come from an earlier pass."""
+        """Return the pass of the latest mark up the autograd graph of x: images may come from an earlier pass."""
         return max(self._marks(x), key=lambda forward: forward.order, default=None)
 
     def _marks(self, x: Tensor) -> set[_Forward]:
-        """The nearest marks up the autograd graph of x, as far as they tell."""
+        """Return the nearest marks up the autograd graph of x, without marks that say nothing."""
         marks: set[_Forward] = set()
         if x.grad_fn is None:
             return marks

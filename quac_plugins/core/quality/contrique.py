@@ -43,7 +43,7 @@ class Bottleneck(nn.Module):
             self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, inputs, H, W) → (B, 4 · width, ⌈H / stride⌉, ⌈W / stride⌉)."""
+        """Map (B, inputs, H, W) to (B, 4 · width, ⌈H / stride⌉, ⌈W / stride⌉)."""
         y = self.bn1(self.conv1(x)).relu()
         y = self.bn2(self.conv2(y)).relu()
         return (self.bn3(self.conv3(y)) + self.downsample(x)).relu()
@@ -84,7 +84,7 @@ def load_contrique(path: str | os.PathLike[str]) -> nn.Sequential:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not a state dict of tensors, or keys or shapes of the encoder are not those of ResNet-50.
+        ValueError: the file is not a state dict of tensors, or its keys or shapes do not fit a ResNet-50.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
@@ -143,7 +143,7 @@ class Contrique:
     demo also scales the feature to length 1, which is left to whoever reads it.
 
     Args:
-        path: of the checkpoint; by default the environment variable QUAC_CONTRIQUE, when it is called.
+        path: the checkpoint. Empty: the environment variable QUAC_CONTRIQUE names it at the first call.
     """
 
     def __init__(self, path: str = "") -> None:
@@ -151,7 +151,7 @@ class Contrique:
         self._encoders: dict[torch.device, nn.Module] = {}
 
     def load(self) -> None:
-        """Read the checkpoint if that has not been done; raises what :func:`load_contrique` raises."""
+        """Read the checkpoint once; the errors are the ones of :func:`load_contrique`."""
         if not self._encoders:
             path = self.path or os.environ.get(ENVIRONMENT, "")
             if not path:
@@ -191,7 +191,7 @@ class Contrique:
 
 
 def _of(path: str) -> Contrique:
-    """The one of this checkpoint; the environment may name another one by now."""
+    """Return the quality function of one checkpoint; the environment may name another one later."""
     function: Contrique = shared(Contrique, path, "" if path else os.environ.get(ENVIRONMENT, ""))
     return function
 
@@ -200,10 +200,10 @@ def _of(path: str) -> Contrique:
 def contrique(path: str = "") -> QualityFunction:
     """Build ``contrique`` (checkpoint from QUAC_CONTRIQUE) or ``contrique:/path/to/checkpoint``; width 2048.
 
-    Without any checkpoint it can be built, so that a saved network can be read and given q by hand, but not called.
+    Without a checkpoint the function can be built but not called, so that a saved network, given q by hand, can run.
 
     Raises:
-        FileNotFoundError: a checkpoint was given that does not exist (``load_contrique`` says what else is raised).
+        FileNotFoundError: the given checkpoint does not exist. A wrong one is an error of :func:`load_contrique`.
 
     Example:
         >>> contrique().channels

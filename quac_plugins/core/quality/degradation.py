@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quac_plugins.core.precision import full_precision
-from quac_plugins.core.quality.brisque_tone import blocks, brisque_tone, finite
+from quac_plugins.core.quality.brisque import brisque
+from quac_plugins.core.quality.brisque_tone import blocks, finite, tone
 from quac_plugins.core.quality.detail import detail
 from quac_plugins.core.quality.registry import quality_function
 
@@ -41,7 +42,7 @@ KINDS = (
     "pixelate",
     "jpeg_compression",
 )
-"""What the first 16 numbers are the probabilities of."""
+"""The names of the first 16 numbers of q, which are probabilities."""
 
 MOST_SEVERE = 5.0
 _FARTHEST = 5.0  # deviations: far from all that was trained on, no answer may grow without bounds
@@ -69,7 +70,8 @@ def degradation(images: Tensor) -> Tensor:
             Column 16 is the severity in ImageNet-C's levels, from 0 (clean) to 5.
 
     Raises:
-        TypeError, ValueError: as :func:`~quac_plugins.core.quality.brisque_tone.brisque_tone`.
+        TypeError: ``images`` is not a tensor, or not of a floating dtype.
+        ValueError: ``images`` is not (B, 3, H, W) or (B, 1, H, W), or has no pixels.
 
     Example:
         >>> q = degradation(torch.rand(2, 3, 64, 64))  # nothing but noise
@@ -81,14 +83,16 @@ def degradation(images: Tensor) -> Tensor:
 
 
 def described(images: Tensor) -> Tensor:
-    """What the network gets of images as :func:`degradation` takes them: (B, 63)."""
-    features = brisque_tone(images)  # first, since it names what is wrong with the images
+    """Compute the network's features (B, 63), ``brisque_tone`` and ``detail``, of images as in :func:`degradation`."""
+    features = brisque(images)  # first, since its errors name what is wrong with the images
     with full_precision(features):
-        return torch.cat([features, torch.cat([detail(finite(block)) for block in blocks(images)])], dim=1)
+        pixels = [finite(block) for block in blocks(images)]
+        tones = torch.cat([tone(block) for block in pixels]).to(features.dtype)
+        return torch.cat([features, tones, torch.cat([detail(block) for block in pixels])], dim=1)
 
 
 def _weights(like: Tensor) -> dict[str, Tensor]:
-    """The weights on the device and in the dtype of a tensor; copied there once."""
+    """Return the weights on the device and in the dtype of a tensor; they are copied once."""
     where = (like.device, like.dtype)
     if torch.compiler.is_compiling() or type(like) is not Tensor:
         return {name: tensor.to(like) for name, tensor in _WEIGHTS.items()}
@@ -98,7 +102,7 @@ def _weights(like: Tensor) -> dict[str, Tensor]:
 
 
 def classify(features: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    """(B, 17) as :func:`degradation` gives them, of the features (B, 63) and weights."""
+    """Compute q (B, 17), as :func:`degradation` returns it, of features (B, 63)."""
     with full_precision(features):
         outputs = network(features, weights)
     severity = outputs[:, -1:].clamp(0.0, MOST_SEVERE)
@@ -106,7 +110,7 @@ def classify(features: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
 
 
 def network(features: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    """Logits of :data:`KINDS` and the severity, (B, 17), of features (B, 63)."""
+    """Compute the logits of :data:`KINDS` and the severity, (B, 17), of features (B, 63)."""
     h = ((features - weights["mean"]) / weights["std"]).clamp(-_FARTHEST, _FARTHEST)
     for layer in ("fc1", "fc2"):
         h = F.linear(h, weights[f"{layer}.weight"], weights[f"{layer}.bias"]).relu()

@@ -8,15 +8,15 @@ EXPANSIONS = ("error", "interleave", "tile")
 
 
 def can_expand(images: int, rows: int, how: str) -> bool:
-    """Whether q of so many images stands, under a policy, for a batch of so many rows."""
+    """Return whether the policy ``how`` can expand a q of ``images`` rows to a batch of ``rows``."""
     return rows == images or (how != "error" and images > 0 and rows % images == 0)
 
 
 def expand_rows(q: Tensor, rows: int, how: str) -> Tensor:
-    """q (B, Q) with a row for each of ``rows``.
+    """Expand q (B, Q) to (rows, Q).
 
     Args:
-        q: of B images.
+        q: (B, Q), one row an image.
         rows: a multiple of B.
         how: ``"interleave"`` (the rows of one image lie together, as windows of an image do) or ``"tile"`` (the batch
             is repeated whole, as classifier-free guidance does).

@@ -14,7 +14,7 @@ from quac_plugins.core.quality.context import QualityContext
 
 
 def contexts_of(model: nn.Module) -> list[QualityContext]:
-    """Every context in a model (one for each tap), in module order."""
+    """Return every context in a model (one for each tap), in module order."""
     contexts: dict[int, QualityContext] = {}
     for module in model.modules():
         context = getattr(module, "context", None)
@@ -25,10 +25,10 @@ def contexts_of(model: nn.Module) -> list[QualityContext]:
 
 @contextmanager
 def use_q(model: nn.Module, q: Tensor) -> Iterator[None]:
-    """Give the quality features by hand: inside, the tap does not compute them.
+    """Give a model its quality features by hand: inside the ``with`` block, the tap does not compute them.
 
-    Activations and a prior with different quality functions have a tap each. Then q goes to those of its width, and
-    the others compute their own; nest two calls to give both.
+    Activations and a prior with different quality functions have a tap each. Then q replaces the features of the same
+    width, and the other tap computes its own; nest two calls to give both.
 
     Args:
         model: a model with QuAC inside (also wrapped, as by DistributedDataParallel).
@@ -36,7 +36,7 @@ def use_q(model: nn.Module, q: Tensor) -> Iterator[None]:
 
     Raises:
         TypeError: q is not a tensor.
-        ValueError: the model holds nothing that reads q, or q has another width than all that does.
+        ValueError: nothing in the model reads q, or nothing reads a q of this width.
 
     Example:
         >>> import torch, timm, quac_plugins
@@ -63,7 +63,7 @@ def use_q(model: nn.Module, q: Tensor) -> Iterator[None]:
 
 
 class quality_given:
-    """Give contexts a q (B, Q) each, unchecked: inside, their taps do not compute one. See :func:`use_q`.
+    """Give each context its q (B, Q), unchecked: inside the ``with`` block their taps compute none. See :func:`use_q`.
 
     A class and not a generator, which torch 2.6 cannot compile.
     """

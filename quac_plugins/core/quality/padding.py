@@ -22,12 +22,12 @@ _TRACED = "_quac_traced_images"  # attribute of a list's tensor while it is trac
 
 
 def is_traced() -> bool:
-    """Whether a detector is being traced or exported now, rather than run or compiled for running."""
+    """Return whether a detector is being traced or exported now, rather than run or compiled."""
     return torch.jit.is_tracing() or getattr(torch.compiler, "is_exporting", bool)()
 
 
 def let_lists_note_sizes(cls: Any) -> None:
-    """Let every ``cls(tensor, sizes)`` note the sizes from now on; it computes what it did before.
+    """Let every ``cls(tensor, sizes)`` note the sizes from now on; its result stays the same.
 
     For detectron2's and torchvision's ImageList: between the padding and the backbone, which gets the tensor alone,
     there is no other place to hook into.
@@ -53,7 +53,7 @@ def note_sizes(images: Tensor, sizes: Sequence[Sequence[int]]) -> Tensor:
     """Note that image i of ``images`` (B, C, H, W) is ``images[i, :, :h, :w]`` with (h, w) = ``sizes[i]``.
 
     Returns:
-        The same tensor. What is computed from it knows nothing of the note.
+        The same tensor, with the note; tensors that are computed from it have none.
 
     Raises:
         ValueError: there are not as many sizes as images, or one is empty or larger than the tensor.
@@ -69,7 +69,7 @@ def note_sizes(images: Tensor, sizes: Sequence[Sequence[int]]) -> Tensor:
 
 
 def sizes_of(images: Tensor) -> list[tuple[int, int]] | None:
-    """The sizes that were noted, None if nothing was, or if no image is padded; warns while a detector is traced."""
+    """Return the noted sizes (h, w); None without a note or padding. Warn while a detector is traced."""
     if getattr(images, _TRACED, False) and is_traced():
         warnings.warn(
             "the network is traced with its detector, and a trace knows the images' sizes no more: the quality "
@@ -84,7 +84,7 @@ def sizes_of(images: Tensor) -> list[tuple[int, int]] | None:
 def quality_of_each(
     quality: Callable[[Tensor], Tensor], rgb: Tensor, sizes: Sequence[tuple[int, int]] | None
 ) -> Tensor:
-    """The quality features (B, Q) of images (B, 3, H, W) without their padding: one call for each size.
+    """Compute the quality features (B, Q) of images (B, 3, H, W) without their padding: one call for each size.
 
     Example:
         >>> means = lambda images: images.mean((2, 3))

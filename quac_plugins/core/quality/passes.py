@@ -30,7 +30,7 @@ _MOST = 32  # passes of a thread that are told apart while they may go on; of ol
 
 
 class Pass(Protocol):
-    """What is asked of a forward pass."""
+    """The protocol of a forward pass."""
 
     ran: dict[str, int]
     """How often each site, by its name, has run in it."""
@@ -75,13 +75,13 @@ class Passes:
 
     @property
     def several(self) -> bool:
-        """Whether passes may go on."""
+        """Return whether this thread has passes that may go on."""
         return bool(self._thread.open)
 
     # -- told by the model and its parts; ``given``: the thread is inside use_q, so there is nothing to find out
 
     def enter(self, part: nn.Module, args: Any, whole: bool, by_hand: bool) -> None:
-        """A call begins."""
+        """Note that a call begins."""
         thread = self._thread
         at = next((i for i, level in enumerate(thread.levels) if level.part is part), None)
         if at is not None:  # the call before was broken off from outside
@@ -100,7 +100,7 @@ class Passes:
             self._recognized(passes[0])
 
     def leave(self, part: nn.Module, output: Any, by_hand: bool) -> None:
-        """A call ends; what it returns belongs to the thread's current pass, if that is known."""
+        """Note that a call ends; its output belongs to the thread's current pass, if that is known."""
         thread = self._thread
         at = next((i for i in reversed(range(len(thread.levels))) if thread.levels[i].part is part), None)
         if at is None:
@@ -112,7 +112,7 @@ class Passes:
                 self._mark(tensor, current)
 
     def _end(self, at: int, by_hand: bool) -> None:
-        """The call at this level ends, and those in it."""
+        """End the call at this level, and the calls inside it."""
         thread = self._thread
         for level in thread.levels[at:]:
             if level.whole:
@@ -121,7 +121,7 @@ class Passes:
         del thread.levels[at:]
 
     def begin(self, new: Pass, waits: bool = True) -> None:
-        """The thread begins a pass; ``waits``: what its parts return may be given to others later."""
+        """Begin a pass of this thread; ``waits``: outputs of its parts may be given to other parts later."""
         thread = self._thread
         for level in thread.levels:
             level.began += 1
@@ -136,12 +136,12 @@ class Passes:
     # -- asked by a site
 
     def of(self, x: Tensor, layer: str, marks: Callable[[Tensor], Any]) -> Any:
-        """The pass that x belongs to, in a site that runs; None: there is none, or it cannot be told.
+        """Return the pass that the input x of a running site belongs to; None: there is none, or it cannot be told.
 
         Args:
-            x: what the site is given.
-            layer: its name.
-            marks: the passes to which autograd's graph of a tensor leads.
+            x: the input of the site.
+            layer: the name of the site.
+            marks: returns the passes to which the autograd graph of a tensor leads.
         """
         thread = self._thread
         current = thread.current
@@ -155,7 +155,7 @@ class Passes:
         return current
 
     def _by_counts(self, layer: str, marks: Any) -> Any:
-        """See 3 to 5 above."""
+        """Decide by how often the site has run, and by the marks: rules 3 to 5 of the module's docstring."""
         current = self._thread.current
         graph = next(iter(marks)) if len(marks) == 1 else None
         if current is None:
@@ -166,7 +166,7 @@ class Passes:
         return current if graph is None or graph is current else None
 
     def _recognized(self, current: Any) -> None:
-        """What runs now belongs to one pass, and so does the input of the parts around it."""
+        """Note that the running code, and the input of the parts around it, belong to one pass."""
         self._thread.current = current
         for level in reversed(self._thread.levels):
             if level.whole or level.mixed or level.known:
@@ -176,7 +176,7 @@ class Passes:
     # -- tensors; notes on themselves would be copied and saved with them
 
     def known(self, value: Any) -> list[Any]:
-        """The passes that the tensors in a value are known to come from."""
+        """Return the passes that the tensors in a value are known to come from."""
         passes = {}
         for tensor in _tensors(value):
             reference, mark = self._marks.get(id(tensor), (None, None))
@@ -206,7 +206,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def parts_of(model: nn.Module) -> Iterator[nn.Module]:
-    """What is called from outside when a model is called in pieces."""
+    """Yield the modules that a caller uses when it calls a model in pieces."""
     for child in model.children():
         yield child
         if isinstance(child, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):

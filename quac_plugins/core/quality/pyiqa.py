@@ -33,7 +33,7 @@ class PyIQA:
     float32. pyiqa computes metrics without gradient.
 
     Args:
-        name: of the metric.
+        name: the metric's name in pyiqa.
     """
 
     def __init__(self, name: str) -> None:
@@ -67,7 +67,7 @@ class PyIQA:
         Raises:
             TypeError: the images are not of a floating dtype.
             ValueError: the images are not (B, 3, H, W), or the metric gives more than one number an image.
-            RuntimeError: weights are missing, see :meth:`load`.
+            RuntimeError: the metric's weights are not on this machine and could not be downloaded.
         """
         if not images.is_floating_point():
             raise TypeError(f"pyiqa expects floating-point images in [0, 1], got {images.dtype}; divide by 255")

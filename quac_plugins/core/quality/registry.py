@@ -32,10 +32,10 @@ class QualityFunction:
         name: the name under which a config finds it again; for a user's own callable its ``__name__``.
         channels: Q, the width of the quality feature.
         function: (B, 3, H, W) RGB in [0, 1] → (B, Q).
-        needs_grad: let gradients flow from q to the images; otherwise it is run under ``no_grad``.
-        kinds: names of the degradations that the first numbers of q are the probabilities of, ``"clean"`` first; empty
-            if q says no such thing. A routed prior chooses by these probabilities.
-        weights: a hash of the trained weights that the function computes with, kept in adapters; None without such.
+        needs_grad: gradients flow from q to the images; otherwise the function runs under ``no_grad``.
+        kinds: names of degradations, ``"clean"`` first; the first numbers of q are their probabilities, by which a
+            routed prior chooses its expert. Empty if q holds no probabilities.
+        weights: a hash of the trained weights that the function uses, kept in adapters. None: it has no weights.
     """
 
     name: str
@@ -76,7 +76,7 @@ def quality_function(
     """Register a function (B, 3, H, W) in [0, 1] → (B, ``channels``) under ``name``.
 
     Args:
-        name: under which configs find the function.
+        name: the name that configs give the function.
         channels: Q.
         kinds, weights: see :class:`QualityFunction`.
     """
@@ -104,9 +104,9 @@ def quality_family(prefix: str) -> Callable[[Callable[[str], QualityFunction]], 
 
 
 def shared(make: Callable[[str], Any], argument: str, *conditions: str) -> Any:
-    """``make(argument)``, or what it made before under the same conditions while that is in use.
+    """Return ``make(argument)``, or the object that an earlier call made, while somebody uses that object.
 
-    So a name of a family is one function, equal to itself, with one network in memory, and none when nobody uses it.
+    So each name of a family stands for one object with one network in memory, and for none when nobody uses it.
 
     Example:
         >>> class Metric:
@@ -126,7 +126,7 @@ def shared(make: Callable[[str], Any], argument: str, *conditions: str) -> Any:
 
 @contextmanager
 def in_use() -> Iterator[None]:
-    """Meanwhile what names of families have made stays in use: what is named often has its weights read once.
+    """Keep all objects of :func:`shared` in use inside the context, so that repeated names read their weights once.
 
     Example:
         >>> class Metric:
@@ -152,7 +152,7 @@ def _discover() -> None:
 
 
 def quality_names() -> list[str]:
-    """All names :func:`resolve_quality` knows; families appear as ``prefix:…``."""
+    """Return all names that :func:`resolve_quality` knows; families appear as ``prefix:…``."""
     _discover()
     return sorted(_TABLE) + [f"{prefix}[:…]" for prefix in sorted(_FAMILIES)]
 

@@ -72,11 +72,11 @@ class QualityTap(nn.Module):
         self._range_checked = False
 
     def extra_repr(self) -> str:
-        """What is computed, for ``print(model)``."""
+        """Return the quality function, its width and the normalization, for ``print(model)``."""
         return f"{self.quality.name}, Q={self.quality.channels}, mean={self.mean}, std={self.std}"
 
     def attach(self, host: nn.Module, name: str = TAP_NAME) -> None:
-        """Become a child of the layer, under a name of ``TAP_HOOKS``, and listen to its calls."""
+        """Become a child of the layer ``host``, under a name of ``TAP_HOOKS``, and hook its calls."""
         before, after = TAP_HOOKS[name]
         host.add_module(name, self)
         host.register_forward_pre_hook(before, with_kwargs=True)
@@ -84,7 +84,7 @@ class QualityTap(nn.Module):
 
     @staticmethod
     def detach(host: nn.Module, name: str = TAP_NAME) -> QualityTap:
-        """Undo :meth:`attach`; returns the tap."""
+        """Undo :meth:`attach` and return the tap."""
         remove_hooks(host, *TAP_HOOKS[name])
         tap = host.get_submodule(name)
         assert isinstance(tap, QualityTap)
@@ -92,7 +92,7 @@ class QualityTap(nn.Module):
         return tap
 
     def forward(self, images: Tensor, observe: bool = False) -> Tensor:
-        """What it is given, since a layer that runs its children one after the other runs this one too.
+        """Return ``images`` unchanged, since a layer that runs its children one after the other runs the tap too.
 
         The layer's hook lets it ``observe``, by a call of the module so that torch.fx keeps it.
         """
@@ -101,7 +101,7 @@ class QualityTap(nn.Module):
         return images
 
     def observe(self, images: Tensor) -> None:
-        """Compute q of images (B, C, H, W) as the host gets them, and start a forward pass with it."""
+        """Compute q of the host's images (B, C, H, W), and start a forward pass with that q."""
         self._check(images)
         self.context.watch(self)
         if self.context.resume(images, self.layer):
@@ -130,7 +130,7 @@ class QualityTap(nn.Module):
         self.context.mark(output, tap=True)
 
     def to_rgb(self, images: Tensor) -> Tensor:
-        """The host's images as RGB (B, 3, H, W) in [0, 1], at least float32, clamped."""
+        """Convert the host's images to RGB (B, 3, H, W) in [0, 1], clamped, at least float32."""
         images = images if images.dtype in (torch.float32, torch.float64) else images.float()
         if not self.quality.needs_grad:
             images = images.detach()
@@ -165,7 +165,7 @@ class QualityTap(nn.Module):
             )
 
     def _check_range(self, images: Tensor) -> None:
-        """Once: undone images are in [0, 1], and far from it where they came with another normalization."""
+        """Warn once if the images, without their normalization, are far from [0, 1]: then it was another one."""
         graph = compiling() or torch.jit.is_tracing() or type(images) is not Tensor
         if self._range_checked or graph or images.is_meta or images.numel() == 0:
             return
