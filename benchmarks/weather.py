@@ -203,7 +203,9 @@ def shuffled(model: Any, pictures: np.ndarray, config: Any) -> Any:
 
 def unit(args: argparse.Namespace, row: str, seed: int) -> None:
     path = args.work / f"unit-{args.model}-{row}-{args.photographs if row in FITTED else 0}-{seed}.json"
-    if path.exists():
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"scores": {}}
+    missing = [c for c in conditions(args) if f"{c[0]}/{c[1]}" not in kept["scores"]]
+    if not missing:
         return
     import torch
 
@@ -216,17 +218,17 @@ def unit(args: argparse.Namespace, row: str, seed: int) -> None:
     started = time.perf_counter()
     model, report = fitted(args, row, seed) if row in FITTED else (common.build(args), {})
     run = ADAPTED.get(row, shuffled if row == "shuffled" else logits_of)
-    config, scores = data_config(model), {}
-    for condition in conditions(args):
+    config, scores = data_config(model), kept["scores"]
+    for condition in missing:
         pictures, right = pictures_of(args, condition), 0
         for part in sorted(set(gates.folds.tolist())) if row in FITTED else [None]:
             here = np.flatnonzero(gates.folds == part) if part is not None else np.arange(len(items))
             gates.use(part or 0)
             right += int((run(model, pictures[here], config).argmax(1) == targets[here]).sum())
         scores[f"{condition[0]}/{condition[1]}"] = 100 * right / len(items)
-    found = {"scores": scores, "seconds": report.get("seconds"), "multiply_adds": report.get("multiply_adds")}
+    result = {"scores": scores, "seconds": report.get("seconds"), "multiply_adds": report.get("multiply_adds")}
     beside = path.with_suffix(".tmp")
-    beside.write_text(json.dumps(found))
+    beside.write_text(json.dumps(result))
     os.replace(beside, path)
     print(f"{args.model} {row} {seed}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
 
@@ -320,7 +322,8 @@ def markdown(args: argparse.Namespace, table: dict[str, Any]) -> str:
     ]
     for host, rows in table.items():
         runs = [run for row in rows.values() for by_seed in row.values() for run in by_seed.values()]
-        severities = sorted({int(key.split("/")[1]) for run in runs for key in run["scores"] if "+" not in key} - {0})
+        judged = set.intersection(*(set(run["scores"]) for run in runs))
+        severities = sorted({int(key.split("/")[1]) for key in judged if "+" not in key} - {0})
         mixed = [key for key in runs[0]["scores"] if "+" in key]
         heads = [
             "clean",
