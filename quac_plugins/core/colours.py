@@ -1,4 +1,4 @@
-"""The order of an image's colours: RGB in this package, and BGR for hosts that are given that."""
+"""The order of an image's colours: RGB in this package, BGR for hosts that take BGR."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Images = TypeVar("Images", Tensor, np.ndarray)
 
 
 def in_order(images: Images, order: str, axis: int = 1) -> Images:
-    """RGB images in a host's order of channels, or a host's images in RGB: the same turn.
+    """Turn RGB images into a host's order of channels, or a host's images into RGB: both are the same step.
 
     Args:
-        images: with three channels on ``axis``.
-        order: ``"rgb"`` or ``"bgr"``.
-        axis: of the channels.
+        images: a tensor or array with three channels on ``axis``.
+        order: the host's order, ``"rgb"`` or ``"bgr"``.
+        axis: the axis of the channels.
 
     Example:
         >>> in_order(np.array([[1, 2, 3]]), "bgr").tolist()

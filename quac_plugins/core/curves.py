@@ -13,19 +13,19 @@ from quac_plugins.core.activations.base import ChannelActivation
 
 @torch.no_grad()
 def activation_curves(model: nn.Module, layers: list[str], run: Callable[[], Any], x: Tensor) -> dict[str, Tensor]:
-    """y(x) of every channel of activations, for every image of a forward pass.
+    """Compute y(x) for every channel of some activations and every image of a forward pass.
 
     Args:
-        model: with activations inside.
-        layers: names of activations in it.
-        run: the forward pass; of several calls of a layer the last counts.
-        x: (N,), where to look.
+        model: a model with activations of this package inside.
+        layers: names of these activations.
+        run: runs the forward pass; of several calls of a layer the last counts.
+        x: (N,), the points at which the curves are computed.
 
     Returns:
         Name of the layer → (B, C, N); B is 1 where the parameters are the same for all images.
 
     Raises:
-        TypeError: a layer is none of ours.
+        TypeError: a layer is no activation of this package.
 
     Example:
         >>> import timm, quac_plugins as quac

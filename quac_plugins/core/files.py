@@ -36,12 +36,12 @@ _STALE = 3600  # seconds after which such a folder is one of a save that was kil
 
 
 class _NotWritten(OSError):
-    """An error of the disk that is told already."""
+    """An error of the disk whose message already names the file."""
 
 
 @contextlib.contextmanager
 def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Say of an error of the disk which file was not written, and why."""
+    """Name the file, and the reason, in the message of an error of the disk."""
     try:
         yield
     except OSError as error:
@@ -55,15 +55,15 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(folder: str | Path) -> Iterator[Path]:
-    """A folder to write files into, which at the end take their places in ``folder``; others that lie there stay.
+    """Yield a folder to write files into; at the end the files move into ``folder``, whose other files stay.
 
     A folder that is not there yet appears with all of them at once. In one that is there each file is replaced at once,
     weights (``.safetensors``) first. Until the last one is, those that are left lie in a subfolder ``BESIDE…``, where
     :func:`quac_plugins.core.inject.adapter_files.read_adapter` finds the config of weights that have been replaced.
 
     Raises:
-        OSError: something could not be written; what was there is as it was, unless the disk refuses one of the files
-            after another has taken its place: then those that are left stay in the subfolder, as after a kill.
+        OSError: a file could not be written; the old files are as before, unless the disk refuses a file after another
+            has moved: then the remaining files stay in the subfolder, as after a kill.
     """
     folder = Path(folder)
     with disk_errors(folder):
@@ -97,16 +97,16 @@ def replacing(folder: str | Path) -> Iterator[Path]:
 def write_file(path: str | os.PathLike[str], content: bytes, sync: bool = True) -> None:
     """Write a file: a reader sees the old one or the whole new one, never a part.
 
-    It goes to a temporary file in the same folder first, which is made if it is not there. A link stays, and the file
-    that it leads to is replaced. A device, a pipe or ``/dev/stdout`` is written into.
+    The bytes first go to a temporary file in the same folder, which is made if it is missing. A link stays, and its
+    target is replaced. A device, a pipe or ``/dev/stdout`` is written into.
 
     Args:
-        path: of the file.
-        content: of the file.
-        sync: whether the bytes are on the disk before the file has its name, as what cannot be made again must be.
+        path: the file.
+        content: the new bytes.
+        sync: put the bytes on the disk before the file gets its name; needed for a file that cannot be made again.
 
     Raises:
-        OSError: it cannot be written; what was there is as it was.
+        OSError: the file cannot be written; the old file is as before.
     """
     with disk_errors(path):
         descriptor = _descriptor(path)
@@ -135,12 +135,12 @@ def write_file(path: str | os.PathLike[str], content: bytes, sync: bool = True) 
 
 
 def copy_files(files: Iterable[Path], folder: str | os.PathLike[str], overwrite: bool = False) -> Path:
-    """Copy files into a folder, which is made if it is not there: all of them, or none.
+    """Copy files into a folder, which is made if it is missing: all of them, or none.
 
     Raises:
-        FileExistsError: another file of such a name is there, and ``overwrite`` is not given.
+        FileExistsError: the folder holds another file of the same name, and ``overwrite`` is False.
         NotADirectoryError: the folder is a file.
-        OSError: they cannot be written.
+        OSError: the files cannot be written.
     """
     folder, files = Path(folder), sorted(files)
     if folder.exists() and not folder.is_dir():
@@ -162,16 +162,16 @@ def copy_files(files: Iterable[Path], folder: str | os.PathLike[str], overwrite:
 
 
 def read_json(path: str | os.PathLike[str], most: int = 256 << 20, what: str = "") -> Any:
-    """What a JSON file holds; a file of someone else's can be wrong, and no more.
+    """Read a JSON file from any source: a bad file raises an error and does no other harm.
 
     Args:
-        path: of the file.
-        most: bytes that it may have.
-        what: how errors begin.
+        path: the file.
+        most: the largest size, in bytes.
+        what: the beginning of error messages.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is too large, not UTF-8, no JSON, or nested too deeply.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is too large, not UTF-8, not JSON, or nested too deeply.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{what}{os.fspath(path)} is no file that is there")
@@ -185,20 +185,20 @@ def read_json(path: str | os.PathLike[str], most: int = 256 << 20, what: str = "
 
 
 def same_file(first: str | os.PathLike[str], second: str | os.PathLike[str]) -> bool:
-    """Whether two paths lead to one file, by links of either kind or by name; also to one that is not there yet."""
+    """Return whether two paths lead to one file, by links or by name; the file need not exist yet."""
     with contextlib.suppress(OSError):
         return os.path.samefile(first, second)
     return os.path.realpath(first) == os.path.realpath(second)
 
 
 def _sync(path: Path) -> None:
-    """Let the bytes of a file be on the disk before it gets its name, so that a crash leaves the old or the new one."""
+    """Put the bytes of a file on the disk before it gets its name, so that a crash leaves the old or the new file."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 def _descriptor(path: str | os.PathLike[str]) -> int | None:
-    """The number of the open file that a path stands for, as ``/dev/stdout`` and ``/dev/fd/3`` do."""
+    """Return the number of the open file that a path such as ``/dev/stdout`` or ``/dev/fd/3`` stands for, or None."""
     name = os.path.abspath(path)
     for _ in range(40):
         if name in _STANDARD:

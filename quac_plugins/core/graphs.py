@@ -16,7 +16,7 @@ _SHIFT = 16
 
 
 def compiling() -> bool:
-    """Whether this thread runs code to compile or export it; torch's own flag is that of all threads.
+    """Return whether this thread runs code to compile or export it; torch's own flag is set for all threads.
 
     An export that runs the code itself lets every new tensor of its thread be one without data.
     """
@@ -26,12 +26,12 @@ def compiling() -> bool:
 
 
 def in_graph() -> bool:
-    """Whether a graph is being made (compiled, exported, traced): sizes may be symbols, values are unknown."""
+    """Return whether a graph is being made (compiled, exported, traced): sizes may be symbols, values are unknown."""
     return compiling() or torch.jit.is_tracing()
 
 
 def exporting() -> bool:
-    """Whether that graph leaves this process, as torch.export's, torch.jit.trace's and torch.onnx.export's do.
+    """Return whether a graph is being made by torch.export, torch.jit.trace or torch.onnx.export, to leave the process.
 
     ONNX knows neither the logarithm of the gamma function nor searches.
     """
@@ -41,12 +41,12 @@ def exporting() -> bool:
 
 
 def without_grad() -> AbstractContextManager[object]:
-    """``torch.no_grad()``; nothing in what is exported, since saved programs with regions of it cannot be loaded."""
+    """Return ``torch.no_grad()``, or an empty context in an export: saved programs with such regions do not load."""
     return nullcontext() if exporting() else torch.no_grad()
 
 
 def called_whole(module: nn.Module, x: Any, *others: Any) -> Any:
-    """Where torch.fx traces (x is its proxy), the node that calls the module with these as a leaf; else None."""
+    """Return a torch.fx node that calls the module as a leaf if x is a proxy of torch.fx, else None."""
     if not isinstance(x, Proxy):
         return None
     tracer: Any = x.tracer
@@ -54,7 +54,7 @@ def called_whole(module: nn.Module, x: Any, *others: Any) -> Any:
 
 
 def log_gamma(z: Tensor) -> Tensor:
-    """log Γ(z) of z > 0: Stirling's series at z + 16, to 1e-13 in float64.
+    """Compute log Γ(z) of z > 0 by Stirling's series at z + 16, to 1e-13 in float64.
 
     Example:
         >>> log_gamma(torch.tensor([0.1, 1.0, 5.0], dtype=torch.float64)).exp().round(decimals=9).tolist()
@@ -72,7 +72,7 @@ def log_gamma(z: Tensor) -> Tensor:
 
 
 def count_up_to(ascending: Tensor, values: Tensor) -> Tensor:
-    """How many of sorted numbers (N,) are not above a value: ``torch.searchsorted(ascending, values, right=True)``.
+    """Count the sorted numbers (N,) that are not above each value: ``torch.searchsorted(…, right=True)`` for exports.
 
     Example:
         >>> count_up_to(torch.tensor([1.0, 2.0, 2.0, 5.0]), torch.tensor([0.0, 2.0, 9.0])).tolist()

@@ -30,12 +30,12 @@ def tap_hook(layer: Any, args: tuple, output: Any) -> None:
 
 
 def prior_tap_pre_hook(layer: Any, args: tuple, kwargs: dict) -> None:
-    """The same for a prior whose quality function is another one."""
+    """Show the images to the second tap, of a prior with its own quality function."""
     layer.quac_prior_tap(args[0] if args else next(iter(kwargs.values()), None), True)
 
 
 def prior_tap_hook(layer: Any, args: tuple, output: Any) -> None:
-    """The same for a prior whose quality function is another one."""
+    """Show the output of the layer to the second tap, of a prior with its own quality function."""
     layer.quac_prior_tap.mark(output)
 
 
@@ -45,7 +45,7 @@ def size_pre_hook(layer: Any, args: tuple, kwargs: dict) -> None:
 
 
 def prior_hook(layer: Any, args: tuple, kwargs: dict, output: Any) -> Any:
-    """Repair the output of a layer, whose call may tell the grid that its tokens stand on."""
+    """Repair the output of a layer by its prior; the call may tell the grid of the layer's tokens."""
     prior = layer.quac_prior
     if getattr(prior, "over", False):  # nobody else holds the output
         return prior(output, over=True)
@@ -53,7 +53,7 @@ def prior_hook(layer: Any, args: tuple, kwargs: dict, output: Any) -> Any:
 
 
 def _grid_of(layer: Any, args: tuple, kwargs: dict, output: Any) -> tuple[int, int] | None:
-    """(h, w) of tokens (B, N, C): OpenMMLab's blocks and timm's PVTs are called with it, detectron2's Swin notes it."""
+    """Return (h, w) of tokens: an argument in OpenMMLab and timm's PVTs, an attribute in detectron2's Swin."""
     if not isinstance(output, Tensor) or output.ndim != 3:
         return None
     for value in (*args[1:], *kwargs.values(), (getattr(layer, "H", None), getattr(layer, "W", None))):
@@ -65,7 +65,7 @@ def _grid_of(layer: Any, args: tuple, kwargs: dict, output: Any) -> tuple[int, i
 
 
 def _is_number(value: Any) -> bool:
-    """Sizes are tensors while torch.jit.trace runs."""
+    """Return whether a size is a number; torch.jit.trace makes tensors of sizes."""
     return isinstance(value, (int, SymInt)) or (isinstance(value, Tensor) and torch.jit.is_tracing())
 
 
@@ -85,19 +85,19 @@ def enter_hook(part: Any, args: tuple) -> None:
 
 
 def leave_hook(part: Any, args: tuple, output: Any) -> None:
-    """And what it returned."""
+    """Tell contexts that a part of the model has returned ``output``."""
     for context in part.__dict__.get(CONTEXTS, ()):
         context.leave(part, output)
 
 
 def enter_model_hook(model: Any, args: tuple) -> None:
-    """The same of the model itself."""
+    """Tell contexts that the model itself is called."""
     for context in model.__dict__.get(WHOLE, ()):
         context.enter(model, args, True)
 
 
 def leave_model_hook(model: Any, args: tuple, output: Any) -> None:
-    """The same of the model itself."""
+    """Tell contexts that the model itself has returned ``output``."""
     for context in model.__dict__.get(WHOLE, ()):
         context.leave(model, output)
 
@@ -124,7 +124,7 @@ def add_hook(layer: nn.Module, name: str) -> None:
 
 
 def _with_tap(layer: Any, *args: Any, **kwargs: Any) -> Any:
-    """What a block returns with a feature from inside of it, and behind it what ``forward`` has behind it."""
+    """Return the output of a block, after the prior and the activation behind it, and the block's inner features."""
     output, *inner = getattr(type(layer), WITH_TAP)(layer, *args, **kwargs)
     if PRIOR_NAME in layer._modules:
         output = prior_hook(layer, args, kwargs, output)
@@ -134,7 +134,7 @@ def _with_tap(layer: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def remove_hooks(layer: nn.Module, *functions: Any) -> None:
-    """Take these hooks off a layer; by function, so that it works on deep copies too."""
+    """Take hooks off a layer; the functions identify the hooks, so deep copies work too."""
     for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
         for key in [key for key, hook in hooks.items() if hook in functions]:
             del hooks[key]
@@ -151,18 +151,18 @@ _IS = {"training", "_parameters", "_buffers", "_non_persistent_buffers_set", "_m
 
 
 def _tables() -> dict[str, Any]:
-    """Everything else that a bare module has: the tables of its hooks, all of them empty."""
+    """Return the empty tables of hooks that a new module has."""
     return {name: value for name, value in vars(nn.Module()).items() if name not in _IS}
 
 
 def without_hooks(module: nn.Module) -> nn.Module:
-    """The module, with tables of its own in the place of those that a shallow copy shares with its model."""
+    """Give a shallow copy of a module its own empty tables of hooks, and return the copy."""
     module.__dict__.update(_tables())
     return module
 
 
 def move_all(old: nn.Module, new: nn.Module) -> None:
-    """Let what hangs on a module hang on the one that takes its place: hooks of every kind and foreign attributes.
+    """Move hooks of every kind and foreign attributes from a module to the module that replaces it.
 
     The very tables move, so that the order stays and handles that others keep still remove their hooks. Our own
     children (a tap, a prior) go with the hooks that call them.
@@ -181,7 +181,7 @@ def move_all(old: nn.Module, new: nn.Module) -> None:
 
 
 def _foreign(module: nn.Module, other: nn.Module) -> dict[str, Any]:
-    """The attributes of a module that no code of its class speaks of, nor of the other's."""
+    """Return the attributes of a module that neither its class nor the other module's class mentions."""
     known = set(vars(nn.Module()))
     for cls in {*type(module).__mro__, *type(other).__mro__} - set(nn.Module.__mro__):
         known |= {*vars(cls), *getattr(cls, "__annotations__", ())}

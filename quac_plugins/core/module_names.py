@@ -1,4 +1,4 @@
-"""What the parts of a network are called, whatever wraps them and however many names they have.
+"""The names of the parts of a network, without wrappers, and one for each part.
 
 ``torch.compile``, DistributedDataParallel and their like put a name of their own between a module and its parts
 (``backbone._orig_mod.conv1``). A module that hangs at several places has several names. Here wrappers have none, and a
@@ -21,7 +21,7 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel
 
 
 def paths(model: nn.Module) -> dict[str, str]:
-    """Every path of a module, as ``state_dict`` has it → the same without wrappers.
+    """Return path → name for every module: paths are the state dict's, names leave wrappers out.
 
     Example:
         >>> paths(nn.Sequential(nn.DataParallel(nn.ReLU())))
@@ -38,7 +38,7 @@ def paths(model: nn.Module) -> dict[str, str]:
 
 
 def tensor_names(model: nn.Module) -> Callable[[str], str]:
-    """From a name in a model's state dict to the same without wrappers."""
+    """Return a function that takes the wrappers out of a name of a model's state dict."""
     known = paths(model)
 
     def name_of(name: str) -> str:
@@ -50,7 +50,7 @@ def tensor_names(model: nn.Module) -> Callable[[str], str]:
 
 
 def parts(model: nn.Module) -> dict[str, nn.Module]:
-    """Name → module, in the order of ``named_modules``, without wrappers and with each module once.
+    """Return name → module, in the order of ``named_modules``, without wrappers and with each module once.
 
     Example:
         >>> shared = nn.ReLU()
@@ -66,7 +66,7 @@ def parts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def module_at(model: nn.Module, name: str) -> nn.Module:
-    """The module of a name that :func:`parts` gives, or of another one that leads to it; AttributeError without one."""
+    """Return the module of a name of :func:`parts`, or of another of its names; AttributeError if there is none."""
     module = model
     for step in name.split(".") if name else []:
         while (wrapped := _wrapped(module)) is not None and step not in module._modules:
@@ -78,6 +78,6 @@ def module_at(model: nn.Module, name: str) -> nn.Module:
 
 
 def _wrapped(module: nn.Module) -> nn.Module | None:
-    """What a wrapper wraps, None of any other module."""
+    """Return the module inside a wrapper, or None if the module is no wrapper."""
     names = (*_TRANSPARENT, *(["module"] if isinstance(module, _WRAPPERS) else []))
     return next((child for name in names if (child := module._modules.get(name)) is not None), None)

@@ -1,4 +1,4 @@
-"""Names: what is said of one that is not known, and what a suffix puts in."""
+"""Names: suffixes of model names, errors for unknown names, and patterns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SUFFIXES = ("_qacon", "_ddp", "_qacon_ddp")  # of names of hosts with what this 
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """The name of a host, with its tag, and the suffix that says what is put in.
+    """Split a model name into the host's name, with its tag, and the suffix ``_qacon``, ``_ddp`` or ``_qacon_ddp``.
 
     Example:
         >>> split_name("resnet50_qacon_ddp.a1_in1k"), split_name("resnet50"), split_name("hf-hub:me/model_ddp")
@@ -24,12 +24,13 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def unknown(what: str, value: object, known: Iterable[str], nearest: Iterable[str] | None = None) -> ValueError:
-    """The error that names the value, the nearest known name, and all of them.
+    """Return a ValueError that names the value, the nearest known name, and all known names.
 
     Args:
-        what: the beginning, such as ``"unknown activation"``.
-        known: is listed.
-        nearest: where the nearest is looked for; by default ``known``.
+        what: the beginning of the message, such as ``"unknown activation"``.
+        value: the unknown name.
+        known: the names that the message lists.
+        nearest: the names among which the nearest is sought. None: ``known``.
 
     Example:
         >>> print(unknown("unknown activation", "qacom", ["acon", "qacon"]))
@@ -44,10 +45,10 @@ def unknown(what: str, value: object, known: Iterable[str], nearest: Iterable[st
 
 
 def matcher(what: str, pattern: str) -> Callable[[str], bool]:
-    """Whether a name matches a glob, or ``re:`` and a regular expression is found in it; ``what`` begins errors.
+    """Return a function that tells whether a name matches a glob, or holds a match of ``re:`` and a regular expression.
 
     Raises:
-        ValueError: it is not a regular expression.
+        ValueError: the pattern after ``re:`` is not a regular expression; ``what`` begins the message.
 
     Example:
         >>> list(map(matcher("where", "layer?"), ["layer1", "fc"])), matcher("where", "re:r[1-3]$")("layer4")

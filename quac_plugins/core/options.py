@@ -17,14 +17,14 @@ C = TypeVar("C", bound="QualityOptions")
 
 
 def one_of(what: str, value: Any, known: tuple[str, ...] | list[str]) -> None:
-    """ValueError that lists the known values, and the nearest, unless ``value`` is one of them."""
+    """Raise a ValueError that lists the known values, and the nearest, unless ``value`` is one of them."""
     if value not in known:
         raise unknown(f"unknown {what}", value, known)
 
 
 @contextmanager
 def named(key: str) -> Iterator[None]:
-    """Begin the message of a TypeError or ValueError with the key of a user's config that it is about; ValueError."""
+    """Turn a TypeError or ValueError into a ValueError whose message begins with ``key``, a key of a user's config."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -32,16 +32,16 @@ def named(key: str) -> Iterator[None]:
 
 
 def read_options(cls: Any, options: Any, path: str, key_of: Callable[[str], str] | None = None) -> Any:
-    """A config of ours from a user's options; an error begins with the key that it is about.
+    """Build a config of this package from a user's options; an error begins with the key of the wrong option.
 
     Args:
         cls: QuACConfig or PriorConfig.
-        options: its options by name, or such a config, which is returned.
-        path: where they are in the user's config; "" at its top.
-        key_of: the key of an option; by default ``PATH.NAME``.
+        options: the options by name; or a config of the class, which is returned.
+        path: the place of the options in the user's config; "" at its top.
+        key_of: maps an option's name to its key. None: ``PATH.NAME``.
 
     Raises:
-        ValueError: an option is not known, of another type, or cannot be.
+        ValueError: an option is unknown, or its type or value is wrong.
 
     Example:
         >>> from quac_plugins import QuACConfig
@@ -71,7 +71,7 @@ def read_options(cls: Any, options: Any, path: str, key_of: Callable[[str], str]
 
 
 def whole_number(what: str, value: Any, least: int = 1, most: int | None = None) -> None:
-    """ValueError unless ``value`` is an int from ``least`` to ``most``."""
+    """Raise a ValueError unless ``value`` is an int from ``least`` to ``most``."""
     wrong = isinstance(value, bool) or not isinstance(value, int) or value < least
     if wrong or (most is not None and value > most):
         limits = f"≥ {least}" if most is None else f"from {least} to {most}"
@@ -79,7 +79,7 @@ def whole_number(what: str, value: Any, least: int = 1, most: int | None = None)
 
 
 def numbers(what: str, value: Any) -> tuple[float, ...]:
-    """A number or one for each channel, as finite floats."""
+    """Return a number, or a sequence of one number for each channel, as finite floats; ValueError otherwise."""
     try:
         values = (float(value),) if isinstance(value, (int, float)) else tuple(float(v) for v in value)
     except (TypeError, ValueError, OverflowError):
@@ -92,7 +92,7 @@ def numbers(what: str, value: Any) -> tuple[float, ...]:
 
 
 def pattern_list(what: str, value: Any) -> list[str]:
-    """A pattern or several, as a list."""
+    """Return a pattern, or several, as a list; ValueError for other types."""
     patterns = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
     if not patterns or not all(p and isinstance(p, str) for p in patterns):
         raise ValueError(f"{what} must be a name, a pattern or a list of patterns, got {value!r}")
@@ -102,7 +102,7 @@ def pattern_list(what: str, value: Any) -> list[str]:
 
 
 def without_path(quality: str) -> str:
-    """``contrique:/some/file`` as ``contrique``: files of one machine are neither saved nor opened for another's sake.
+    """Shorten ``contrique:/some/file`` to ``contrique``: a path of one machine means nothing on another.
 
     Example:
         >>> without_path("contrique:/some/file"), without_path("contrique:file"), without_path("pyiqa:piqe")
@@ -113,11 +113,11 @@ def without_path(quality: str) -> str:
 
 
 def check_foreign(options: Any) -> None:
-    """Refuse what the config of somebody else's file may not ask for: it can name, and neither compute nor open.
+    """Refuse a downloaded config that asks for more than names: computations, files, or sizes without bounds.
 
     Raises:
-        ValueError: a regular expression, which may take for ever; a file of this machine; a number that no network has
-            of anything; or no options at all.
+        ValueError: an option is a regular expression, which may run for ever, a file of this machine, or a number
+            larger than any network needs; or ``options`` is no dict.
     """
     if not isinstance(options, Mapping):
         raise ValueError(f"must be options by name, got {type(options).__name__}")
@@ -144,7 +144,7 @@ _MOST = 1 << 20
 
 
 def _largest(value: Any) -> int:
-    """The largest whole number in a value of a JSON file."""
+    """Return the largest whole number in a value of a JSON file."""
     if isinstance(value, (list, tuple, Mapping)):
         return max(map(_largest, value.values() if isinstance(value, Mapping) else value), default=0)
     return abs(value) if isinstance(value, int) else 0
@@ -165,7 +165,7 @@ class QualityOptions:
     tap: str = "image"
 
     def __new__(cls, *args: Any, **options: Any) -> Any:
-        """A new config; TypeError that names the nearest option for one that there is not."""
+        """Make a config; a TypeError names the nearest option for an unknown one."""
         known = [field.name for field in fields(cls)]  # type: ignore[arg-type]
         for key in options:
             if key not in known:
@@ -173,7 +173,7 @@ class QualityOptions:
         return super().__new__(cls)
 
     def check_quality(self) -> None:
-        """ValueError or TypeError for a value that cannot be."""
+        """Raise a ValueError or TypeError for a wrong value."""
         one_of("channel_order", self.channel_order, CHANNEL_ORDERS)
         if not isinstance(self.quality, str) and not callable(self.quality):
             raise TypeError(f"quality must be a name or a callable, got {type(self.quality).__name__}")
@@ -193,11 +193,11 @@ class QualityOptions:
 
     @property
     def has_own_quality(self) -> bool:
-        """Whether the quality function is the user's own, read back from a file that cannot hold it."""
+        """Return whether the quality function is a user's own callable, of which a file holds the name alone."""
         return isinstance(self.quality, str) and self.quality.startswith("callable:")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serializable; a callable quality appears as its name, and must be given again when it is read back."""
+        """Return the options as JSON can hold them; a callable ``quality`` becomes its name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}  # type: ignore[arg-type]
         if isinstance(self.quality, str):
             values["quality"] = without_path(self.quality)
@@ -207,7 +207,7 @@ class QualityOptions:
 
     @classmethod
     def from_dict(cls: type[C], values: dict[str, Any]) -> C:
-        """Read what :meth:`to_dict` wrote; ValueError names unknown fields."""
+        """Build a config of the dict of :meth:`to_dict`; a ValueError names unknown fields."""
         known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
         unknown = sorted(set(values) - known)
         if unknown:

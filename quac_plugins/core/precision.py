@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def full_precision(like: Tensor) -> AbstractContextManager[object]:
-    """A context without autocast on the device of a tensor (the meta device has none).
+    """Return a context without autocast on the device of the tensor ``like`` (the meta device has no autocast).
 
     Example:
         >>> with torch.autocast("cpu", dtype=torch.bfloat16), full_precision(torch.ones(1)):

@@ -16,7 +16,7 @@ FAKE_TENSORS = "torch._subclasses.fake_tensor"
 
 
 def find(path: str, module: str = "torch") -> Any:
-    """What has a dotted name in a module; None where this version has none.
+    """Return the object with a dotted name in a module, or None where this version has no such name.
 
     Example:
         >>> find("_C._has_been_renamed") is None
@@ -42,7 +42,7 @@ _FakeTensor, _FakeTensorMode = find("FakeTensor", FAKE_TENSORS), find("FakeTenso
 
 
 def hides_memory(*tensors: Tensor) -> bool:
-    """Whether an operation on these is not one on the memory that they name; True where this version does not tell."""
+    """Return whether a mode, transform or subclass hides the tensors' memory; True where this version cannot tell."""
     if None in (_transforms, _modes, _is_wrapped, _is_of_several, _is_zero):
         return True
     if _transforms() is not None or _modes() or getattr(_forward_ad, "_current_level", 0) >= 0:
@@ -51,22 +51,22 @@ def hides_memory(*tensors: Tensor) -> bool:
 
 
 def in_backward() -> bool:
-    """Whether a backward pass is running; False where this version does not tell."""
+    """Return whether a backward pass is running; False where this version cannot tell."""
     return _graph_task is not None and _graph_task() != -1
 
 
 def is_fake(value: Any) -> bool:
-    """Whether something is a tensor that an export or a trace runs on instead of a real one."""
+    """Return whether a value is a fake tensor, which an export or a trace uses instead of a real one."""
     return _FakeTensor is not None and isinstance(value, _FakeTensor)
 
 
 def has_numbers(x: Tensor) -> bool:
-    """Whether a tensor has numbers, and not a shape alone."""
+    """Return whether a tensor has numbers, and not only a shape."""
     return not (x.is_meta or is_fake(x))
 
 
 def fake_mode() -> AbstractContextManager[Any]:
-    """A context whose new tensors are fake, beside real ones.
+    """Return a context in which new tensors are fake, beside real ones.
 
     Raises:
         RuntimeError: this version of torch has none.
@@ -77,7 +77,7 @@ def fake_mode() -> AbstractContextManager[Any]:
 
 
 def cpp_builder() -> Any:
-    """What builds C++ for torch.compile, with its bindings; imported at the first use.
+    """Return the builder of C++ that torch.compile uses; it is imported at the first use.
 
     Raises:
         RuntimeError: this version of torch has none.

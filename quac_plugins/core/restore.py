@@ -72,16 +72,16 @@ def restore_then(
         restorer: image → image: a restoration network, a function, a pipeline of diffusers. See :class:`RestoreThen`.
         adapt_to: which images QuAC's quality features describe: ``"restored"``, those that the model sees, or
             ``"degraded"``, those that came in.
-        mean: of the normalization that the model's images come with, one number or one for each channel.
-        std: likewise, above 0. Both or neither; None: those of QuAC's tap, else what the model says itself, else
-            images are in [0, 1].
-        channel_order: ``"rgb"`` or ``"bgr"``, of the model's images; None: that of QuAC's tap, else RGB.
-        restorer_input: what the restorer takes, in diffusers' words: ``"pt"``, a tensor (B, 3, H, W) in [0, 1];
-            ``"np"``, a float32 array (B, H, W, 3) in [0, 1]; ``"pil"``, a list of B pictures.
+        mean: the mean with which the model's images are normalized, one number or one for each channel.
+        std: the standard deviation likewise, above 0. Give both or neither; None: the values of QuAC's tap, else of the
+            model's own config, else the images are in [0, 1].
+        channel_order: ``"rgb"`` or ``"bgr"``, the order of the model's images. None: the order of QuAC's tap, else RGB.
+        restorer_input: the form of the restorer's input, as diffusers names it: ``"pt"``, a tensor (B, 3, H, W) in
+            [0, 1]; ``"np"``, a float32 array (B, H, W, 3) in [0, 1]; ``"pil"``, a list of B pictures.
         restorer_kwargs: further arguments of every call of the restorer, such as a prompt.
 
     Returns:
-        A module that takes images as the model takes them.
+        A module with the same inputs and outputs as the model.
 
     Raises:
         TypeError: the model is no module, or the restorer cannot be called.
@@ -109,7 +109,7 @@ def restore_then(
 
 @renamed(quality="adapt_to")
 class RestoreThen(nn.Module):
-    """A model behind an image restorer; :func:`restore_then` tells the arguments.
+    """A model behind an image restorer; :func:`restore_then` describes the arguments.
 
     Images come as the model takes them. Their normalization is undone, the restorer gets RGB in [0, 1] (a grey image
     three times), and what it returns is clamped, brought back to the size of the images if it has another (bicubic,
@@ -129,8 +129,8 @@ class RestoreThen(nn.Module):
         restorer: the restorer; state dict ``restorer.*`` if it is a module.
 
     Raises:
-        TypeError: images, or what the restorer returned, are of a type or dtype that is none of the above.
-        ValueError: their shape is none of the above, or the restorer returned NaN or infinite values.
+        TypeError: the images, or the restorer's output, have none of the types and dtypes above.
+        ValueError: the images, or the restorer's output, have none of the shapes above, or the output is not finite.
 
     Note:
         Several threads may use it as they may use the model. Only if parts of the model are compiled on their own,
@@ -201,16 +201,16 @@ class RestoreThen(nn.Module):
         super().__setstate__({"adapt_to" if name == "quality" else name: value for name, value in state.items()})
 
     def extra_repr(self) -> str:
-        """What is done, for ``print(model)``."""
+        """Return the restorer and the options, for ``print(model)``."""
         restorer = "" if isinstance(self.restorer, nn.Module) else f"restorer={_name(self.restorer)}, "
         return f"{restorer}adapt_to={self.adapt_to}, mean={self.mean}, std={self.std}"
 
     def forward(self, images: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Restore images (B, C, H, W), normalized as the model takes them, and return what the model makes of them."""
+        """Restore images (B, C, H, W), normalized for the model, and return the model's output for them."""
         return self._through(self.model, images, *args, **kwargs)
 
     def restore(self, images: Tensor) -> Tensor:
-        """The restored images as the model gets them: (B, C, H, W), normalized, of the dtype of ``images``."""
+        """Return the restored images, (B, C, H, W), normalized for the model, in the dtype of ``images``."""
         if not isinstance(images, Tensor) or images.ndim != 4:
             got = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
             raise ValueError(f"images must be a tensor (B, C, H, W) as the model takes them, got {got}")
@@ -238,7 +238,7 @@ class RestoreThen(nn.Module):
         return [module for module in self.model.modules() if isinstance(module, QualityTap)]
 
     def _quality_of(self, images: Tensor) -> list[tuple[QualityContext, Tensor]]:
-        """Each tap's q of the images that came in, except where one was given by hand."""
+        """Compute each tap's q of the incoming images, except where the caller gave a q by hand."""
         pairs = []
         for tap in self._taps():
             if tap.context.given_q() is None:
@@ -249,7 +249,7 @@ class RestoreThen(nn.Module):
     # -- between the model's images and the restorer's
 
     def _normalization(self, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-        """Mean and std of each of the model's channels; None: its images are in [0, 1]."""
+        """Return mean and std for each of the model's channels; None: the images are in [0, 1]."""
         if channels not in (1, 3):
             raise ValueError(
                 f"the model takes images of {channels} channels; restorers work on colour images, so it must be 3, or "
@@ -261,7 +261,7 @@ class RestoreThen(nn.Module):
         return (mean, std) if len(mean) == channels else (mean * channels, std * channels)
 
     def _to_rgb(self, images: Tensor) -> Tensor:
-        """The model's images as RGB (B, 3, H, W) in [0, 1], at least float32."""
+        """Convert the model's images to RGB (B, 3, H, W) in [0, 1], at least float32."""
         channels = images.shape[1]
         normalization = self._normalization(channels)
         images = images if images.dtype in (torch.float32, torch.float64) else images.float()
@@ -302,7 +302,7 @@ class RestoreThen(nn.Module):
     # -- the restorer
 
     def _restored(self, rgb: Tensor) -> Any:
-        """What the restorer returns for images (B, 3, H, W) in [0, 1]."""
+        """Return the restorer's output for images (B, 3, H, W) in [0, 1]."""
         images: Any = rgb
         if self.restorer_input != "pt":
             images = np.ascontiguousarray(rgb.detach().float().permute(0, 2, 3, 1).cpu().numpy())
@@ -323,7 +323,7 @@ class RestoreThen(nn.Module):
         return self.restorer(images, **self.restorer_kwargs)
 
     def _read(self, output: Any, rgb: Tensor) -> Tensor:
-        """What the restorer returned as (B, 3, H, W) in [0, 1], of the size, dtype and device of ``rgb``."""
+        """Convert the restorer's output to (B, 3, H, W) in [0, 1], with the size, dtype and device of ``rgb``."""
         restorer = f"the restorer {_name(self.restorer)!r}"
         restored = as_tensor(output, restorer, rgb.shape[0])
         if restored.ndim != 4 or restored.shape[0] != rgb.shape[0] or restored.shape[1] != 3 or 0 in restored.shape[2:]:
@@ -382,7 +382,7 @@ def _name(restorer: Any) -> str:
 
 
 def _image_keyword(restorer: Callable[..., Any]) -> str | None:
-    """``"image"`` if the restorer has a parameter of this name that is not its first."""
+    """Return ``"image"`` if the restorer has a parameter of this name that is not its first, else None."""
     try:
         call = restorer.forward if isinstance(restorer, nn.Module) else restorer
         parameters = inspect.signature(call).parameters
@@ -392,7 +392,7 @@ def _image_keyword(restorer: Callable[..., Any]) -> str | None:
 
 
 def _first_of(taps: list[QualityTap], normalized: bool) -> QualityTap | None:
-    """The tap that tells how the model's images come; ValueError if others, unless it is given, tell otherwise."""
+    """Return the tap that describes the model's images; ValueError if taps disagree about what the caller left out."""
     if not taps:
         return None
     known, *others = (
@@ -408,12 +408,12 @@ def _first_of(taps: list[QualityTap], normalized: bool) -> QualityTap | None:
 
 
 def _can_look(images: Tensor) -> bool:
-    """Whether values can be read: not in graphs, not without any."""
+    """Return whether values can be read: neither in graphs nor of empty tensors."""
     in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return not (in_graph or not has_numbers(images) or images.numel() == 0)
 
 
 def _range(images: Tensor) -> tuple[float, float]:
-    """Smallest and largest value, NaN if there is one."""
+    """Return the smallest and the largest value, or NaN if there is one."""
     low, high = torch.aminmax(images.detach())
     return float(low), float(high)

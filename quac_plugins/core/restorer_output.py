@@ -1,4 +1,4 @@
-"""Reading what an image restorer returned, in any of the forms that restorers return."""
+"""Reading the output of an image restorer, in any form that restorers return."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def as_tensor(output: Any, restorer: str, batch: int) -> Tensor:
-    """What a restorer returned as a floating point tensor, (B, 3, H, W) if all is well; TypeError otherwise."""
+    """Convert a restorer's output to a floating point tensor (B, 3, H, W); TypeError if it has an unknown form."""
     if not isinstance(output, (Tensor, np.ndarray, list, tuple)) and hasattr(output, "images"):
         output = output.images
     if isinstance(output, (list, tuple)):
@@ -39,7 +39,7 @@ def as_tensor(output: Any, restorer: str, batch: int) -> Tensor:
 
 
 def _stacked(pictures: Sequence[Any], restorer: str, batch: int) -> np.ndarray:
-    """A list of PIL images or arrays (H, W, 3) as one array (B, H, W, 3)."""
+    """Stack a list of PIL images or arrays (H, W, 3) to one array (B, H, W, 3)."""
     arrays = [np.asarray(p.convert("RGB")) if hasattr(p, "convert") else p for p in pictures]
     others = sorted({type(a).__name__ for a in arrays if not isinstance(a, np.ndarray)})
     if others:

@@ -18,19 +18,19 @@ _READERS: list[Reader] = []
 
 @dataclass(frozen=True)
 class HostFacts:
-    """What is known of a host; None, or nothing, where nobody says it.
+    """The facts that readers know of a host; None or empty where no reader knows.
 
     Attributes:
-        architecture: its name among those of its framework.
-        tag: the name of its weights.
-        normalization: mean and std that its images come with.
-        inner_normalization: mean and std that it gives its parts their images with, which come to it in [0, 1].
-        input_size: (C, H, W) of the images that it is meant for.
-        in_chans: channels that it was built for.
-        prefix_tokens: tokens before those of the image's grid.
-        stage_ends: names of the modules that end its stages, finest first or in any order.
-        classifiers: names of the layers that give the scores of its classes.
-        gives_features: whether it returns pooled features where others of its kind return scores.
+        architecture: the name of the host's architecture in its framework.
+        tag: the name of the host's weights.
+        normalization: mean and std with which the host's images are normalized.
+        inner_normalization: mean and std with which a host that takes images in [0, 1] normalizes them for its parts.
+        input_size: (C, H, W) of the images that the host is meant for.
+        in_chans: the number of channels that the host was built for.
+        prefix_tokens: the number of tokens before the tokens of the image's grid.
+        stage_ends: names of the modules that end the host's stages, in any order.
+        classifiers: names of the layers that compute the scores of the classes.
+        gives_features: whether the host returns pooled features and not scores.
     """
 
     architecture: str | None = None
@@ -46,9 +46,14 @@ class HostFacts:
 
 
 def add_reader(reader: Reader) -> Reader:
-    """Let a door read its framework's models: a function from any module to what it knows, by the fields' names.
+    """Add a function that reads the facts of one framework's models.
 
-    What it does not know it leaves out or gives as None. Of two readers that know a thing the later one is believed.
+    Args:
+        reader: maps any module to a dict, field of :class:`HostFacts` → value, without the unknown fields or with None
+            for them. Of two readers that know a field, the later one counts.
+
+    Returns:
+        The reader, so that this function can decorate it.
 
     Example:
         >>> @add_reader
@@ -65,7 +70,7 @@ def add_reader(reader: Reader) -> Reader:
 
 
 def facts_of(model: nn.Module) -> HostFacts:
-    """What the readers know of a model.
+    """Ask all readers about a model, and return its facts.
 
     Example:
         >>> import timm, quac_plugins

@@ -63,7 +63,7 @@ C = TypeVar("C", QuACConfig, PriorConfig)
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of what was put in, under their names in the host's state dict.
+    """Return the tensors that were put into a model, under their names in the host's state dict.
 
     Raises:
         ValueError: the model holds no QuAC, or a part that holds some of it has been replaced.
@@ -76,13 +76,13 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy what :func:`adapter_state` gave back in.
+    """Copy the tensors of :func:`adapter_state` into a model.
 
-    Not by ``load_state_dict(strict=False)`` of the whole: a host's layers may set what they miss there, as detectron2's
-    frozen batch norms their statistics.
+    ``load_state_dict(strict=False)`` would not do: layers of the host may reset tensors that are missing, such as the
+    statistics of detectron2's frozen batch norms.
 
     Raises:
-        KeyError: a name that is not of what was put in.
+        KeyError: a name is no tensor that was put in.
     """
     tensors = adapter_state(model)
     with torch.no_grad():
@@ -91,26 +91,26 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def save_adapter(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
-    """Save what was put into a host: ``adapter_config.json`` and ``adapter_model.safetensors``.
+    """Save the adapter of a model: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-    Both files are written beside and then renamed, and the config holds the hash of the other: whoever reads while a
-    save goes on, or after one that was killed, gets the old adapter or the new one. Other files in the folder stay. The
-    states that a fit has kept in its ``checkpoint`` folder are deleted once this is done.
+    Both files are written under other names and then renamed, and the config holds the hash of the tensors' file: a
+    reader gets the old or the new adapter, also during a save and after a killed one. Other files in the folder stay.
+    After the save, the states that a fit has kept in its ``checkpoint`` folder are deleted.
 
     Args:
         model: a model with QuAC inside.
-        folder: made if it does not exist.
-        dtype: what floating point tensors are written in, such as ``torch.float16`` for half the bytes; a host of
-            another dtype loads them in its own. None: as they are.
+        folder: the folder, which is made if it does not exist.
+        dtype: the dtype of the saved floating point tensors, such as ``torch.float16`` for half the bytes; a host loads
+            them in its own dtype. None: the dtype of each tensor.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the model holds no QuAC, a part that holds some of it has been replaced, or nobody could load it:
-            another adapter's layers are inside what was put in, a layer of it is pruned or parametrized, a tensor holds
-            NaN or is on the meta device.
-        OSError: it cannot be written, as on a full disk; an adapter that was there is as it was.
+        ValueError: the model holds no QuAC; a part of the model with QuAC inside has been replaced; or nobody could
+            load the adapter, since an inserted layer holds another adapter's layers, is pruned or parametrized, or has a
+            tensor with NaN or on the meta device.
+        OSError: a file cannot be written, as on a full disk; an earlier adapter in the folder is as before.
 
     Example:
         >>> import tempfile, timm, quac_plugins as quac
@@ -126,7 +126,7 @@ def save_adapter(model: nn.Module, folder: str | Path, dtype: torch.dtype | None
 
 
 def write_files(model: nn.Module, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
-    """:func:`save_adapter` for a folder that is not to last, so that a fit's states stay."""
+    """Do the same as :func:`save_adapter` for a temporary folder: the states of a fit stay."""
     record = _record(model)
     state = adapter_state(model)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -175,11 +175,11 @@ def check_adapter_files(folder: str | Path) -> None:
 
 
 def describe_adapter(folder: str | Path) -> dict[str, Any]:
-    """What an adapter is, by its checked config: host, options, sites.
+    """Describe an adapter by its checked config: host, options, sites.
 
     Raises:
-        FileNotFoundError: there is no config.
-        ValueError: it is damaged.
+        FileNotFoundError: the folder holds no config.
+        ValueError: the config is damaged.
     """
     saved = read_config(Path(folder) / CONFIG_NAME)
     facts: dict[str, Any] = {"host": saved.host.get("architecture"), "host_weights": saved.host.get("fingerprint")}
@@ -193,7 +193,7 @@ def describe_adapter(folder: str | Path) -> dict[str, Any]:
 def load_adapter_folder(
     model: nn.Module, folder: Path, check_host: bool = True, example: Example | None = None
 ) -> nn.Module:
-    """See :func:`quac_plugins.load_adapter`; from a local folder."""
+    """Load an adapter of a local folder; see :func:`quac_plugins.load_adapter`."""
     saved, state = read_adapter(folder)
     if check_host:
         _check_host(model, saved)
@@ -243,13 +243,13 @@ def _check_host(model: nn.Module, saved: Saved) -> None:
 
 
 def _qualities(record: Injection) -> list[QualityFunction]:
-    """The quality functions that are read by what was put in."""
+    """Return the quality functions of the activations and of the prior."""
     qualities = [record.quality, record.prior.quality if record.prior is not None else None]
     return [quality for quality in qualities if quality is not None]
 
 
 def _check_images(model: nn.Module, saved: Saved) -> None:
-    """Refuse a host that says another normalization than the adapter's, and than its host said then."""
+    """Refuse a host whose normalization is neither the adapter's nor the one of the adapter's host."""
     if saved.images is None:
         return
     record, wanted = injection_of(model), saved.images.normalization
@@ -267,7 +267,7 @@ def _check_images(model: nn.Module, saved: Saved) -> None:
 
 
 def _tell_other_use(model: nn.Module, saved: Saved) -> None:
-    """What a host that held such a prior says of its use goes before the adapter, but not without a word."""
+    """Keep the host's own options of using a prior (such as top_k) before the adapter's, with a warning."""
     prior = _record(model).prior
     for quality in _qualities(_record(model)):
         if saved.qualities.get(quality.name, quality.weights) != quality.weights:
@@ -293,10 +293,10 @@ def _holds(model: nn.Module, config: QuACConfig | PriorConfig) -> bool:
 def _make_room(
     model: nn.Module, saved: Saved, state: dict[str, Tensor], example: Example | None
 ) -> Callable[[], object]:
-    """Put what the adapter holds into a host that holds nothing yet, or a prior that is as it was created.
+    """Inject the adapter's modules into a host without any, or with a prior that is still fresh.
 
     Returns:
-        How to make the host what it was.
+        A function that makes the host as before.
     """
     record = injection_of(model)
     try:
@@ -321,7 +321,7 @@ def _make_room(
 
 
 def _with_example(put_in: Callable[[Example | None], object], saved: Saved, example: Example | None) -> None:
-    """Put in by the user's example, else by images as the adapter's host took them, else by what the host says."""
+    """Inject with the user's example, else with the image size of the adapter's host, else with the host's own size."""
     shape = saved.images.shape if saved.images is not None else None
     if example is not None or shape is None:
         put_in(example)
@@ -346,13 +346,13 @@ def _put_all_in(model: nn.Module, saved: Saved, state: dict[str, Tensor], exampl
 
 
 def _its_own(saved: Saved, model: nn.Module, config: QuACConfig, seen: Trace) -> list[Site]:
-    """The adapter's own sites: a saved rule is not asked twice, nor a saved regular expression run."""
+    """Return the adapter's own sites: neither a saved rule nor a saved regular expression runs again."""
     wanted = {(site.name, site.after) for site in saved.sites}
     return [site for site in usable_sites(model, seen) if (site.name, site.after) in wanted]
 
 
 def _with_normalization(model: nn.Module, saved: Saved, config: C) -> C:
-    """The config, with the adapter's normalization unless it says one or the host says the same."""
+    """Return the config with the adapter's normalization, unless the config has one or the host has the same."""
     if saved.images is None or config.mean is not None or config.tap == "given":
         return config
     if same(saved.images.normalization, facts_of(unwrap(model)).normalization):
@@ -368,7 +368,7 @@ def _same_prior(saved: Saved, prior: PriorInjection) -> bool:
 
 
 def _inject_prior(model: nn.Module, saved: Saved, state: dict[str, Tensor], example: Example | None) -> None:
-    """At the adapter's own sites: a rule such as "auto" is not asked twice."""
+    """Inject the adapter's prior at the adapter's own sites: a rule such as "auto" does not run again."""
     assert saved.prior is not None
     if problems := _prior_shapes(saved, state):
         raise ValueError("; ".join(problems[:5]))
@@ -378,7 +378,7 @@ def _inject_prior(model: nn.Module, saved: Saved, state: dict[str, Tensor], exam
 
 
 def _prior_shapes(saved: Saved, state: dict[str, Tensor]) -> list[str]:
-    """Tensors that are not as the config says; found without memory, which a damaged config asks for too much of."""
+    """List tensors that do not fit the config, on the meta device: a damaged config may ask for too much memory."""
     assert saved.prior is not None
     context = quality = None
     if saved.prior.needs_quality:
@@ -434,7 +434,7 @@ def _check(model: nn.Module, saved: Saved, state: dict[str, Tensor]) -> None:
 
 
 def _deviations(model: nn.Module) -> set[str]:
-    """Names of tensors that features, or q, are divided by."""
+    """Return the names of the tensors by which features, or q, are divided."""
     inside = parts(unwrap(model)).items()
     return {f"{name}.std" for name, module in inside if isinstance(module, (FDM, Gate))}
 
@@ -444,7 +444,7 @@ def _refused(saved: Saved, why: str) -> ValueError:
 
 
 def is_fresh(model: nn.Module) -> bool:
-    """Whether the prior inside a model is as it was created: neither fitted nor loaded."""
+    """Return whether the prior inside a model is still as created: neither fitted nor loaded."""
     _prior_of(model)
     priors = [module for name, module in modules_inside(model).items() if name.endswith(f".{PRIOR_NAME}")]
     inside = (m for prior in priors for m in prior.modules())

@@ -46,7 +46,7 @@ _LIMIT = 4 << 20  # bytes of a config: a list of sites is far below
 
 @dataclass
 class Saved:
-    """What an adapter's config says."""
+    """The content of an adapter's config."""
 
     folder: Path
     config: QuACConfig | None
@@ -69,11 +69,11 @@ def write_adapter(folder: Path, config: dict[str, Any], state: dict[str, Tensor]
 
 
 def read_adapter(folder: Path) -> tuple[Saved, dict[str, Tensor]]:
-    """The config and the tensors that belong to it, also while another adapter is being saved there.
+    """Read the config and its tensors, also while another adapter is being saved into the folder.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, or they are of two adapters; the message names the file.
+        ValueError: a file is damaged, or the files belong to two adapters; the message names the file.
     """
     for _ in range(_TRIES):
         saved, weights = read_config(folder / CONFIG_NAME), _read_bytes(folder / WEIGHTS_NAME)
@@ -102,11 +102,11 @@ def _read_quietly(path: Path) -> Saved | None:
 
 
 def read_config(path: Path) -> Saved:
-    """What ``adapter_config.json`` says.
+    """Read ``adapter_config.json``.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is damaged; the message names the file.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is damaged; the message names it.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no adapter in {path.parent}: {path.name} is missing")

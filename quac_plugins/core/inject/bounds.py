@@ -1,6 +1,6 @@
-"""What an adapter of somebody else's may ask a host for: what its own tensors are of, and no more.
+"""Bounds on an untrusted adapter's config: it may ask a host for its own tensors' sizes and no more.
 
-Asked before anything is built, so that a config can neither fill the memory nor take for ever.
+The check runs before anything is built, so that a config can neither fill the memory nor run for ever.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from quac_plugins.core.prior.margins import Margin
 
 
 def bound_problems(saved: Saved, state: dict[str, Tensor], known: Iterable[str]) -> list[str]:
-    """What in a config is not of its tensors, or not of this host.
+    """List the parts of a config that fit neither its tensors nor this host.
 
     Args:
-        saved: what the config says.
+        saved: the content of the config.
         state: the adapter's tensors.
         known: names of the host's modules.
     """

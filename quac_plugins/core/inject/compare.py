@@ -1,4 +1,4 @@
-"""What an adapter says, beside what a host holds: the differences, in words."""
+"""The differences between an adapter and the host that is to load it, in words."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ C = TypeVar("C", QuACConfig, PriorConfig)
 
 
 def tensor_problems(expected: dict[str, Tensor], state: dict[str, Tensor]) -> list[str]:
-    """Tensors that are missing, or of another shape or kind."""
+    """List tensors that are missing, or have another shape or kind of numbers than expected."""
     problems = [f"missing tensor {name!r}" for name in expected if name not in state]
     pairs = {name: (state[name], tensor) for name, tensor in expected.items() if name in state}
     problems += [
@@ -32,7 +32,7 @@ def tensor_problems(expected: dict[str, Tensor], state: dict[str, Tensor]) -> li
 
 
 def site_problems(host: dict[Any, Any], adapter: dict[Any, Any]) -> list[str]:
-    """Sites that are on one side alone, or laid out otherwise."""
+    """List sites that only the host or only the adapter has, or whose layouts differ."""
     problems = [f"site {key[0]!r} is in the adapter, not in this host" for key in adapter if key not in host]
     problems += [f"site {key[0]!r} is in this host, not in the adapter" for key in host if key not in adapter]
     return problems + [
@@ -45,7 +45,7 @@ def site_problems(host: dict[Any, Any], adapter: dict[Any, Any]) -> list[str]:
 
 
 def differences(adapter: QuACConfig, host: QuACConfig) -> list[str]:
-    """What the tensors' shapes do not show: parameters of one activation, read by another, give wrong numbers."""
+    """List options whose differences no shape shows: parameters of another activation would give wrong numbers."""
     fields = ["activation", "init"]
     if host.is_driven:
         fields += ["norm", "reduction"]
@@ -55,14 +55,14 @@ def differences(adapter: QuACConfig, host: QuACConfig) -> list[str]:
 
 
 def prior_differences(adapter: PriorConfig, host: PriorConfig) -> list[str]:
-    """The same for a prior."""
+    """List such options of a prior."""
     return _compare(adapter, host, ["fdm", "fdm_width", "fdm_act", "experts"], host.needs_quality)
 
 
 def _compare(adapter: QualityOptions, host: QualityOptions, fields: list[str], needs_quality: bool) -> list[str]:
     if needs_quality and isinstance(host.quality, str) and not adapter.has_own_quality:
         fields = [*fields, "quality"]
-    if adapter.mean is not None:  # explicit there; otherwise each host brings its own, and q is that of the pictures
+    if adapter.mean is not None:  # explicit in the adapter; otherwise each host has its own, and q is the pictures'
         fields = [*fields, "mean", "std"]
     if needs_quality:
         fields = [*fields, "channel_order"]
@@ -72,5 +72,5 @@ def _compare(adapter: QualityOptions, host: QualityOptions, fields: list[str], n
 
 
 def without_normalization(config: C | None) -> C | None:
-    """Without mean and std, which an adapter of this version says with the images."""
+    """Return the config without mean and std, which adapters of this version keep with the images."""
     return replace(config, mean=None, std=None) if config is not None else None  # type: ignore[type-var]

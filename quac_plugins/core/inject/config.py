@@ -16,7 +16,7 @@ from quac_plugins.core.quality.expansion import EXPANSIONS
 
 @dataclass
 class QuACConfig(QualityOptions):
-    """What :func:`quac_plugins.inject` puts into a host.
+    """The config of quality-adaptive activations: which, where, and driven by which quality function.
 
     Attributes:
         activation: ``"qacon"``, ``"qswish"``, ``"qprelu"``, ``"qgelu"``, ``"meta_acon"`` or ``"acon"``.
@@ -27,11 +27,11 @@ class QuACConfig(QualityOptions):
             over module names such as ``"layer3.*.act2"``, a regex written ``"re:…"``, or a list of those.
         quality: name of a quality function (``"brisque"``, ``"brisque_tone"``, ``"contrique"``, ``"pyiqa:NAME"``), or
             a callable (B, 3, H, W) RGB in [0, 1] → (B, Q).
-        init: ``"preserve"`` (the host computes what it computed before) or ``"paper"``.
+        init: ``"preserve"`` (the host's outputs stay the same) or ``"paper"`` (p1, p2 ~ N(0, 1)).
         norm: the driver's norm: ``"batch"`` (as published), ``"layer"``, ``"group"``, ``"none"``.
         reduction: r; the driver's hidden width is max(r, (C + Q) // r).
-        mean, std: normalization of the host's images, undone before the quality function. None: what the host says
-            itself (`HostFacts.normalization`; three channels, or one number), else images are taken to be in [0, 1].
+        mean, std: normalization of the host's images, undone before the quality function. None: the host's own
+            (`HostFacts.normalization`; three channels, or one number), else the images are taken to be in [0, 1].
         channel_order: ``"rgb"`` or ``"bgr"``.
         quality_grad: let gradients flow through the quality function to the images.
         quality_channels: Q of a callable ``quality``; measured when None.
@@ -42,7 +42,7 @@ class QuACConfig(QualityOptions):
             batch that is a multiple of the given q's is expanded as ``expand_q`` says.
 
     Raises:
-        ValueError: a value is not known; the message lists those that are.
+        ValueError: a value is unknown; the message lists the known ones.
 
     Example:
         >>> QuACConfig(activation="qacon", where="spatial").norm
@@ -77,15 +77,15 @@ class QuACConfig(QualityOptions):
 
     @property
     def patterns(self) -> list[str]:
-        """``where`` as a list."""
+        """Return ``where`` as a list."""
         return pattern_list("where", self.where)
 
     @property
     def activation_class(self) -> type[ChannelActivation]:
-        """The class that ``activation`` names."""
+        """Return the class with the name ``activation``."""
         return ACTIVATIONS[self.activation]
 
     @property
     def is_driven(self) -> bool:
-        """Whether the activation has a driver, and so takes norm and reduction."""
+        """Return whether the activation has a driver, which uses ``norm`` and ``reduction``."""
         return issubclass(self.activation_class, DrivenActivation)

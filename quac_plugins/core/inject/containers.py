@@ -23,7 +23,7 @@ _others: set[type[nn.Module]] = set()
 
 
 def runs_children(module: nn.Module) -> bool:
-    """Whether a module runs its children one after the other, also one that is put into it last.
+    """Return whether a module runs its children one after the other, a new last child included.
 
     Example:
         >>> runs_children(nn.Sequential()), runs_children(nn.ModuleList()), runs_children(nn.ReLU())
@@ -34,13 +34,13 @@ def runs_children(module: nn.Module) -> bool:
 
 
 def note_chain(module: nn.Module) -> None:
-    """Remember that the modules of a class run what is put into them, if they run their children at all."""
+    """Remember that the modules of this class run inserted children, if they run their children at all."""
     if _may_run_children(module):
         _chains.add(type(module))
 
 
 def leave_out(model: nn.Module, seen: Trace) -> None:
-    """Take out of a trace what is no place: containers that do something else with their children."""
+    """Take out of a trace the containers that do something else with their children, which are no places."""
     for name in {feature.name for feature in seen.features}:
         module = module_at(model, name)
         if isinstance(module, (nn.Sequential, nn.ModuleDict, nn.ModuleList)) and not runs_children(module):
@@ -52,7 +52,7 @@ def let_chains_run(model: nn.Module, names: list[str], example: Example | None) 
     """Take the prior's hook off modules that turn out to run it already.
 
     Raises:
-        ValueError: a module runs it, but not behind its other children.
+        ValueError: a module runs the prior, but not behind its other children.
     """
     doubtful = [name for name in names if _may_run_children(module_at(model, name))]
     if not doubtful:
@@ -73,10 +73,10 @@ def let_chains_run(model: nn.Module, names: list[str], example: Example | None) 
 
 
 def check_tapped(model: nn.Module, seen: Trace, example: Example | None, tokens: bool = False) -> None:
-    """Refuse a host whose first layer would return something else with a tap, which returns what it is given, in it.
+    """Refuse a host whose first layer would return another output with a tap, which returns its input, inside.
 
     Raises:
-        ValueError: it runs its children by itself, and not one after the other.
+        ValueError: the layer runs its children by itself, and not one after the other.
     """
     layer = module_at(model, seen.tap or "")
     runs = isinstance(layer, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or _may_run_children(layer)
@@ -106,7 +106,7 @@ def _check(seen: Trace, names: list[str]) -> None:
 
 
 def _may_run_children(module: nn.Module) -> bool:
-    """Whether the code of a module's class names its children, and it is not known yet what for."""
+    """Return whether the code of a module's class names its children, with a purpose that is not known yet."""
     if runs_children(module) or type(module) in _others:
         return False
     classes = [cls for cls in type(module).__mro__ if issubclass(cls, nn.Module) and cls is not nn.Module]

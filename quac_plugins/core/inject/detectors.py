@@ -1,4 +1,4 @@
-"""Hosts that are given no batch of images, as detectors are: which part of them is."""
+"""Hosts without a batch of images as input, such as detectors: finding the part that takes a batch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from quac_plugins.core.host.facts import facts_of
 
 
 class TakenApart(Exception):
-    """A host takes its batch apart, image by image: from there on no tensor is one of images."""
+    """A host takes its batch apart, image by image: no later tensor holds a batch of images."""
 
 
 class _Found(BaseException):  # that no host catches
@@ -21,9 +21,9 @@ class _Found(BaseException):  # that no host catches
 
 
 def find_part(model: nn.Module, images: Tensor) -> tuple[str, tuple[int, ...]] | None:
-    """The outermost module that a host calls with a batch which it has made of its images, and the shape of that.
+    """Find the outermost module that a host calls with a batch of its images: name and shape of the batch, or None.
 
-    The host runs up to there, on images as detectors take them: a list of them, also as dicts, or a tensor.
+    The host runs up to that call, on images as detectors take them: a list of images, a list of dicts, or a tensor.
 
     Example:
         >>> import torchvision
@@ -58,7 +58,7 @@ def find_part(model: nn.Module, images: Tensor) -> tuple[str, tuple[int, ...]] |
 
 
 def in_words(model: nn.Module, part: tuple[str, tuple[int, ...]] | None) -> str:
-    """What to inject instead of a host, as a sentence."""
+    """Return a sentence that names the part to inject instead of the host."""
     if part is None:
         return "Inject the part of it that is given the images as one tensor (B, C, H, W), as a backbone is"
     name, shape = part

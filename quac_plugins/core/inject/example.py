@@ -1,4 +1,4 @@
-"""What a host is called with when it is traced: images alone, or images and whatever else it takes."""
+"""The arguments of a traced host: images alone, or images and other arguments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Arguments:
     Attributes:
         images: (B, C, H, W), or the tokens (B, N, C) of images.
         others: positional arguments after the images.
-        named: arguments by name. Where ``first`` is given, the images are the one of that name.
+        named: arguments by name; the images are among them if ``first`` is their name.
         first: name of the images' argument, None if it is positional.
     """
 
@@ -31,7 +31,7 @@ class Arguments:
 
     @property
     def alone(self) -> bool:
-        """Whether the host takes images and nothing else."""
+        """Return whether the host takes images and nothing else."""
         return not self.others and not self.named and self.first is None
 
     def call(self, function: Callable[..., Any]) -> Any:
@@ -41,7 +41,7 @@ class Arguments:
         return function(self.images, *self.others, **dict(self.named))
 
     def of_batch(self, batch: int, like: nn.Module, make: Callable[[Tensor, tuple[int, ...]], Tensor]) -> Arguments:
-        """The same with another batch: ``make(tensor, shape)`` gives every tensor that had a row for each image.
+        """Return the arguments for another batch; ``make(tensor, shape)`` makes each tensor with a row for each image.
 
         Floating point tensors go to the precision, and all to the device, of the host's parameters.
         """
@@ -61,10 +61,10 @@ class Arguments:
 
 
 def arguments_of(example: Example | None, size: Callable[[], tuple[int, int, int]], tokens: bool = False) -> Arguments:
-    """Arguments as a user gives them; without any, one image of ``size()``.
+    """Return the arguments of a user's example; without an example, one image of ``size()``.
 
     Raises:
-        ValueError: they do not begin with images (B, C, H, W) or, where these may be, ``tokens`` (B, N, C).
+        ValueError: the example does not begin with images (B, C, H, W) or, with ``tokens``, tokens (B, N, C).
 
     Example:
         >>> arguments_of((torch.rand(2, 4, 8, 8), 10), lambda: (3, 8, 8)).others

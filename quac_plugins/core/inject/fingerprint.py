@@ -16,7 +16,7 @@ _PRECISIONS = (torch.float16, torch.bfloat16)
 
 
 def describe_host(model: nn.Module) -> dict[str, Any]:
-    """Architecture, class, tag and fingerprint of a host, whatever was put into it."""
+    """Return architecture, class, tag and fingerprint of a host, whatever was injected."""
     model = unwrap(model)
     facts = facts_of(model)
     cls = getattr(model, "host_class", type(model))  # a door's class of hosts with QuAC inside names that of the host
@@ -29,11 +29,10 @@ def describe_host(model: nn.Module) -> dict[str, Any]:
 
 
 def fingerprint(model: nn.Module) -> str | None:
-    """A hash of the host's own weights, without what was put in; None on the meta device.
+    """Return a hash of the host's own weights, without injected ones; None on the meta device.
 
-    The classifier that a host names does not count: with other classes it is a new one, and the features are
-    the same. There is a part for each half precision, so that :func:`same_weights` knows a host in float32 and its copy
-    in float16 or bfloat16 as the same one.
+    The host's classifier does not count: other classes need a new classifier over the same features. The hash has a
+    part for each half precision, so that :func:`same_weights` finds a float32 host and its float16 or bfloat16 copy equal.
 
     Example:
         >>> import timm, quac_plugins as quac
@@ -63,7 +62,7 @@ def fingerprint(model: nn.Module) -> str | None:
 
 
 def same_weights(first: Any, second: Any) -> bool:
-    """Whether two fingerprints may be of the same weights: those of one precision agree, or one is not known."""
+    """Return whether two fingerprints may be of the same weights: one precision's parts agree, or one is None."""
     if first is None or second is None:
         return True
     return not set(str(first).split("-")).isdisjoint(str(second).split("-"))

@@ -1,4 +1,4 @@
-"""Folding what was put in into the layers before it: fewer operations at inference.
+"""Folding injected modules into the layers before them: fewer operations at inference.
 
 Batch norms of the activations' drivers go into the drivers' layers, and the margins of one degradation into the host's
 norms or convolutions.
@@ -23,7 +23,7 @@ _NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
 def fuse(model: nn.Module, degradation: str | None = None, severity: float = 3.0) -> nn.Module:
-    """Fold the drivers' batch norms into the layers before them, in place; the outputs stay, but for rounding.
+    """Fold the drivers' batch norms into the layers before them, in place; outputs change by rounding alone.
 
     With a ``degradation``, or where a prior holds a single margin for all images, the margins are folded into the
     host's norms or convolutions as well: the prior is then gone, no quality is computed for it, and every image is
@@ -92,7 +92,7 @@ def fuse(model: nn.Module, degradation: str | None = None, severity: float = 3.0
 
 
 def _margins(model: nn.Module) -> dict[nn.Module, Margin]:
-    """The layers that margins are behind."""
+    """Return layer → the margin behind it."""
     behind = {m: m._modules.get(PRIOR_NAME) for m in model.modules()}
     return {layer: margin for layer, margin in behind.items() if isinstance(margin, Margin)}
 
@@ -129,7 +129,7 @@ def _margins_to_fold(
 
 
 def _why_not(layer: nn.Module, inner: bool, owners: Counter[int]) -> str:
-    """Why nothing can be folded into a layer; empty if it can."""
+    """Return the reason why nothing can be folded into a layer; empty if folding is possible."""
     name = type(layer).__name__
     norm = isinstance(layer, _NORMS) and (name.startswith(("BatchNorm", "LayerNorm", "GroupNorm")))
     if not norm and type(layer) is not nn.Conv2d and name != "Conv2dSame":

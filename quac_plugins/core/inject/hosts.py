@@ -1,4 +1,4 @@
-"""Which modules of a host are activations. By class name, so that no framework needs to be imported to know its own.
+"""Which modules of a host are activations: class names tell, so that no framework needs to be imported.
 
 Gates are not activations: a sigmoid or hard sigmoid that weighs another tensor is left alone.
 """
@@ -52,7 +52,7 @@ HOST_ACTIVATIONS = frozenset(
 
 
 def is_activation(module: nn.Module) -> bool:
-    """Whether a module of a host is an activation that can be replaced.
+    """Return whether a module of a host is an activation that can be replaced.
 
     Example:
         >>> is_activation(nn.ReLU6()), is_activation(nn.Sigmoid())

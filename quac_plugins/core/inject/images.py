@@ -1,4 +1,4 @@
-"""How a host is given its images: what an injection and a fit knew, so that the load of an adapter knows it too."""
+"""The form of a host's images at an injection and at a fit, kept for the load of an adapter."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _MOST = 1 << 26  # numbers of an image
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a host.
+    """The form of a host's images.
 
     Attributes:
-        normalization: the mean and std that they are normalized with, which a tap undoes; None: they are in [0, 1].
-        host: the same as the host itself says it (:func:`facts_of`); None if it says nothing.
-        shape: (C, H, W) of those that it was traced with; None: it takes more than images, or tokens.
-        settings: what a fit made its pictures by: ``input_size`` (H, W), ``crop_pct``, ``crop_mode`` and
-            ``interpolation``; empty if there was none.
+        normalization: mean and std of the images, which a tap undoes. None: the images are in [0, 1].
+        host: mean and std by the host's own facts (:func:`facts_of`); None if it has none.
+        shape: (C, H, W) of the images of the trace. None: the host takes tokens, or more than images.
+        settings: ``input_size`` (H, W), ``crop_pct``, ``crop_mode`` and ``interpolation`` of a fit's pictures; empty
+            without a fit.
     """
 
     normalization: Normalization | None = None
@@ -34,12 +34,12 @@ class Images:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As an adapter's config holds it."""
+        """Return a dict for an adapter's config."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Images:
-        """Read what :meth:`to_dict` wrote; ValueError, TypeError or KeyError for what cannot be."""
+        """Read the dict of :meth:`to_dict`; ValueError, TypeError or KeyError for wrong values."""
         shape, settings = values["shape"], dict(values["settings"])
         sides = [*(shape or ()), *(settings.get("input_size") or ())]
         if not all(type(side) is int and 0 < side < 1 << 16 for side in sides):
@@ -69,7 +69,7 @@ def _read(value: Any) -> Normalization | None:
 
 
 def same(first: Normalization | None, second: Normalization | None) -> bool:
-    """Whether two normalizations give the same images; None, images in [0, 1], is a mean of 0 and a std of 1.
+    """Return whether two normalizations are equal; None, images in [0, 1], is a mean of 0 and a std of 1.
 
     Example:
         >>> same(((0.5,), (0.5,)), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))), same(None, ((0.0,), (1.0,)))
@@ -84,10 +84,10 @@ def _three(value: Normalization | None) -> list[tuple[float, ...]]:
 
 
 def normalization_of(model: nn.Module, config: QualityOptions, in_chans: int) -> Normalization | None:
-    """mean and std from the config, else from the host, for as many channels as a tap reads.
+    """Return mean and std from the config, else from the host, for as many channels as a tap reads.
 
     Raises:
-        ValueError: they have another number of channels than the images.
+        ValueError: mean and std have another number of channels than the images.
     """
     explicit = (config.mean, config.std) if config.mean is not None and config.std is not None else None
     normalization = explicit or facts_of(model).normalization
@@ -95,7 +95,7 @@ def normalization_of(model: nn.Module, config: QualityOptions, in_chans: int) ->
 
 
 def for_channels(normalization: Normalization, in_chans: int) -> Normalization:
-    """One for so many channels, of which a tap reads three at most; the errors of :func:`normalization_of`."""
+    """Expand a normalization to ``in_chans`` channels, at most three; errors as :func:`normalization_of`."""
     mean, std = normalization
     wanted = min(in_chans, 3)
     if len(mean) == 1 or len(mean) == wanted:
@@ -108,5 +108,5 @@ def for_channels(normalization: Normalization, in_chans: int) -> Normalization:
 
 
 def in_words(value: Normalization | None) -> str:
-    """A normalization, for messages."""
+    """Return a normalization in words, for messages."""
     return "none (images in [0, 1])" if value is None else f"mean {value[0]} and std {value[1]}"

@@ -25,7 +25,7 @@ _LONG = 10.0  # seconds after which a pass says where it is
 
 @dataclass(frozen=True)
 class Label:
-    """What is known of a tensor that depends on the image."""
+    """The known facts of a tensor that depends on the image."""
 
     batch: int  # axis that holds the images
     fold: str | None = None  # other things on that axis too: images outside ("interleave"), inside ("tile"), or "mixed"
@@ -67,7 +67,7 @@ class Labels(TorchDispatchMode):
         return out
 
     def _tell(self) -> None:
-        """Say where a long pass is."""
+        """Print the progress of a long pass."""
         now = time.monotonic()
         if now - self.told > _LONG:
             self.told = now
@@ -170,7 +170,7 @@ def _result(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _is_layer(name: str, flat: list[Tensor]) -> bool:
-    """A convolution, or a matrix product with a matrix that does not come from the image: a weight."""
+    """Return whether an operation is a convolution, or a matrix product with a weight."""
     if name == "convolution":
         return True
     if name in ("mm", "addmm", "bmm", "baddbmm"):
@@ -179,5 +179,5 @@ def _is_layer(name: str, flat: list[Tensor]) -> bool:
 
 
 def label_of(tensor: Any) -> Label | None:
-    """The label of a tensor, None if it does not depend on the image."""
+    """Return the label of a tensor, or None if it does not depend on the image."""
     return getattr(tensor, "_quac_label", None)

@@ -1,4 +1,4 @@
-"""What was put into a host: the record that a model keeps of it, and what is found by it."""
+"""The record of an injection, which a model keeps, and functions that read it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class PriorInjection:
     """The degradation prior inside a host.
 
     Attributes:
-        config: as given to :func:`inject`.
-        sites: after which modules, in the order they are called.
-        tap: name of the layer that is tapped, None if nothing in the prior reads q.
-        quality: the quality function, None likewise.
+        config: the config that was given to :func:`inject`.
+        sites: the sites of the prior's modules, in the order of the calls.
+        tap: the name of the tapped layer; None if nothing in the prior reads q.
+        quality: the quality function; None if nothing in the prior reads q.
         frozen: parameters of the host that took gradients before, as :meth:`Injection.name_in_host` names them.
     """
 
@@ -43,25 +43,25 @@ class PriorInjection:
 
 @dataclass(repr=False)
 class Injection:
-    """What was put into a host: enough to save it, take it out and describe it.
+    """The record of everything inside a host, from which it is saved, removed and described.
 
     Attributes:
         config: of the activations, as given to :func:`inject`; None if only a prior was put in.
         sites: of the activations, in module order.
         inside: name → the very module that was put in there (in a tuple, so that it is no second child of the host).
-        tap: name of the layer that is tapped for the activations, None if they need no quality.
-        quality: their quality function, None likewise.
+        tap: name of the layer that is tapped for the activations; None if they need no quality.
+        quality: the activations' quality function; None if they need no quality.
         replaced: site name → the host's own module (in a tuple, so that it is no parameter of the host).
         prior: the degradation prior, if there is one.
-        images: what is known of the host's images.
-        attributes: attributes of the host that a door has rewritten, as they were; :func:`remove` restores them.
+        images: the form of the host's images.
+        attributes: earlier values of attributes that a door has rewritten; :func:`remove` restores them.
         added: attributes that a door has added; :func:`remove` deletes them.
-        changed: what a door does when other things have been put in than those it asked for.
-        removed: what a door does when all has been taken out.
-        kept: folder → what clears it: states of finished fits, which are needed until what they fitted is saved.
-        host_parameters: how many the host has itself.
+        changed: a door's function, called when the content of the host is no longer what the door injected.
+        removed: a door's function, called when everything has been removed.
+        kept: folder → function that clears it: states of finished fits, kept until the adapter is saved.
+        host_parameters: the number of the host's own parameters.
 
-    Its text is a summary of a few lines, as PEFT's ``print_trainable_parameters``.
+    ``str`` gives a summary of a few lines, like PEFT's ``print_trainable_parameters``.
 
     Example:
         >>> import timm, quac_plugins as quac
@@ -90,12 +90,12 @@ class Injection:
 
     @property
     def parameters(self) -> int:
-        """How many were put in, without those of the host's own activations that are kept."""
+        """Return the number of injected parameters, without the host's own activations that are kept."""
         named = ((f"{at}.{n}", p) for at, (module,) in self.inside.items() for n, p in module.named_parameters())
         return sum(p.numel() for name, p in named if self.name_in_host(name) is None)
 
     def __repr__(self) -> str:
-        """What is inside, where, what it reads and how much it is."""
+        """Return modules, places, quality function and number of parameters."""
         lines = []
         if self.config is not None:
             c = self.config
@@ -110,7 +110,7 @@ class Injection:
         return "\n  ".join(["Injection(", *(line for line in lines if line)]) + "\n)"
 
     def options_to_save(self, prior: bool = False) -> dict[str, Any]:
-        """The options of the activations, or of the prior, for a file: names in the place of regular expressions."""
+        """Return the options of the activations, or of the prior, for a file: names replace regular expressions."""
         held = self.prior if prior else self
         assert held is not None
         assert held.config is not None
@@ -121,11 +121,11 @@ class Injection:
         return options
 
     def prefixes(self) -> tuple[str, ...]:
-        """What the names of tensors that were put in begin with, activations before the prior."""
+        """Return the beginnings of the names of injected tensors, activations before the prior."""
         return tuple(f"{name}." for name in sorted(self.inside, key=lambda name: name.endswith(f".{PRIOR_NAME}")))
 
     def name_in_host(self, name: str) -> str | None:
-        """What a tensor of the state dict is called in the host itself; None if it was put in."""
+        """Return the host's own name of a tensor of the state dict; None for an injected tensor."""
         return _name_in_host(name, self.prefixes())
 
 
@@ -149,7 +149,7 @@ def _name_in_host(name: str, prefixes: tuple[str, ...]) -> str | None:
 
 
 def names_in_host(model: nn.Module) -> Callable[[str], str | None]:
-    """:meth:`Injection.name_in_host` of any name in a model's state dict, by whichever path and through wrappers."""
+    """Return a function like :meth:`Injection.name_in_host` for any path in a state dict, also through wrappers."""
     record, known = injection_of(model) or Injection(), paths(model)
     ours = {id(module) for (module,) in record.inside.values()}
     renamed = [(known[path], module) for path, module in model.named_modules(remove_duplicate=False)]
@@ -159,10 +159,10 @@ def names_in_host(model: nn.Module) -> Callable[[str], str | None]:
 
 
 def modules_inside(model: nn.Module) -> dict[str, nn.Module]:
-    """Name → module of all that was put in, each where it was put.
+    """Return name → module for everything that was injected.
 
     Raises:
-        ValueError: one is not there any more, so that what is in the model is not what was put in.
+        ValueError: a module is no longer in its place, so that the record is wrong.
     """
     record = injection_of(model) or Injection()
     current = parts(unwrap(model))
@@ -177,7 +177,7 @@ def modules_inside(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside ``torch.compile``, DistributedDataParallel, DataParallel or an averaged copy."""
+    """Return the model inside ``torch.compile``, DistributedDataParallel, DataParallel or an averaged copy."""
     while RECORD not in model.__dict__:
         inner = model._modules.get("_orig_mod", model._modules.get("module"))
         if inner is None:
@@ -187,12 +187,18 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def injection_of(model: nn.Module) -> Injection | None:
-    """What was put into a model (also a wrapped one, see :func:`unwrap`), or None."""
+    """Return the record of a model (also of a wrapped one, see :func:`unwrap`); None if nothing was injected.
+
+    Example:
+        >>> import timm, quac_plugins as quac
+        >>> quac.injection_of(timm.create_model("test_resnet")) is None
+        True
+    """
     return unwrap(model).__dict__.get(RECORD)
 
 
 def nothing_inside(model: nn.Module, todo: str) -> ValueError:
-    """The error of a model that holds nothing: it names the parts that do, as a detector's backbone may."""
+    """Return the error for a model without an injection; it names parts that have one, such as a backbone."""
     inside = [name for name, module in unwrap(model).named_modules() if name and injection_of(module) is not None]
     if inside:
         todo = f"what holds it is {' and '.join(repr(name) for name in inside)}: give that module"

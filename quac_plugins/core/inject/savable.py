@@ -1,4 +1,4 @@
-"""Refusing to save what nobody could load: tensors without numbers, and those that torch computes from others."""
+"""Refusing to save tensors that nobody could load: without numbers, or computed by torch from other tensors."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def check_savable(modules: Mapping[str, nn.Module], state: Mapping[str, Any]) ->
     """Refuse a state dict that a fresh network could not take.
 
     Args:
-        modules: by name; their own parts are looked at too.
+        modules: name → module; their children are checked too.
         state: name → tensor.
 
     Raises:
-        ValueError: a tensor is on the meta device, holds NaN or infinity or is none, or a layer is pruned or
-            parametrized; the message names it and the way out.
+        ValueError: a tensor is on the meta device, holds NaN or infinity or is no tensor, or a layer is pruned or
+            parametrized; the message names the tensor and the remedy.
     """
     for name, module in modules.items():
         for inner, part in module.named_modules():
@@ -45,7 +45,7 @@ def check_savable(modules: Mapping[str, nn.Module], state: Mapping[str, Any]) ->
 
 
 def _computed(module: nn.Module) -> list[tuple[str, str, str]]:
-    """What torch computes anew in each forward: tensor, what it is, how it is undone."""
+    """List what torch computes anew in each forward: tensor, kind, and how to undo it."""
     computed = []
     if parametrize.is_parametrized(module):
         for tensor in module.parametrizations:  # type: ignore[union-attr]

@@ -20,7 +20,7 @@ _AUTO_SHARE = 0.2
 
 @dataclass(frozen=True)
 class Site:
-    """A place in a host where a module is put in.
+    """A place in a host where an activation is injected.
 
     Attributes:
         name: module name of the activation that is replaced, or of the module whose output is activated (``after``).
@@ -39,10 +39,10 @@ class Site:
 
 
 def find_sites(model: nn.Module, seen: Trace, patterns: list[str]) -> tuple[list[Site], dict[str, str]]:
-    """The sites that ``patterns`` mean, and the activations that cannot be sites with the reason.
+    """Return the sites that match ``patterns``, and, with reasons, the activations that cannot be sites.
 
     Raises:
-        ValueError: a pattern matches nothing; the message lists what there is.
+        ValueError: a pattern matches nothing; the message lists the activations.
     """
     usable, unusable = _usable(model, seen)
     chosen: dict[tuple[str, bool], Site] = {}
@@ -56,7 +56,7 @@ def find_sites(model: nn.Module, seen: Trace, patterns: list[str]) -> tuple[list
 
 
 def usable_sites(model: nn.Module, seen: Trace) -> list[Site]:
-    """Every activation that can be a site, in module order, and every module that one can come after."""
+    """Return every possible site, in module order: activations, and modules that an activation can follow."""
     sites = [_site(feature.name, [feature.call]) for feature in seen.features if OURS not in feature.name]
     behind = [replace(site, after=True) for site in sites if isinstance(site, Site)]
     return [*_usable(model, seen)[0].values(), *behind]

@@ -52,7 +52,7 @@ from quac_plugins.core.quality.tap import QualityTap
 
 
 class WidthSwitch(nn.Module):
-    """One module of the host that is called with several widths: one activation for each width.
+    """An activation for each width, in the place of a host's module that is called with several widths.
 
     Args:
         sites: width → activation.
@@ -84,19 +84,19 @@ def inject(
     Args:
         model: any network on images (B, C, H, W).
         config: what and where; see :class:`QuACConfig` and :class:`PriorConfig`.
-        example: images as the host gets them, used for their shape alone; needed when the host takes other sizes than
-            it says itself (`HostFacts.input_size`), or than (B, 3, 224, 224). For a host that takes more than images
-            its arguments, the images first: a tuple ``(images, timestep)``, or a dict by name. Tokens (B, N, C) in
-            place of images: with ``tap="given"`` only.
-        **options: none; options are those of the config, as the error says.
+        example: images (B, C, H, W), used for their shape alone; needed when the host takes another size than its own
+            facts tell (`HostFacts.input_size`), or than (B, 3, 224, 224). For a host with more arguments give all,
+            the images first: a tuple ``(images, timestep)``, or a dict by name. Tokens (B, N, C) may take the place of
+            images with ``tap="given"`` only.
+        **options: not accepted; options belong into the config, as the error says.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: the config is none, or an option was given without one.
-        ValueError: the model already holds such; a pattern of ``where`` or ``site`` matches nothing; an unknown name;
-            an example that begins with no images.
+        TypeError: the config has another type, or an option was given without a config.
+        ValueError: the model already holds activations, or a prior; a pattern of ``where`` or ``site`` matches nothing;
+            a name is unknown; the example does not begin with images.
         RuntimeError: the host does not run on such images, or no layer of it sees the image.
 
     Example:
@@ -125,7 +125,7 @@ def inject(
 
 @contextmanager
 def all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Around several injections: on an error of a later one, what the earlier put into a plain host is out again."""
+    """Make several injections into a plain host one step: after an error, everything is removed again."""
     plain = injection_of(model) is None
     try:
         yield
@@ -141,7 +141,7 @@ def inject_at(
     find: Callable[[nn.Module, Any, Trace], list[Any]],
     example: Example | None = None,
 ) -> nn.Module:
-    """:func:`inject`, at the sites that ``find(model, config, seen)`` gives."""
+    """Inject as :func:`inject` does, at the sites that ``find(model, config, seen)`` returns."""
     whole, model = model, unwrap(model)
     earlier = injection_of(model)
     holds = earlier is not None and (earlier.config if isinstance(config, QuACConfig) else earlier.prior)
@@ -178,7 +178,7 @@ def inject_at(
 
 
 def find_places(model: nn.Module, config: QuACConfig | PriorConfig, seen: Trace) -> list[Any]:
-    """The sites that a config means in a host, of which a pass has been seen."""
+    """Return the sites that a config means in a traced host."""
     if isinstance(config, QuACConfig):
         return find_sites(model, seen, config.patterns)[0]
     leave_out(model, seen)
@@ -316,7 +316,7 @@ def _put_behind(host: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _take_off(host: nn.Module, name: str) -> nn.Module:
-    """Undo :func:`_put_behind`; returns the module."""
+    """Undo :func:`_put_behind` and return the module."""
     if BEHIND[name] not in host._forward_hooks.values():
         note_chain(host)  # which a copy of another process has seen, if not this one
     remove_hooks(host, BEHIND[name])
@@ -345,7 +345,7 @@ def _build(site: Site, config: QuACConfig, host: nn.Module | None, context: Qual
 
 
 def _swap(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put ``new`` wherever ``old`` is, with all that hangs on it: a module may hang at several places."""
+    """Put ``new`` wherever ``old`` is, with its hooks: a module may have several places."""
     move_all(old, new)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
@@ -361,7 +361,7 @@ def _placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Take out all that :func:`inject` put in: the host has its own activations, parameters and names again.
+    """Remove everything that :func:`inject` put in: the host has its own activations, parameters and names again.
 
     Args:
         model: a model with QuAC inside.
@@ -370,7 +370,7 @@ def remove(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: there is nothing to remove.
+        ValueError: the model holds nothing to remove.
 
     Example:
         >>> import timm, quac_plugins as quac
@@ -402,7 +402,7 @@ def remove(model: nn.Module) -> nn.Module:
 
 
 def take_prior(model: nn.Module) -> Callable[[], None]:
-    """Take out the prior alone; activations that were put in stay. Returns what puts the very same back."""
+    """Remove the prior alone, without the activations, and return a function that puts the same prior back."""
     record = injection_of(model)
     assert record is not None
     assert record.prior is not None
@@ -445,7 +445,7 @@ def take_prior(model: nn.Module) -> Callable[[], None]:
 
 
 def _layers(model: nn.Module, name: str) -> dict[int, nn.Module]:
-    """What was put behind a layer under a name, by identity → the layer."""
+    """Return id of the injected module behind each layer → the layer, for one name of injected modules."""
     return {id(module._modules[name]): module for module in model.modules() if name in module._modules}
 
 

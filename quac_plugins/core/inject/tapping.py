@@ -1,4 +1,4 @@
-"""Giving a host the tap that an injection needs: one of its own, or the one that is there already."""
+"""Giving a host the tap that an injection needs: a new one, or an earlier one that serves both."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from quac_plugins.core.quality.tap import QualityTap
 def tap_for(
     model: nn.Module, config: QualityOptions, quality: QualityFunction | None, seen: Trace
 ) -> tuple[QualityContext | None, Callable[[], None]]:
-    """The context from which what is put in reads q, and the function that attaches its tap, to be called at the end.
+    """Return the context from which injected modules read q, and the function that attaches its tap at the end.
 
-    A tap that is there already, on the same layer and with the same quality function, serves both.
+    An earlier tap on the same layer with the same quality function serves both injections.
     """
     if quality is None or seen.tap is None:
         return None, _nothing
@@ -71,7 +71,7 @@ def tap_for(
 
 
 def _nothing() -> None:
-    """There is no tap to attach."""
+    """Attach nothing."""
 
 
 def listen(model: nn.Module, context: QualityContext) -> None:
@@ -89,7 +89,7 @@ def listen(model: nn.Module, context: QualityContext) -> None:
 
 
 def unlisten(model: nn.Module, context: QualityContext | None = None) -> None:
-    """Undo :func:`listen`, for one context or all."""
+    """Undo :func:`listen` for one context, or for all with None."""
     for part in model.modules():
         for key in CALL_HOOKS.keys() & part.__dict__.keys():
             left = tuple(other for other in part.__dict__[key] if context is not None and other is not context)

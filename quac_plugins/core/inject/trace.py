@@ -41,7 +41,7 @@ OURS = "quac_"  # in the names of modules that were put in, which are no part of
 
 @dataclass
 class Call:
-    """One call of an activation: what it was given."""
+    """One call of an activation: the form of its input."""
 
     shape: tuple[int, ...]
     channel_dim: int
@@ -56,12 +56,12 @@ class Feature:
     """A tensor (B, C, H, W), (B, H, W, C), (B, N, C) or alike that a module returned in one of its calls.
 
     Attributes:
-        name: of the module.
-        call: the tensor.
-        layers: how many convolution and linear layers of the host had run when the module returned,
-        before: and when it was called.
-        depth: how many of these lead to the tensor one after another, on the longest way from the image.
-        node: number of the tensor; modules that return the same tensor share it.
+        name: the name of the module.
+        call: the form of the tensor.
+        layers: the number of the host's convolution and linear layers that had run when the module returned.
+        before: the same number when the module was called.
+        depth: the number of these layers on the longest way from the image to the tensor.
+        node: the number of the tensor; modules that return the same tensor share it.
         is_new: the module computed the tensor, rather than handing on its input.
         cut: whatever the host makes of the image, it makes it of this tensor: nothing goes around it. True for the
             ends of stages and blocks, false for the branches inside a block. (A host that returns several tensors: as
@@ -80,16 +80,16 @@ class Feature:
 
 @dataclass
 class Trace:
-    """What a pass showed.
+    """The result of a pass.
 
     Attributes:
         calls: module name → its calls with a tensor that depends on the image.
         tap: name of the first layer that sees the image.
         in_chans: channels of the image.
         last: name of the module whose output is the backbone's, and a Call that describes it.
-        features: what the modules returned, in that order, as far as it depends on the image and has 3 or 4 axes.
-        others: module name → what it returned instead of such a tensor, in words.
-        layers: how many convolution and linear layers ran, so that ``feature.layers / layers`` is a depth.
+        features: the modules' outputs that depend on the image and have 3 or 4 axes, in the order of the returns.
+        others: module name → its other output, in words.
+        layers: the number of convolution and linear layers that ran; ``feature.layers / layers`` is a depth.
         image_size: (H, W) of the images.
         alone: whether the host was called with images and nothing else.
     """
@@ -118,21 +118,21 @@ def _describe(x: Tensor, batch: int) -> Call | None:
 
 
 class DoesNotRun(RuntimeError):
-    """A host does not run on images of the shape that it was given."""
+    """A host does not run on images of the given shape."""
 
 
 def trace(model: nn.Module, example: Example | None = None, tokens: bool = False) -> Trace:
-    """Run a host once on fake tensors and tell what its activations see.
+    """Run a host once on fake tensors, and describe the inputs and outputs of its modules.
 
     Args:
         model: the host; neither its parameters nor its buffers nor its modes change.
-        example: images (B, C, H, W) as the host gets them, or its arguments that begin with them; by default the host's
-            own input size, or (1, 3, 224, 224).
-        tokens: whether tokens (B, N, C) may be in the images' place.
+        example: images (B, C, H, W), or all arguments of the host, images first. None: images of the host's own input
+            size, or (1, 3, 224, 224).
+        tokens: whether tokens (B, N, C) may take the place of images.
 
     Raises:
-        RuntimeError: the host does not run on such images, or is given no batch of images (a detector); the message
-            says how to give better ones, or which part to take.
+        RuntimeError: the host does not run on such images, or takes no batch of images (a detector); the message says
+            which images to give, or which part to inject.
     """
     devices = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
     if "meta" in devices and len(devices) > 1:  # a model whose parameters are still to be loaded has its buffers
@@ -162,7 +162,7 @@ def trace(model: nn.Module, example: Example | None = None, tokens: bool = False
 
 
 def _part(model: nn.Module, arguments: Arguments) -> tuple[str, tuple[int, ...]] | None:
-    """The part of a host that is given the images, if the host runs up to there."""
+    """Return the part of a host that takes the images, if the host runs that far."""
     with _evaluating(model), warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
         return find_part(model, arguments.images.new_zeros(2, *arguments.images.shape[1:]))
@@ -188,7 +188,7 @@ def _cannot_run(model: nn.Module, arguments: Arguments, error: Exception) -> str
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """A host that fake tensors cannot run is run for real: what they say about it is of no use to anybody."""
+    """Silence the log of fake tensors: a host that they cannot run is run on real ones."""
     logger = logging.getLogger(FAKE_TENSORS)
     disabled, logger.disabled = logger.disabled, True
     try:
@@ -198,7 +198,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _input_size(model: nn.Module) -> tuple[int, int, int]:
-    """(C, H, W) from what is known of a host, else 224 × 224, and channels from the first convolution."""
+    """Return (C, H, W) from the host's facts, else 224 × 224, and channels from the first convolution."""
     facts = facts_of(model)
     chans, height, width = facts.input_size or (3, 224, 224)
     if facts.in_chans is not None:
@@ -311,7 +311,7 @@ class _Running:
 
 
 def _note(result: Trace, call: _Running, output: Any, labels: Labels, batch: int) -> None:
-    """Note what a module returned."""
+    """Note the output of a module."""
     if not call.name:
         return
     label = label_of(output)
@@ -330,7 +330,7 @@ def _note(result: Trace, call: _Running, output: Any, labels: Labels, batch: int
 
 
 def _cuts(parents: list[tuple[int, ...]], ends: list[int]) -> set[int]:
-    """The tensors that lie on every way from the image to the one of ``ends`` that most tensors lead to.
+    """Return the tensors that lie on every way from the image to one of ``ends``, the one that most tensors lead to.
 
     Tensors are numbered in the order they were computed, so a way avoids one of them only by a step across its number.
     """
@@ -353,9 +353,9 @@ def _cuts(parents: list[tuple[int, ...]], ends: list[int]) -> set[int]:
 def _backbone_output(
     features: Any, outputs: list[tuple[str, Tensor]], batch: int, known: dict[str, nn.Module]
 ) -> tuple[str, Call] | None:
-    """The outermost module that returned the backbone's features (the last one, if none returned just these).
+    """Return the outermost module that returned the backbone's features (the last module, if none returned just these).
 
-    Of a list of stages it is the last stage: not every path through the host calls the list.
+    For a list of stages the result is the last stage: not every path through the host calls the list.
     """
     if isinstance(features, (tuple, list)):
         features = next((f for f in reversed(features) if isinstance(f, Tensor)), None)
@@ -375,7 +375,7 @@ def _backbone_output(
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode, and everything that the pass leaves on the modules (caches, buffers) is taken back."""
+    """Run a pass in eval mode, and take back everything that it leaves on the modules (caches, buffers)."""
     ours = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]  # which keep their own
     before = {m: (dict(m.__dict__), dict(m._buffers)) for m in ours}
     builtin = vars(nn.Module())
