@@ -24,7 +24,7 @@ class ActGroupNorm(nn.GroupNorm):
     act: nn.Module
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, C, H, W)."""
+        """Normalize and activate (B, C, H, W); the shape stays."""
         return self.act(super().forward(input))
 
 
@@ -34,7 +34,7 @@ class ActGELU(GELU):
     act: nn.Module
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """(B, N, C) → (B, N, inner)."""
+        """Project and activate (B, N, C) → (B, N, inner)."""
         return self.act(self.proj(hidden_states))
 
 
@@ -42,8 +42,8 @@ class EmbeddingActivation(nn.Module):
     """A block's ``nonlinearity`` in two: ``embedding`` for the timestep's (B, C), ``maps`` for feature maps.
 
     Args:
-        act: the host's.
-        maps: the same, or the identity where the norms have activated them.
+        act: the host's activation.
+        maps: the host's activation too, or the identity where the norms activate the feature maps.
     """
 
     def __init__(self, act: nn.Module, maps: nn.Module):
@@ -52,7 +52,7 @@ class EmbeddingActivation(nn.Module):
         self.maps = maps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C) or (B, C, H, W), as it came."""
+        """Activate (B, C) by ``embedding`` or (B, C, H, W) by ``maps``; the shape stays."""
         return self.embedding(x) if x.ndim == 2 else self.maps(x)
 
 
@@ -66,7 +66,7 @@ def with_activations(model: M) -> M:
         model: any model of diffusers.
 
     Returns:
-        The model, which computes what it did.
+        The model, with the same outputs.
 
     Example:
         >>> from diffusers import UNet2DModel

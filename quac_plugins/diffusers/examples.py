@@ -1,4 +1,4 @@
-"""What networks of diffusers are called with, as far as their configs tell."""
+"""Example arguments of diffusers' networks, as far as their configs tell them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DCondi
 
 
 def example_of(model: Any) -> dict[str, Any] | None:
-    """The arguments of a UNet or of a known transformer, small ones; None where only the user knows them.
+    """Return small arguments for a UNet or a known transformer; None where only the user knows them.
 
     Example:
         >>> unet = UNet2DModel(in_channels=4, block_out_channels=(32, 32), down_block_types=("DownBlock2D",) * 2,
@@ -41,7 +41,7 @@ def example_of(model: Any) -> dict[str, Any] | None:
 
 
 def _text(config: Any) -> dict[str, Any]:
-    """What a transformer takes beside its latents: a prompt of four tokens, and the timestep."""
+    """Return a transformer's arguments beside the latents: a prompt of four tokens, and the timestep."""
     return {
         "encoder_hidden_states": torch.zeros(1, 4, config.joint_attention_dim),
         "pooled_projections": torch.zeros(1, config.pooled_projection_dim),

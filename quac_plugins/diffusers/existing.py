@@ -1,4 +1,4 @@
-"""QuAC inside pipelines that exist: q comes from the ``image`` that a pipeline is called with."""
+"""QuAC inside existing pipelines: q is computed from the argument ``image`` of a call."""
 
 from __future__ import annotations
 
@@ -52,24 +52,24 @@ def add_quac(pipe: Any, quac: Any = None, adapter: Any = None, revision: str | N
     was saved with QuAC inside takes it as it is; so does ``add_quac(Other.from_pipe(pipe, unet=pipe.unet))``.
 
     Args:
-        pipe: with a ``unet`` or a ``transformer``, and a ``__call__`` with an ``image``.
-        quac: a dict of options of :class:`quac_plugins.QuACConfig`, or one of these; by default Q-ACON in place of the
-            activations that follow a convolution, or of all those of a transformer, driven by BRISQUE.
-        adapter: what was saved with ``quac_plugins.save_adapter(pipe.unet, …)``, instead of ``quac``: a folder, or
+        pipe: a pipeline with a ``unet`` or a ``transformer``, whose ``__call__`` takes an ``image``.
+        quac: a :class:`quac_plugins.QuACConfig` or a dict of its options. None: Q-ACON driven by BRISQUE, in place of
+            the activations that follow a convolution, or of all activations of a transformer.
+        adapter: an adapter of ``quac_plugins.save_adapter(pipe.unet, …)``, instead of ``quac``: a folder, or
             ``"org/name"`` on the Hub.
-        revision: of the adapter on the Hub.
-        example: what the network takes, for another transformer than Stable Diffusion 3's and Flux's: a dict of its
+        revision: the revision of the adapter on the Hub.
+        example: the network's arguments, for other transformers than Stable Diffusion 3's and Flux's: a dict of its
             arguments, first the latents (B, C, H, W) or tokens (B, N, C); see :func:`quac_plugins.inject`.
 
     Returns:
-        The pipeline. Its ``__call__`` takes one more argument, ``quality`` (B, Q), a row for each image, in the place
-        of theirs: for latents, which cannot be measured. Several images in one call are for the pipelines whose batches
-        are known; of the others it is an error.
+        The pipeline. Its ``__call__`` takes one more argument, ``q`` (B, Q), one row an image, which replaces the
+        measured features: latents, for example, cannot be measured. Several images in one call are an error unless the
+        layout of the pipeline's batches is known.
 
     Raises:
-        TypeError: it is no pipeline that takes an image, or its network is compiled or wrapped.
-        ValueError: an option is not known, or a site is not there; ``quac`` and ``adapter`` are both given, or either
-            for a network that holds QuAC. The pipeline is as it was.
+        TypeError: ``pipe`` is no pipeline that takes an image, or its network is compiled or wrapped.
+        ValueError: an option is unknown, or a site does not exist; both ``quac`` and ``adapter`` are given, or one of
+            them for a network that holds QuAC already. The pipeline is as before.
     """
     if not isinstance(pipe, DiffusionPipeline):
         raise TypeError(f"add_quac needs a pipeline of diffusers, got {type(pipe).__name__}")
@@ -96,7 +96,7 @@ def add_quac(pipe: Any, quac: Any = None, adapter: Any = None, revision: str | N
 
 
 def _expand(network: Any) -> None:
-    """Let q be repeated as guidance repeats the batch, where nobody has said how."""
+    """Expand q in the order in which guidance repeats the batch, unless the config names another order."""
     record = injection_of(network)
     assert record is not None
     if record.config is None or record.config.expand_q != "error":
@@ -119,10 +119,10 @@ def _quality_function(network: Any) -> Any:
 
 
 def quality_of_image(pipe: Any, image: Any) -> Tensor:
-    """q (B, Q) of what a pipeline is given as ``image``, on the device that the pipeline runs on.
+    """Compute q (B, Q) of a pipeline's argument ``image``, on the pipeline's device.
 
     Raises:
-        ValueError: it cannot be measured, as latents cannot.
+        ValueError: the argument cannot be measured, as latents cannot.
     """
     function = _quality_function(_network(pipe))
     try:
@@ -134,7 +134,7 @@ def quality_of_image(pipe: Any, image: Any) -> Tensor:
 
 
 def _in_unit_range(pipe: Any, image: Any) -> Any:
-    """Tensors and arrays as the pipeline itself understands them, in [0, 1]."""
+    """Convert tensors and arrays to [0, 1], read by the pipeline's own rules."""
     parts = image if isinstance(image, (list, tuple)) else [image]
     processor = getattr(pipe, "image_processor", None)
     if not all(isinstance(part, (Tensor, np.ndarray)) and part.dtype not in (torch.uint8, np.uint8) for part in parts):
@@ -151,14 +151,14 @@ def _numbers(part: Any) -> Any:
 
 
 def _count(image: Any) -> int:
-    """How many images there are."""
+    """Count the images."""
     if isinstance(image, (list, tuple)):
         return sum(_count(item) for item in image)
     return len(image) if isinstance(image, (Tensor, np.ndarray)) and image.ndim == 4 else 1
 
 
 def checked_q(q: Any, count: int, channels: int) -> Tensor:
-    """q as a user gave it; ValueError unless it has a row of finite numbers for each image."""
+    """Return a user's q; ValueError unless it has a row of finite numbers for each image."""
     wanted = (count, channels)
     if not isinstance(q, Tensor) or not q.is_floating_point() or tuple(q.shape) != wanted:
         got = tuple(q.shape) if isinstance(q, Tensor) else type(q).__name__
@@ -170,9 +170,9 @@ def checked_q(q: Any, count: int, channels: int) -> Tensor:
 
 @functools.cache
 def pipeline_class(host: Any) -> type[Any]:
-    """The class of pipelines like those of ``host`` whose networks are given the quality of the image.
+    """Return the class of pipelines like ``host`` whose networks get the quality of the image.
 
-    It bears the host's name, so that what it saves is loaded by the host's class.
+    The class bears the host's name, so that the host's class loads the saved pipelines.
     """
     signature = inspect.signature(host.__call__)
 
@@ -226,11 +226,11 @@ def pipeline_class(host: Any) -> type[Any]:
 
 
 def _rebuilt(host: Any) -> Any:
-    """An empty pipeline, for pickle to fill."""
+    """Return an empty pipeline, for pickle to fill."""
     cls: Any = pipeline_class(host)
     return cls.__new__(cls)
 
 
 def note_classes(pipe: Any) -> None:
-    """Let ``model_index.json`` name the classes that a pipeline's networks have now; QuAC may have come or gone."""
+    """Let ``model_index.json`` name the current classes of a pipeline's networks, with QuAC or without."""
     pipe.register_modules(**{name: getattr(pipe, name) for name in _NETWORKS if getattr(pipe, name, None) is not None})

@@ -1,7 +1,7 @@
 """Networks of diffusers with QuAC inside: ``QuACUNet2DModel`` for ``UNet2DModel``, and so for every other of them.
 
 A class keeps its host's arguments, parameter names and methods. Its config has one more entry, ``quac``, the options of
-:class:`quac_plugins.QuACConfig`; its ``forward`` one more argument, ``quality``.
+:class:`quac_plugins.QuACConfig`; its ``forward`` has one more argument, ``q`` (B, Q), the quality features.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ _LOADING = ("cache_dir", "force_download", "local_files_only", "proxies", "revis
 
 
 class QuACMixin:
-    """What the networks with QuAC inside share; ``host_class`` is the network's own class."""
+    """The base of the networks with QuAC inside; ``host_class`` is the network's own class."""
 
     host_class: ClassVar[Any]
 
     @classmethod
     def from_host(cls, host: Any, quac: QuACConfig | Mapping[str, Any] | None = None, example: Any = None) -> Any:
-        """Put QuAC into a network of diffusers, in place: it becomes one of this class.
+        """Put QuAC into a network of diffusers, in place: its class becomes this class.
 
         Args:
             host: of ``host_class``; a subclass of it has a class of its own, see :func:`add_to_model`.
-            quac: a dict of options; those that are not given are QuACConfig's, with ``norm="layer"``, since one image
-                must train. A QuACConfig is taken as it is.
-            example: arguments the network takes, where they cannot be told from its config; see
+            quac: a dict of options; the other options are QuACConfig's, with ``norm="layer"``, since a batch of one
+                image must train. A QuACConfig stays unchanged.
+            example: the network's arguments, if its config does not tell them; see
                 :func:`quac_plugins.inject`.
 
         Raises:
             TypeError: the host is of another class.
-            ValueError: an option is not known, or a site is not there.
+            ValueError: an option is unknown, or a site does not exist.
         """
         config = options_of(quac)  # before anything is changed
         with cls._of(host):
@@ -63,7 +63,7 @@ class QuACMixin:
 
     @classmethod
     def from_adapter(cls, host: Any, source: Any, revision: str | None = None, example: Any = None) -> Any:
-        """Put into a network of diffusers, in place, what :func:`quac_plugins.save_adapter` saved of one.
+        """Load an adapter of :func:`quac_plugins.save_adapter` into a network of diffusers, in place.
 
         Args:
             host, example: as of :meth:`from_host`.
@@ -83,7 +83,7 @@ class QuACMixin:
     @classmethod
     @contextmanager
     def _of(cls, host: Any) -> Iterator[None]:
-        """Make a network one of this class; on an error it is what it was."""
+        """Make this class the class of a network; on an error the network is as before."""
         if type(host) is not cls.host_class:
             raise TypeError(f"{cls.__name__} is made of a {cls.host_class.__name__}, got {type(host).__name__}")
         host.__class__ = cls
@@ -165,7 +165,7 @@ class QuACMixin:
         self._note()
 
     def _note(self: Any) -> None:
-        """Write into the config what is inside; and when it is taken out, be the host again."""
+        """Write the record of the injection into the config; after a removal, take the host's class again."""
         record = injection_of(self)
         assert record is not None
         _write_config(self)
@@ -173,7 +173,7 @@ class QuACMixin:
 
 
 def _write_config(model: Any) -> None:
-    """What is inside, into the network's config."""
+    """Write the options of the injection into the network's config."""
     record = injection_of(model)
     assert record is not None
     assert record.config is not None
@@ -181,14 +181,14 @@ def _write_config(model: Any) -> None:
 
 
 def _be_host(model: Any) -> None:
-    """Without QuAC inside a network is one of its host's class."""
+    """Give a network without QuAC inside its host's class again."""
     model.__class__ = model.host_class
     without_activations(model)
     model._internal_dict = FrozenDict({key: value for key, value in model.config.items() if key != "quac"})
 
 
 def _aligned(loaded: Any) -> Any:
-    """Parameters where an allocator would have put them; ``loaded`` is a network, or a tuple that begins with it.
+    """Copy parameters into aligned memory; ``loaded`` is a network, or a tuple that begins with a network.
 
     diffusers leaves them in the file's mapped memory, at any multiple of 4 bytes, and the kernels of small layers round
     otherwise there: a loaded network would not equal the saved one to the last bit.
@@ -201,10 +201,10 @@ def _aligned(loaded: Any) -> Any:
 
 
 def options_of(quac: QuACConfig | Mapping[str, Any] | None) -> QuACConfig:
-    """Options as a config; q is always given to a network of diffusers, which sees latents or noisy samples.
+    """Return options as a config with ``tap="given"``: a network of diffusers sees latents or noisy samples.
 
     Raises:
-        ValueError: an option is not known, or its value cannot be; the message begins with ``quac``.
+        ValueError: an option is unknown, or its value is wrong; the message begins with ``quac``.
     """
     options = _DEFAULTS if quac is None else {**_DEFAULTS, **quac} if isinstance(quac, Mapping) else quac
     return replace(read_options(QuACConfig, options, "quac"), tap="given")
@@ -212,10 +212,10 @@ def options_of(quac: QuACConfig | Mapping[str, Any] | None) -> QuACConfig:
 
 @functools.cache
 def quac_class(host: Any) -> Any:
-    """The class of networks like those of ``host``, with QuAC inside.
+    """Return the class of networks like ``host``, a class of diffusers, with QuAC inside.
 
     Raises:
-        TypeError: it is no model of diffusers.
+        TypeError: ``host`` is no model class of diffusers.
 
     Example:
         >>> from diffusers import UNet2DModel
@@ -253,12 +253,12 @@ def quac_class(host: Any) -> Any:
 
 
 def is_network(host: Any) -> bool:
-    """Whether it is a class of diffusers' models."""
+    """Return whether ``host`` is a model class of diffusers."""
     return isinstance(host, type) and issubclass(host, ModelMixin)
 
 
 def with_argument(function: Any, parameter: inspect.Parameter) -> inspect.Signature:
-    """The signature of a function with one more argument by name."""
+    """Return the signature of a function with one more argument by name."""
     signature = inspect.signature(function)
     parameters = list(signature.parameters.values())
     at = next((i for i, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_KEYWORD), len(parameters))
@@ -282,7 +282,7 @@ def add_to_model(model: Any, quac: Any = None, example: Any = None) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """``QuACNAME`` of every network NAME of diffusers."""
+    """Return the class ``QuACNAME`` for any network NAME of diffusers."""
     host = getattr(diffusers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
     if not is_network(host):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -47,15 +47,16 @@ class QuACRestorationPipeline(DiffusionPipeline):
     """Restores degraded images with a :class:`QuACUNet2DModel`.
 
     Args:
-        unet: from x_t (B, 3, H, W) in [−1, 1] to v = y − x₀, what the degradation added. Also a plain
-            ``UNet2DModel``, which is not told the quality.
+        unet: a network from x_t (B, 3, H, W) in [−1, 1] to v = y − x₀, the degradation. A plain ``UNet2DModel`` does
+            not read the quality.
         scheduler: ``FlowMatchEulerDiscreteScheduler``.
-        start_noise: standard deviation, in the scale [−1, 1], of the noise that is added to the degraded image at the
-            start, as in training; 0: the result is a function of the image alone.
+        start_noise: standard deviation, in the scale [−1, 1], of the noise that the training added to the degraded
+            image at the start. 0: the result is a function of the image alone.
 
     Raises:
-        TypeError, ValueError: the network does not go from three channels to three, or the scheduler does not lead from
-            the degraded image to the clean one.
+        TypeError: the network is no ``UNet2DModel``, or the scheduler no ``FlowMatchEulerDiscreteScheduler``.
+        ValueError: the network does not map three channels to three, or the scheduler does not lead from the degraded
+            image to the clean one.
 
     Example:
         >>> import numpy as np
@@ -94,9 +95,9 @@ class QuACRestorationPipeline(DiffusionPipeline):
             **kwargs: of ``DiffusionPipeline.from_pretrained``.
 
         Raises:
-            FileNotFoundError, PermissionError, ConnectionError: nothing is published under that name, or the Hub
-                refused it.
-            ValueError: a file is not the one that was published, no safetensors, or of another pipeline.
+            FileNotFoundError: nothing is published under that name.
+            PermissionError, ConnectionError: the Hub refused access, or cannot be reached.
+            ValueError: a file differs from the published one, is no safetensors, or belongs to another pipeline.
             OSError: diffusers finds no pipeline there.
 
         Example:
@@ -109,12 +110,12 @@ class QuACRestorationPipeline(DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Whether a callback has asked to end after the step it was called at, by ``pipe._interrupt = True``."""
+        """Return whether a callback has asked, by ``pipe._interrupt = True``, to end after its step."""
         return self._interrupt
 
     @property
     def num_timesteps(self) -> int:
-        """Of the latest call."""
+        """Return the number of steps of the latest call."""
         return self._num_timesteps
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
@@ -123,7 +124,7 @@ class QuACRestorationPipeline(DiffusionPipeline):
         return super().save_pretrained(*args, **kwargs)
 
     def quality_of(self, images: Tensor) -> Tensor | None:
-        """The quality features of images (B, 3, H, W), RGB in [0, 1]: (B, Q), or None if the network reads none."""
+        """Compute q (B, Q) of images (B, 3, H, W), RGB in [0, 1]; None if the network reads no quality."""
         record = injection_of(self.unet)
         if record is None or record.quality is None:
             return None
@@ -150,31 +151,32 @@ class QuACRestorationPipeline(DiffusionPipeline):
         Args:
             image: degraded images: a PIL image, an array (B, H, W, C), a tensor (B, C, H, W), or a list, of any sizes;
                 floats in [0, 1].
-            num_inference_steps: 1 or more.
-            q: (B, Q), the quality features, in the place of those of the images. They are computed once, from the
-                whole degraded image, before padding and tiles.
-            generator: for the noise at the start, where the pipeline's ``start_noise`` is not 0; one, or one an image.
-            tile_size: larger images go through the network in tiles of this side at most. Norms see one tile each, so
-                what is spread over the whole image is mended unevenly in small ones: of a photograph in haze, tiles of
-                256 left a level that was on average 7 of 255 from that without tiles.
-            tile_overlap: of neighbouring tiles, which pass smoothly into each other there; None: 64, a quarter of a
-                tile at most. An image that needs tiles is restored alone.
-            output_type: ``"pil"``, ``"np"`` (B, H, W, 3), ``"pt"`` (B, 3, H, W), or ``"latent"``: what the last step
-                left, (B, 3, H, W) around [−1, 1], not clamped.
-            return_dict: an ``ImagePipelineOutput``, or a tuple with the images.
-            callback_on_step_end: called after each step as ``f(pipe, step, timestep, tensors)``; returns the tensors
-                that it changed. Images of each size are restored together, one size after another. One that sets
-                ``pipe._interrupt = True`` ends the call, and those of other threads: the images are as they were after
-                their latest step, or as they came.
-            callback_on_step_end_tensor_inputs: which of ``"latents"``, the images (B, 3, H, W) around [−1, 1], and
-                ``"q"``, its quality features, it gets; a ``PipelineCallback`` says so itself.
+            num_inference_steps: the number of steps, from 1 on.
+            q: quality features (B, Q). None: they are computed once, from the whole degraded image, before padding and
+                tiles.
+            generator: a generator, or one an image, for the noise at the start, if ``start_noise`` is not 0.
+            tile_size: the largest side in pixels; a larger image goes through the network in tiles. Norms see one tile
+                each, so small tiles restore a global degradation unevenly: of a photograph in haze, tiles of 256 left
+                a level that was on average 7 of 255 away from the level without tiles.
+            tile_overlap: the overlap of neighbouring tiles in pixels, over which they pass smoothly into each other.
+                None: 64, a quarter of a tile at most. An image that needs tiles is restored alone.
+            output_type: ``"pil"``, ``"np"`` (B, H, W, 3), ``"pt"`` (B, 3, H, W), or ``"latent"``, the result of the
+                last step, (B, 3, H, W) around [−1, 1], not clamped.
+            return_dict: return an ``ImagePipelineOutput``, or else a tuple with the images.
+            callback_on_step_end: a function ``f(pipe, step, timestep, tensors)``, called after each step, that returns
+                the tensors that it changed. Images of one size are restored together, one size after another. A
+                callback that sets ``pipe._interrupt = True`` ends this call, and calls of other threads: each image is
+                returned after its latest step, or unchanged.
+            callback_on_step_end_tensor_inputs: the tensors that the callback gets: ``"latents"``, the images
+                (B, 3, H, W) around [−1, 1], and ``"q"``, their quality features. A ``PipelineCallback`` names its own.
 
         Returns:
-            The restored images in the order they were given, of their sizes; with the transparency of PIL images, which
-            are turned the way up that their camera noted.
+            The restored images in the given order and sizes, with the transparency of PIL images, turned upright as
+            their EXIF says.
 
         Raises:
-            TypeError, ValueError: an argument cannot be; see :func:`pictures_of` for images.
+            TypeError: an argument has a wrong type; see :func:`pictures_of` for images.
+            ValueError: an argument is out of range; see :func:`pictures_of` for images.
             RuntimeError: an image became NaN or infinity.
         """
         num_inference_steps, tile_size, tile_overlap = map(_plain, (num_inference_steps, tile_size, tile_overlap))
@@ -241,7 +243,7 @@ class QuACRestorationPipeline(DiffusionPipeline):
         return x
 
     def _velocity(self, x: Tensor, t: Tensor, q: Tensor | None, tile: int, overlap: int, multiple: int) -> Tensor:
-        """v at x (B, 3, H, W), at least float32."""
+        """Compute the velocity v at x (B, 3, H, W), at least float32."""
         extra = {"q": q} if q is not None else {}
         network: Any = unwrap(self.unet)
 
@@ -267,7 +269,7 @@ _PARTS = {
 
 
 def _check_network(unet: Any) -> None:
-    """TypeError or ValueError for what is no network on images alone."""
+    """Raise a TypeError or ValueError unless the network takes images alone."""
     config = getattr(unwrap(unet), "config", None) if isinstance(unet, torch.nn.Module) else None
     channels = [getattr(config, name, None) for name in ("in_channels", "out_channels")]
     if None in channels or not hasattr(config, "block_out_channels"):
@@ -280,7 +282,7 @@ def _check_network(unet: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """One of NumPy's whole numbers as Python's."""
+    """Convert a whole number of NumPy to Python's int."""
     return int(value) if isinstance(value, np.integer) else value
 
 
@@ -291,7 +293,7 @@ def _not_finite(index: int | None, dtype: torch.dtype) -> RuntimeError:
 
 
 def _located(source: Any) -> Any:
-    """The folder of a published name; else what was given."""
+    """Return the folder of a published name, and any other source unchanged."""
     if isinstance(source, os.PathLike):
         source = os.fspath(source)
     if not isinstance(source, str):

@@ -1,4 +1,4 @@
-"""The times of a restoration, which a scheduler of diffusers gives."""
+"""The timesteps of a restoration, from a scheduler of diffusers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OFF = ("invert_sigmas", "shift_terminal", "stochastic_sampling", "use_dynamic_s
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """TypeError or ValueError for a scheduler that does not lead from the degraded image to the clean one.
+    """Raise a TypeError or ValueError unless the scheduler leads from the degraded image to the clean one.
 
     Example:
         >>> check_scheduler(FlowMatchEulerDiscreteScheduler(shift=3.0))
@@ -32,15 +32,16 @@ def check_scheduler(scheduler: Any) -> None:
 
 
 def schedule_of(scheduler: Any, steps: int, device: torch.device) -> FlowMatchEulerDiscreteScheduler:
-    """A scheduler for one call, with its times: calls in several threads would count each other's steps.
+    """Return a scheduler for one call, with its timesteps: calls in several threads would count each other's steps.
 
     Args:
-        scheduler: the pipeline's, which stays as it is.
-        steps: of equal length, before the scheduler shifts them.
-        device: of the times.
+        scheduler: the pipeline's scheduler, which stays unchanged.
+        steps: the number of steps, of equal length before the scheduler shifts them.
+        device: the device of the timesteps.
 
     Raises:
-        TypeError, ValueError: see :func:`check_scheduler`; or the first time is not that of the degraded image.
+        TypeError: see :func:`check_scheduler`.
+        ValueError: see :func:`check_scheduler`; or the first timestep does not stand for the degraded image.
 
     Example:
         >>> schedule_of(FlowMatchEulerDiscreteScheduler(), 2, torch.device("cpu")).timesteps

@@ -1,4 +1,4 @@
-"""Running a network on images of any size: reflected to sizes it takes, and large ones by overlapped tiles."""
+"""Running a network on images of any size: padded by reflection, and large images in overlapping tiles."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def reflected(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Where tiles begin: as few as overlap by at least ``overlap``, evenly spread from edge to edge.
+    """Return the beginnings of the fewest tiles with at least ``overlap``, evenly spread from edge to edge.
 
     Example:
         >>> starts(100, 40, 10), starts(30, 40, 10)
@@ -39,7 +39,7 @@ def starts(size: int, tile: int, overlap: int) -> list[int]:
 
 
 def _ramp(begin: int, size: int, tile: int, overlap: int, like: Tensor) -> Tensor:
-    """Weights of a tile along an axis: they rise over the overlap, except at the image's own edges."""
+    """Return the weights of a tile along an axis: they rise over the overlap, except at the image's own edges."""
     weight = like.new_ones(tile)
     if overlap:
         rise = (torch.arange(overlap, device=like.device, dtype=like.dtype) + 0.5) / overlap
@@ -52,17 +52,17 @@ def _ramp(begin: int, size: int, tile: int, overlap: int, like: Tensor) -> Tenso
 
 
 def tiled(function: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: int, multiple: int) -> Tensor:
-    """A function of images, on images of any size.
+    """Apply a function of images of fixed sizes to images of any size.
 
     Args:
         function: (B, C, h, w) → (B, D, h, w); h and w are multiples of ``multiple``.
-        x: (B, C, H, W).
-        tile: largest side that the function is given, a multiple of ``multiple``.
-        overlap: by how much tiles overlap at least; there their results pass smoothly into each other.
-        multiple: see above.
+        x: images (B, C, H, W).
+        tile: the largest side of the function's input, a multiple of ``multiple``.
+        overlap: the least overlap of tiles, over which their results pass smoothly into each other.
+        multiple: the number that divides the sides of the function's input.
 
     Returns:
-        (B, D, H, W). Memory beside a few copies of x and of the result is that of one tile.
+        (B, D, H, W). The memory is that of a few copies of x and of the result, and of one tile.
 
     Example:
         >>> x = torch.rand(1, 3, 50, 70)

@@ -108,8 +108,8 @@ def save_adapter(model: nn.Module, folder: str | Path, dtype: torch.dtype | None
 
     Raises:
         ValueError: the model holds no QuAC; a part of the model with QuAC inside has been replaced; or nobody could
-            load the adapter, since an inserted layer holds another adapter's layers, is pruned or parametrized, or has a
-            tensor with NaN or on the meta device.
+            load the adapter, since an inserted layer holds another adapter's layers, is pruned or parametrized, or has
+            a tensor with NaN or on the meta device.
         OSError: a file cannot be written, as on a full disk; an earlier adapter in the folder is as before.
 
     Example:

@@ -32,7 +32,7 @@ def fingerprint(model: nn.Module) -> str | None:
     """Return a hash of the host's own weights, without injected ones; None on the meta device.
 
     The host's classifier does not count: other classes need a new classifier over the same features. The hash has a
-    part for each half precision, so that :func:`same_weights` finds a float32 host and its float16 or bfloat16 copy equal.
+    part for each half precision, so that :func:`same_weights` finds a float32 host and its half precision copy equal.
 
     Example:
         >>> import timm, quac_plugins as quac
