@@ -1,4 +1,4 @@
-"""timm's ``features_only``: what is put in goes where it goes in the whole network, so that both see it alike.
+"""timm's ``features_only``: injected modules get the same places as in the whole network.
 
 Rules such as "auto" and "stages" ask how much of a network leads to a place, and what everything passes through. In a
 network of features, which is cut off behind the last of them, or a graph that has no blocks, they would find other
@@ -36,7 +36,7 @@ Config = QuACConfig | PriorConfig
 
 @dataclass(frozen=True)
 class Place:
-    """A site of the whole network, and the names of all modules that return what is repaired or activated there."""
+    """A site of the whole network, and the names of all modules that return the tensor of the site."""
 
     site: Site | PriorSite
     names: tuple[str, ...]
@@ -44,18 +44,18 @@ class Place:
 
 @dataclass(frozen=True)
 class Whole:
-    """What the rules of some configs mean in the whole network.
+    """The places in the whole network that the rules of some configs mean.
 
     Attributes:
         places: one list for each config.
-        images: the shape of the images that were shown to it.
+        images: the shape of the images of the trace.
     """
 
     places: list[list[Place]]
     images: tuple[int, ...]
 
     def put_into(self, model: nn.Module, configs: list[Config]) -> None:
-        """Put into a network of features what goes into the whole network at these places."""
+        """Inject into a network of features at the places of the whole network."""
         for config, places in zip(configs, self.places, strict=True):
             if places:
                 inject_at(model, config, partial(_find, places), torch.empty(1, *self.images))
@@ -63,7 +63,7 @@ class Whole:
                 inject(model, config)
 
     def create_model(self, base: str, **kwargs: Any) -> nn.Module:
-        """``timm.create_model`` of the network of features; a graph ("fx") knows the ends of blocks."""
+        """Build the network of features by ``timm.create_model``; a graph ("fx") knows the ends of blocks."""
         wanted = kwargs.get("feature_cls")
         if wanted is not FeatureGraphNet and str(wanted).lower() != "fx":
             return timm.create_model(base, **kwargs)
@@ -83,11 +83,11 @@ class Whole:
 
 
 def whole_network(base: str, configs: list[Config], **kwargs: Any) -> Whole:
-    """Ask the rules of configs of the whole network, whose features are wanted.
+    """Apply the rules of configs to the whole network.
 
     Args:
-        base: its name.
-        configs: what is put in.
+        base: timm's name of the network.
+        configs: the configs of the modules to inject.
         **kwargs: arguments of ``timm.create_model`` for the network of features.
 
     Raises:
@@ -110,7 +110,7 @@ def whole_network(base: str, configs: list[Config], **kwargs: Any) -> Whole:
 def of_shapes(make: Callable[[], nn.Module]) -> nn.Module | None:
     """Build a host, without weights, on the meta device.
 
-    None for one that cannot be built so: it looks at the values of its tensors, or asks for weights.
+    Return None for a host that reads the values of its tensors, or asks for weights, while it is built.
 
     Example:
         >>> next(of_shapes(lambda: nn.Linear(2, 3)).parameters()).is_meta
@@ -128,7 +128,7 @@ def of_shapes(make: Callable[[], nn.Module]) -> nn.Module | None:
 
 
 class _Numbers(TorchFunctionMode):
-    """Leaves ``linspace`` its numbers, which most hosts with stochastic depth read while they are built."""
+    """A mode in which ``linspace`` has numbers: most hosts with stochastic depth read them while they are built."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -141,7 +141,7 @@ def _rules_in(host: nn.Module, configs: list[Config]) -> Whole:
 
 
 def _patterns(config: Config, are_rules: bool) -> Any:
-    """A config with those of its patterns alone that are rules, or that are none; None without any."""
+    """Return the config with only its rules, or only its other patterns; None without any."""
     key, rules = ("where", PLACES) if isinstance(config, QuACConfig) else ("site", PRIOR_PLACES)
     kept: Any = [pattern for pattern in config.patterns if (pattern in rules) == are_rules]
     return replace(config, **{key: kept}) if kept else None
@@ -172,7 +172,7 @@ def _is_behind(site: Site | PriorSite) -> bool:
 
 
 def _find(places: list[Place], model: nn.Module, config: Config, seen: Trace) -> list[Any]:
-    """The sites of a config in a network of features: those of ``places`` that it has, and what it names beside."""
+    """Return the sites of a config in a network of features: existing ``places``, and sites by name."""
     usable = _usable(model, config, seen)
     usable_sites = {(site.name, _is_behind(site)): site for site in usable}
     called = {*seen.calls, *(feature.name for feature in seen.features), *seen.others}
@@ -198,21 +198,21 @@ def _find(places: list[Place], model: nn.Module, config: Config, seen: Trace) ->
 
 
 def _names_in(model: nn.Module, name: str) -> list[str]:
-    """What timm's wrappers of features may call a module of the network that they wrap."""
+    """Return the names that timm's wrappers of features may give a module of the wrapped network."""
     inside = [f"{child}." for child in model._modules][:1] if len(model._modules) == 1 else []
     plain = [name, name.replace(".", "_", 1), *(inner + name for inner in inside)]
     return [*plain, *(f"{name_}.{END}" for name_ in plain)]
 
 
 def _alike(site: Any, other: Any) -> bool:
-    """Whether a site is what it is in the whole network, and not what timm has left of it."""
+    """Return whether a site has the same form as in the whole network, which timm may have cut off."""
     if isinstance(site, PriorSite):
         return (site.channels, site.layout, site.stride) == (other.channels, other.layout, other.stride)
     return site.channel_dim == other.channel_dim and set(site.channels) <= set(other.channels)
 
 
 def _mark(model: nn.Module, names: tuple[str, ...]) -> None:
-    """Let the end of a block be a module of a graph, which keeps no other modules than leaves."""
+    """Make the end of a block a module of a graph, which keeps leaves alone."""
     modules = dict(model.named_modules())
     leaves = tuple(get_notrace_modules())
     if any(isinstance(modules[name], leaves) or Tracer().is_leaf_module(modules[name], name) for name in names):

@@ -1,6 +1,6 @@
-"""torchvision's detectors: q of each image without the batch's padding, when their backbone holds what reads q.
+"""torchvision's detectors: q is computed from each image without the batch's padding.
 
-A detector is given a list of images, pads them into one tensor and gives that to its backbone. So inject the backbone:
+A detector takes a list of images, pads them into one tensor and calls its backbone with it. So inject the backbone:
 
     >>> import torch, quac_plugins as quac
     >>> from torchvision.models.detection import ssdlite320_mobilenet_v3_large
@@ -26,7 +26,7 @@ let_lists_note_sizes(ImageList)
 
 @add_reader
 def read_facts(model: nn.Module) -> dict[str, Any]:
-    """How a detector's transform normalizes the images that its backbone is given."""
+    """Return mean and std with which a detector's transform normalizes its backbone's images."""
     for module in model.modules():
         mean, std = getattr(module, "image_mean", None), getattr(module, "image_std", None)
         if isinstance(mean, (list, tuple)) and isinstance(std, (list, tuple)):

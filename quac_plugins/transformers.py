@@ -34,7 +34,7 @@ _LOADING = ("subfolder",)
 
 
 class QuACMixin:
-    """What the models with QuAC inside share; ``host_class`` is the model's own class."""
+    """The base of the models with QuAC inside; ``host_class`` is the model's own class."""
 
     host_class: ClassVar[Any]
 
@@ -122,7 +122,7 @@ class QuACMixin:
 
 
 def _put_in(model: Any, options: Mapping[str, Any]) -> None:
-    """Inject what the keys of a config ask for, and let the model's config say what is inside from now on."""
+    """Inject the modules of a config's keys, and keep the model's config in step from now on."""
     configs = [read_options(_KEYS[key], given, key) for key, given in options.items() if given]
     with all_or_nothing(model):
         for config in configs:
@@ -134,7 +134,7 @@ def _put_in(model: Any, options: Mapping[str, Any]) -> None:
 
 
 def _write_config(model: nn.Module) -> None:
-    """What is inside, into the model's config."""
+    """Write the options of the injection into the model's config."""
     record, config = injection_of(model), model.config
     assert record is not None
     held = {"quac": record.config is not None, "quac_prior": record.prior is not None}
@@ -146,7 +146,7 @@ def _write_config(model: nn.Module) -> None:
 
 
 def _be_host(model: Any) -> None:
-    """Without anything inside, a model is one of its host's class."""
+    """Give a model without an injection its host's class again."""
     model.__class__ = getattr(model, "host_class", type(model))
     for key in _KEYS:
         if hasattr(model.config, key):
@@ -155,10 +155,10 @@ def _be_host(model: Any) -> None:
 
 @functools.cache
 def quac_class(host: Any) -> Any:
-    """The class of models like those of ``host``, with QuAC inside.
+    """Return the class of models like ``host``, a class of transformers, with QuAC inside.
 
     Raises:
-        TypeError: it is no model of transformers.
+        TypeError: ``host`` is no model class of transformers.
 
     Example:
         >>> from transformers import ResNetForImageClassification
@@ -177,7 +177,7 @@ def _is_model(host: Any) -> bool:
 
 
 def __getattr__(name: str) -> Any:
-    """``QuACNAME`` of every model NAME of transformers."""
+    """Return the class ``QuACNAME`` for any model NAME of transformers."""
     host = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
     if not _is_model(host):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

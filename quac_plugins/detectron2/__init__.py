@@ -1,7 +1,7 @@
 """The detectron2 door: QuAC and the degradation prior from a yacs or a lazy config.
 
 Importing it adds the backbones ``build_quac_…`` to BACKBONE_REGISTRY and ``QuACGeneralizedRCNN`` to META_ARCH_REGISTRY,
-and lets every ``ImageList`` note how large its images are without padding, since q is computed from these.
+and lets every ``ImageList`` note the sizes of its images without padding, since q is computed without the padding.
 """
 
 try:

@@ -29,7 +29,7 @@ _EXAMPLE = 224  # side of the images on which sites are found
 
 @BACKBONE_REGISTRY.register()
 def build_quac_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """``build_resnet_backbone`` with what ``MODEL.QUAC`` says inside; its checkpoints load as before.
+    """Build ``build_resnet_backbone``'s network with the modules of ``MODEL.QUAC`` inside; its checkpoints load.
 
     Raises:
         KeyError, ValueError: see :func:`quac_plugins.detectron2.config.configs_of`.
@@ -39,13 +39,13 @@ def build_quac_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone
 
 @BACKBONE_REGISTRY.register()
 def build_quac_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """``build_resnet_fpn_backbone`` likewise."""
+    """Build ``build_resnet_fpn_backbone``'s network with the modules of ``MODEL.QUAC`` inside."""
     return _build(cfg, input_shape, lambda: _fpn(cfg, _resnet(cfg, input_shape), LastLevelMaxPool()))
 
 
 @BACKBONE_REGISTRY.register()
 def build_quac_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """``build_retinanet_resnet_fpn_backbone`` likewise."""
+    """Build ``build_retinanet_resnet_fpn_backbone``'s network with the modules of ``MODEL.QUAC`` inside."""
 
     def make() -> Backbone:
         bottom_up = _resnet(cfg, input_shape)
@@ -57,12 +57,12 @@ def build_quac_retinanet_resnet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpe
 
 @BACKBONE_REGISTRY.register()
 def build_quac_timm_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> Backbone:
-    """Any network of timm with feature maps at several strides, and an FPN over them.
+    """Build any network of timm with feature maps at several strides, and an FPN over them.
 
     ``MODEL.QUAC.TIMM.NAME`` names it, without suffix; ``MODEL.FPN.IN_FEATURES`` its maps, ``res2`` at stride 4 to
     ``res5`` at stride 32. For pretrained weights ``INPUT.FORMAT``, ``MODEL.PIXEL_MEAN`` and ``MODEL.PIXEL_STD`` must be
-    those that the network was trained with (RGB; timm's mean and std times 255). They are fetched
-    (``MODEL.QUAC.TIMM.PRETRAINED``) unless ``MODEL.WEIGHTS`` names others, which would overwrite them.
+    the network's own (RGB; timm's mean and std times 255). The weights are fetched (``MODEL.QUAC.TIMM.PRETRAINED``)
+    unless ``MODEL.WEIGHTS`` names others, which would overwrite them.
 
     Raises:
         ValueError: see :class:`TimmBackbone`.
@@ -91,14 +91,14 @@ class TimmBackbone(Backbone):
     """A network of timm as a backbone of detectron2.
 
     Args:
-        name: of timm's architecture, such as ``"convnext_tiny"``.
-        out_features: ``"res2"`` (stride 4), ``"res3"``, … in this order.
-        in_chans: channels of the images.
-        pretrained: with timm's weights.
-        **kwargs: of ``timm.create_model``.
+        name: a name of timm, such as ``"convnext_tiny"``.
+        out_features: names of feature maps, ``"res2"`` (stride 4), ``"res3"``, … in this order.
+        in_chans: the number of channels of the images.
+        pretrained: load timm's weights.
+        **kwargs: further arguments of ``timm.create_model``.
 
     Raises:
-        ValueError: timm has no such name, or the network has no map of such a stride.
+        ValueError: timm does not know the name, or the network has no feature map of such a stride.
     """
 
     def __init__(self, name: str, out_features: list[str], in_chans: int = 3, pretrained: bool = False, **kwargs: Any):
@@ -132,11 +132,11 @@ class TimmBackbone(Backbone):
 
     @property
     def size_divisibility(self) -> int:
-        """The sides of images must be multiples of the coarsest stride."""
+        """Return the coarsest stride, of which the sides of images must be multiples."""
         return max(self._out_feature_strides.values())
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Images (B, C, H, W) → name → (B, channels, H/stride, W/stride)."""
+        """Map images (B, C, H, W) to a dict, name → feature map (B, channels, H/stride, W/stride)."""
         maps = {}
         for name, features in zip(self._out_features, self.net(x), strict=True):
             maps[name] = features.permute(0, 3, 1, 2) if self.nhwc else features
@@ -163,19 +163,19 @@ def with_quac(
     """Put QuAC, a degradation prior or both into any backbone, in place; for lazy configs ``L(with_quac)(…)``.
 
     Args:
-        backbone: detectron2's ResNet (whose activations become modules), Swin, ViT, MViT, an FPN over one, or your own.
-            Activations in parts that are frozen, while others learn, are frozen too.
-        pixel_mean, pixel_std: of the model, in pixels to 255.
-        channel_order: of the model: ``"bgr"`` or ``"rgb"``; in capitals too, as ``INPUT.FORMAT`` has it.
+        backbone: detectron2's ResNet (whose activations become modules), Swin, ViT, MViT, an FPN over one of these, or
+            your own. If a part of the backbone is frozen and others learn, activations in that part are frozen too.
+        pixel_mean, pixel_std: mean and standard deviation of the model's normalization, for pixels up to 255.
+        channel_order: the order of the model's images, ``"bgr"`` or ``"rgb"``; capitals, as in ``INPUT.FORMAT``, too.
         quac: a :class:`quac_plugins.QuACConfig` or a dict of its options; None puts none in. A lazy config takes the
             dict, or ``L(QuACConfig)(…)``.
-        prior: a :class:`quac_plugins.PriorConfig` or a dict of its options, likewise.
+        prior: a :class:`quac_plugins.PriorConfig` or a dict of its options; None puts none in.
 
     Returns:
         The backbone.
 
     Raises:
-        ValueError: an option is not known, or a pattern matches nothing.
+        ValueError: an option is unknown, or a pattern matches nothing.
         RuntimeError: the backbone does not run on images of its own sizes.
 
     Example:
@@ -199,7 +199,7 @@ def with_quac(
 
 
 def _options(config: Any) -> dict[str, Any]:
-    """Of a config of ours, a dict, or a node of a lazy config."""
+    """Return the options of a config of this package, a dict, or a node of a lazy config."""
     if isinstance(config, (QuACConfig, PriorConfig)):
         return {field.name: getattr(config, field.name) for field in fields(config)}
     return dict(OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config)  # type: ignore
@@ -227,7 +227,7 @@ def _square_size(backbone: nn.Module) -> int:
 
 
 def _inject_quac(backbone: nn.Module, config: QuACConfig, example: Tensor | None, in_chans: int) -> None:
-    """Inject activations; those of stages that are frozen while others learn are frozen too, as FREEZE_AT means it."""
+    """Inject activations; where FREEZE_AT freezes some of the stages, freeze their activations too."""
     learns = {name: [p.requires_grad for p in part.parameters()] for name, part in backbone.named_modules()}
     if example is not None:
         inject(backbone, config, example)
@@ -245,7 +245,7 @@ def _inject_quac(backbone: nn.Module, config: QuACConfig, example: Tensor | None
 
 @in_use()
 def _build(cfg: CfgNode, input_shape: ShapeSpec, make: Callable[[], Backbone]) -> Backbone:
-    """What ``make`` builds, with what the config says inside."""
+    """Build a backbone by ``make``, and inject the modules of the config."""
     configs = configs_of(cfg)  # before anything is built
     keys = {"quac": f"{KEY}.WHERE", "prior": f"{PRIOR_KEY}.SITE"}
     return put_into(make(), configs, input_shape.channels, keys)

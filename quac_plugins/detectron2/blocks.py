@@ -1,6 +1,6 @@
 """detectron2's ResNet blocks with their activations as modules, so that they can be replaced.
 
-detectron2 calls ``F.relu_``. These classes compute the same with the same parameter names, so its checkpoints load.
+detectron2 calls ``F.relu_``. The classes below compute the same with the same parameter names, so its checkpoints load.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class ActBasicStem(_Activations, BasicStem):
     acts = ("act1",)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) → (B, out_channels, H/4, W/4)."""
+        """Map images (B, C, H, W) to (B, out_channels, H/4, W/4)."""
         return F.max_pool2d(self.act1(self.conv1(x)), kernel_size=3, stride=2, padding=1)
 
 
@@ -65,7 +65,7 @@ class ActBottleneckBlock(_Activations, BottleneckBlock):
 
 
 class ActDeformBottleneckBlock(_Activations, DeformBottleneckBlock):
-    """The same with a deformable convolution in the middle; it needs detectron2's compiled operators."""
+    """The bottleneck with a deformable convolution in the middle; it needs detectron2's compiled operators."""
 
     acts = ("act1", "act2", "act3")
 
@@ -92,7 +92,9 @@ _CLASSES: dict[type[nn.Module], Any] = {
 
 
 def with_activations(module: M) -> M:
-    """Turn detectron2's own stems and blocks inside a module into those above, in place. Subclasses are left alone.
+    """Turn detectron2's own stems and blocks inside a module into the classes of this file, in place.
+
+    Subclasses of detectron2's classes stay unchanged.
 
     Example:
         >>> from detectron2.modeling.backbone.resnet import BottleneckBlock

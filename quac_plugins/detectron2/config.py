@@ -1,4 +1,4 @@
-"""The keys of a yacs config, and what they say: checked before anything is built, errors named by their key."""
+"""The keys of a yacs config and their meaning: checked before anything is built; an error names its key."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _PRIOR = ("SITE", "FDM", "FDM_WIDTH", "FDM_ACT", "EXPERTS", "TOP_K", "QUALITY", 
 def add_quac_config(cfg: CfgNode) -> None:
     """Add the keys below ``MODEL.QUAC``, with their defaults, to a config.
 
-    They are the options of :class:`quac_plugins.QuACConfig` and, below ``PRIOR``, of
-    :class:`quac_plugins.PriorConfig`. Several patterns are separated by commas; an ``FDM_WIDTH`` of 0 and an empty
-    ``SITE`` are the FDM's own.
+    The keys are the options of :class:`quac_plugins.QuACConfig` and, below ``PRIOR``, of
+    :class:`quac_plugins.PriorConfig`. Commas separate several patterns; an ``FDM_WIDTH`` of 0 and an empty ``SITE``
+    leave the choice to the FDM.
 
     Example:
         >>> from detectron2.config import get_cfg
@@ -49,11 +49,11 @@ def add_quac_config(cfg: CfgNode) -> None:
 
 
 def configs_of(cfg: CfgNode) -> list[QuACConfig | PriorConfig]:
-    """What the config puts into the backbone, checked.
+    """Return the checked configs of the modules that go into the backbone.
 
     Raises:
         KeyError: ``add_quac_config`` was not called.
-        ValueError: a value that cannot be; the message begins with its key.
+        ValueError: a value is wrong; the message begins with its key.
     """
     if "QUAC" not in cfg.MODEL:
         raise KeyError(
@@ -83,16 +83,16 @@ def configs_of(cfg: CfgNode) -> list[QuACConfig | PriorConfig]:
 
 
 def reads_quality(config: QuACConfig | PriorConfig) -> bool:
-    """Whether what a config puts in reads q, so that it is computed."""
+    """Return whether the modules of a config read q, so that q is computed."""
     return config.activation_class.needs_quality if isinstance(config, QuACConfig) else config.needs_quality
 
 
 def images_of(cfg: CfgNode, read: bool = True) -> dict[str, Any]:
-    """mean, std and channel_order of the images that the backbone gets, in the words of :class:`QuACConfig`.
+    """Return mean, std and channel_order of the backbone's images, as options of :class:`QuACConfig`.
 
     Args:
-        cfg: of a model.
-        read: whether a quality function sees the images.
+        cfg: the config of a model.
+        read: whether a quality function reads the images.
     """
     order = cfg.INPUT.FORMAT.lower()
     if read and order not in ("rgb", "bgr") and len(cfg.MODEL.PIXEL_MEAN) > 1:
@@ -104,7 +104,7 @@ def images_of(cfg: CfgNode, read: bool = True) -> dict[str, Any]:
 
 
 def in_unit_range(pixel_mean: Any, pixel_std: Any, order: str, keys: tuple[str, str]) -> dict[str, Any]:
-    """detectron2's pixels go to 255, the quality functions' to 1; ``keys`` name the two in errors."""
+    """Convert detectron2's mean and std, for pixels up to 255, to pixels up to 1; errors begin with ``keys``."""
     with named(keys[0]):
         mean = numbers("it", pixel_mean)
     with named(keys[1]):
@@ -116,7 +116,7 @@ def in_unit_range(pixel_mean: Any, pixel_std: Any, order: str, keys: tuple[str, 
 
 @add_reader
 def read_facts(model: nn.Module) -> dict[str, Any]:
-    """How a detector normalizes the images that its backbone is given."""
+    """Return mean and std with which a detector normalizes its backbone's images."""
     mean, std = (getattr(model, name, None) for name in ("pixel_mean", "pixel_std"))
     if not isinstance(mean, Tensor) or not isinstance(std, Tensor):
         return {}
@@ -124,7 +124,7 @@ def read_facts(model: nn.Module) -> dict[str, Any]:
 
 
 def patterns(value: Any) -> str | list[str]:
-    """One pattern, or several separated by commas (a regular expression keeps its own) or in a list."""
+    """Split patterns at commas, or take a list; a regular expression keeps its commas."""
     if not isinstance(value, str):
         return value
     parts = [value] if value.startswith("re:") else [part.strip() for part in value.split(",")]
@@ -132,7 +132,7 @@ def patterns(value: Any) -> str | list[str]:
 
 
 def head_patterns(where: Any) -> list[str]:
-    """Patterns of activations in ROI heads, checked."""
+    """Return checked patterns of activations in ROI heads."""
     wanted = pattern_list("where", where)
     for pattern in wanted:
         if pattern in ("auto", "last"):

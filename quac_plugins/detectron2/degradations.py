@@ -19,14 +19,14 @@ class CorruptImage(Augmentation):
     """Degrade an image by a corruption of ImageNet-C (Hendrycks and Dietterich, ICLR 2019); boxes and masks stay.
 
     Args:
-        corruptions: names or sets of :func:`quac_plugins.degradations.corruption_names`; of several one is drawn.
-        severities: 1 to 5, or several, one of which is drawn.
-        prob: share of images that are degraded.
-        channel_order: ``"bgr"`` or ``"rgb"``; in capitals too, as ``INPUT.FORMAT`` has it.
-        seed: with it, what is drawn depends on the image alone, for validation; without, on numpy's generator.
+        corruptions: names or sets of :func:`quac_plugins.degradations.corruption_names`; each image draws one.
+        severities: a severity from 1 to 5, or several; each image draws one.
+        prob: the share of images that are degraded.
+        channel_order: ``"bgr"`` or ``"rgb"``; capitals, as in ``INPUT.FORMAT``, too.
+        seed: an integer makes the draws functions of the image alone, for validation. None: numpy's generator draws.
 
     Raises:
-        ValueError: a name, a severity or a probability cannot be; the image is not uint8 (H, W, 3).
+        ValueError: a name, a severity or a probability is wrong; the image is not uint8 (H, W, 3).
 
     Example:
         >>> import numpy as np
@@ -54,7 +54,7 @@ class CorruptImage(Augmentation):
         self.prob, self.channel_order, self.seed = prob, channel_order.lower(), seed
 
     def get_transform(self, image: np.ndarray) -> Transform:
-        """What is drawn for this image."""
+        """Draw the degradation of an image, uint8 (H, W, 3), and return it as a transform."""
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"CorruptImage takes uint8 images (H, W, 3), got {image.dtype} {image.shape}")
         rng: Any = np.random

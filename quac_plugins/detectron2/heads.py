@@ -1,4 +1,4 @@
-"""Activations in the ROI heads: features there are one for each proposal, so each takes the q of its image."""
+"""Activations in the ROI heads: each row of features is a proposal and gets the q of the proposal's image."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ _REGEX = "re:"  # how a pattern that is a regular expression begins
 
 
 class Proposals:
-    """How many proposals of each image the latest pooling was of; each thread has its own.
+    """The numbers of proposals of each image in the latest pooling, for each thread.
 
     Args:
-        source: where the backbone's q is; it goes on with the images whose features are pooled.
+        source: the context with the backbone's q; it goes on with the images whose features are pooled.
     """
 
     def __init__(self, source: QualityContext) -> None:
@@ -52,11 +52,11 @@ class Proposals:
 
     @property
     def counts(self) -> list[int] | None:
-        """By image; None before any pooling."""
+        """Return the numbers of proposals by image; None before any pooling."""
         return getattr(self._local, "counts", None)
 
     def note(self, pooler: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Hook of a pooler, whose arguments are the backbone's features and one list of boxes for each image."""
+        """Note the proposals of a pooler's call: its arguments are features and one list of boxes for each image."""
         boxes = args[1] if len(args) > 1 else kwargs["box_lists"]
         self.source.go_on(args[0] if args else kwargs["x"])
         self._local.counts = [len(box_list) for box_list in boxes]
@@ -66,10 +66,10 @@ class ProposalTap(nn.Module):
     """Hands the images' q to a part of the ROI heads, a row for each proposal.
 
     Args:
-        source: where the backbone's q is.
-        context: where it goes, a row for each proposal.
-        proposals: of the poolers before.
-        layer: name of the part, for errors.
+        source: the context with the backbone's q.
+        context: the context that gets a row of q for each proposal.
+        proposals: the proposals of the poolers before.
+        layer: the name of the part, for errors.
     """
 
     def __init__(self, source: QualityContext, context: QualityContext, proposals: Proposals, layer: str):
@@ -77,15 +77,15 @@ class ProposalTap(nn.Module):
         self.source, self.context, self.proposals, self.layer = source, context, proposals, layer
 
     def forward(self, x: Any) -> Any:
-        """What it is given: a part that runs its children one after the other runs this one too."""
+        """Return x unchanged: a part that runs its children one after the other runs the tap too."""
         return x
 
     def observe(self, features: Tensor, instances: Any = None) -> None:
-        """Start a pass over features (N, C, H, W) of N proposals; ``instances`` are theirs, if the part is given them.
+        """Start a pass over features (N, C, H, W) of N proposals; ``instances``, if given, are the proposals.
 
         Raises:
-            QualityError: it cannot be told which image a proposal is of, as in a trace, which would keep the numbers of
-                proposals of the images it was made with.
+            QualityError: it cannot be told which image a proposal belongs to, as in a trace, which would keep the
+                numbers of proposals of its own images.
         """
         if is_traced():
             raise QualityError(
@@ -112,18 +112,18 @@ class ProposalTap(nn.Module):
 
 
 def proposal_pre_hook(part: Any, args: tuple, kwargs: dict) -> None:
-    """Show the tap what its part of the heads is given."""
+    """Show the tap the arguments of its part of the heads."""
     inputs = [*args, *kwargs.values()]
     part.quac_tap.observe(inputs[0], inputs[1] if len(inputs) > 1 else None)
 
 
 def proposal_hook(part: Any, args: tuple, output: Any) -> None:
-    """Tell recomputations which pass the part's output belongs to."""
+    """Mark the part's output with its pass, for recomputations."""
     part.quac_tap.context.mark(output, tap=True)
 
 
 class _Features(nn.Module):
-    """A part of the heads as a function of its features alone: mask and keypoint heads return losses or instances."""
+    """A part of the heads as a function from features to features, without losses and instances."""
 
     def __init__(self, part: nn.Module):
         super().__init__()
@@ -138,17 +138,17 @@ def inject_heads(model: nn.Module, where: str | list[str] = "all", config: QuACC
     """Put quality-adaptive activations into the ROI heads of a detector whose backbone holds QuAC, in place.
 
     Args:
-        model: with ``backbone`` and ``roi_heads``, as :class:`GeneralizedRCNN`; standard, cascade and C4 heads.
+        model: a model with ``backbone`` and ``roi_heads``, as :class:`GeneralizedRCNN`; standard, cascade and C4 heads.
         where: ``"all"``, ``"spatial"``, or patterns of names below ``roi_heads``, such as ``"box_head.*"`` or
             ``"re:box_head"``.
-        config: None: that of the backbone.
+        config: the config of the activations. None: the backbone's config.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: the heads hold QuAC already, the backbone holds none that computes q, the quality functions differ,
-            or nothing matches.
+        ValueError: the heads hold QuAC already; the backbone computes no q; the quality functions differ; or no
+            activation matches.
     """
     wanted = head_patterns(where)
     if any(isinstance(module, ProposalTap) for module in model.roi_heads.modules()):  # type: ignore[union-attr]
@@ -200,7 +200,7 @@ def _put_in(
 
 
 def _parts(heads: nn.Module) -> dict[str, nn.Module]:
-    """The modules of the heads that are called with pooled features; those of a cascade one by one."""
+    """Return the modules of the heads that take pooled features; a cascade's modules one by one."""
     parts: dict[str, nn.Module] = {}
     for name in ("res5", "box_head", "mask_head", "keypoint_head"):
         module = getattr(heads, name, None)
@@ -212,13 +212,13 @@ def _parts(heads: nn.Module) -> dict[str, nn.Module]:
 
 
 def _may_match(pattern: str, part: str) -> bool:
-    """Whether a pattern can mean an activation inside a part: only then need the part be traced."""
+    """Return whether a pattern can match an activation inside a part, which then needs a trace."""
     first = pattern.partition(".")[0]
     return pattern in PLACES or pattern.startswith(_REGEX) or fnmatch.fnmatchcase(part.partition(".")[0], first)
 
 
 def _example(heads: Any, name: str, part: nn.Module) -> Tensor:
-    """Features as the part is given them, of one proposal."""
+    """Return features of one proposal in the shape of the part's input."""
     pooler = getattr(heads, f"{name.partition('_')[0]}_pooler", None) or getattr(heads, "pooler", None)
     height, width = pooler.output_size if pooler is not None else (7, 7)
     kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
@@ -230,7 +230,7 @@ def _example(heads: Any, name: str, part: nn.Module) -> Tensor:
 
 
 def _sites(name: str, part: nn.Module, example: Tensor, wanted: list[str]) -> tuple[Trace, list[Site], list[Site]]:
-    """The trace of a part, its sites that are wanted, and all of them."""
+    """Return the trace of a part, its wanted sites, and all its sites."""
     whole = _Features(part)
     try:
         seen = trace(whole, example)
@@ -260,7 +260,7 @@ def _spatial(sites: list[Site], seen: Trace) -> list[Site]:
 
 @META_ARCH_REGISTRY.register()
 class QuACGeneralizedRCNN(GeneralizedRCNN):
-    """:class:`GeneralizedRCNN` whose ROI heads hold activations too, as ``MODEL.QUAC.HEADS`` says."""
+    """:class:`GeneralizedRCNN` with quality-adaptive activations in its ROI heads, chosen by ``MODEL.QUAC.HEADS``."""
 
     @configurable
     def __init__(self, *, quac_heads: str = "", **kwargs: Any):
@@ -271,6 +271,6 @@ class QuACGeneralizedRCNN(GeneralizedRCNN):
 
     @classmethod
     def from_config(cls, cfg: Any) -> dict[str, Any]:
-        """The arguments that a config gives."""
+        """Return the constructor's arguments from a config."""
         configs_of(cfg)  # before anything is built
         return {**super().from_config(cfg), "quac_heads": cfg.MODEL.QUAC.HEADS}

@@ -1,8 +1,8 @@
 """Activations for ``act_cfg``, which MMEngine builds without a number of channels.
 
-``dict(type="QACON", quality="brisque")`` builds a plan. As soon as it is put behind a layer whose width is plain
-(mmcv's ConvModule, a Sequential) it becomes the activation itself; otherwise when the whole model has been built, from
-what its calls show. Both is before an optimizer asks for parameters.
+``dict(type="QACON", quality="brisque")`` builds a plan. Behind a layer whose width is plain (mmcv's ConvModule, a
+Sequential) the plan becomes the activation at once; elsewhere when the whole model has been built, from a trace of its
+calls. Both happen before an optimizer asks for parameters.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ class PlannedActivation(nn.Module):
     """An activation that waits for its number of channels.
 
     Args:
-        activation: name of the activation.
-        host: config of the activation that is preserved.
-        inplace: taken and ignored, since mmcv gives it to every activation.
+        activation: the name of the activation.
+        host: the config of the host's activation, whose outputs are preserved.
+        inplace: ignored; mmcv gives it to every activation.
         **options: ``quality``, ``init``, ``norm`` (here ``"layer"``), ``reduction``, … of
             :class:`quac_plugins.QuACConfig`; ``channel_order="rgb"`` for pictures that are read as RGB.
 
     Raises:
-        ValueError, TypeError: an option is not known or cannot be.
+        TypeError: an option has a wrong type.
+        ValueError: an option is unknown, or its value is wrong.
     """
 
     def __init__(self, activation: str, host: Any = None, inplace: bool = False, **options: Any):
@@ -42,11 +43,11 @@ class PlannedActivation(nn.Module):
         self.host = host or {"type": "ReLU"}
 
     def build_host(self) -> nn.Module:
-        """The activation that is preserved."""
+        """Build the host's activation."""
         return MODELS.build(self.host)
 
     def sized(self, channels: int) -> ChannelActivation:
-        """The activation itself, of so many channels, with a context of its own until a model's tap takes it over."""
+        """Build the activation for ``channels``, with a context of its own until a model's tap takes it over."""
         config = self.config
         arguments: dict[str, Any] = {}
         if config.is_driven:
@@ -62,7 +63,7 @@ class PlannedActivation(nn.Module):
         return activation
 
     def forward(self, x: Tensor) -> Tensor:
-        """Raises RuntimeError: nobody has given it its channels."""
+        """Raise a RuntimeError: the activation has no channels yet."""
         raise RuntimeError(
             f"act_cfg=dict(type={type(self).__name__!r}): its number of channels is not known here. Build the model "
             "from a config (MODELS.build, Runner), or call quac_plugins.mmengine.finish(model) before its optimizer is "
@@ -70,12 +71,12 @@ class PlannedActivation(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """What it will be."""
+        """Return the activation and its options, for ``print(model)``."""
         return f"{self.config.activation}, quality={self.config.quality!r}, channels not known yet"
 
 
 def planned_config(activation: str, options: dict[str, Any]) -> QuACConfig:
-    """The options of an ``act_cfg`` as a config; ValueError names unknown ones."""
+    """Return the options of an ``act_cfg`` as a config; a ValueError names unknown ones."""
     known = ("quality", "init", "norm", "reduction", "quality_grad", "quality_channels", "expand_q", "channel_order")
     unknown = sorted(set(options) - set(known))
     if unknown:
@@ -84,7 +85,7 @@ def planned_config(activation: str, options: dict[str, Any]) -> QuACConfig:
 
 
 def plan_of(module: nn.Module) -> PlannedActivation | None:
-    """The plan that a module is, or that it was made from."""
+    """Return the plan that a module is, or from which it was made; None for other modules."""
     return module if isinstance(module, PlannedActivation) else getattr(module, PLAN, (None,))[0]
 
 
@@ -104,7 +105,7 @@ PLANNED = {cls.__name__: _type_of(name, cls.__name__) for name, cls in ACTIVATIO
 
 
 def _give_channels(parent: nn.Module, name: str, child: Any) -> nn.Module | None:
-    """Hook of torch, called whenever a module becomes a child: the plan becomes its activation, if widths agree."""
+    """Turn a plan into its activation if its layer's width is plain; torch calls this hook for each new child."""
     if not isinstance(child, PlannedActivation):
         return None
     order = getattr(parent, "order", ())  # of mmcv's ConvModule

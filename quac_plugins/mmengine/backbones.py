@@ -23,24 +23,24 @@ from quac_plugins.mmengine.finishing import note_order, tell_unfinished
 def build_quac_backbone(
     backbone: Any, quac: Any = None, prior: Any = None, pretrained: Any = None, input_size: Any = None
 ) -> nn.Module:
-    """``dict(type="QuACBackbone", backbone=dict(type="mmpretrain.ResNet", …), quac=dict(…), prior=dict(…))``.
+    """Build ``dict(type="QuACBackbone", backbone=dict(type="mmpretrain.ResNet", …), quac=dict(…), prior=dict(…))``.
 
     Args:
-        backbone: config of a registered backbone (or the backbone).
-        quac: options of :class:`quac_plugins.QuACConfig`, with ``norm="layer"`` unless they say otherwise: batches are
-            small in detection, and many hosts hold batch norms in eval mode. None puts no activations in. For pictures
-            that are read as RGB (CIFAR) say ``channel_order="rgb"``: MMCV's are BGR.
+        backbone: the config of a registered backbone, or the backbone.
+        quac: options of :class:`quac_plugins.QuACConfig`, with ``norm="layer"`` as default: batches are small in
+            detection, and many hosts hold batch norms in eval mode. None puts no activations in. MMCV reads pictures
+            as BGR; for pictures in RGB (CIFAR) give ``channel_order="rgb"``.
         prior: options of :class:`quac_plugins.PriorConfig`; None puts no prior in.
-        pretrained: handed on to the backbone: networks of mmseg give theirs to whatever backbone they hold.
-        input_size: (C, H, W) of the pictures, for a backbone that takes one size and does not say which (LeNet5: 1, 32,
+        pretrained: the backbone's argument; networks of mmseg give it to any backbone.
+        input_size: (C, H, W) of the pictures, for a backbone that takes one size and does not tell it (LeNet5: 1, 32,
             32).
 
     Returns:
-        The backbone itself, so that names of parameters, and with them checkpoints, stay what they are.
+        The backbone itself, so that names of parameters, and checkpoints, stay the same.
 
     Raises:
-        ValueError: an option is not known, a site is not there, or the backbone does not run on pictures of this size.
-            In a model that is built from a config the message begins with its path.
+        ValueError: an option is unknown, a site does not exist, or the backbone does not run on pictures of this size.
+            In a model that is built from a config the message begins with the option's path.
     """
     full = {"norm": "layer", **quac} if isinstance(quac, Mapping) else quac
     options = [(QuACConfig, full, quac, "quac"), (PriorConfig, prior, prior, "prior")]
@@ -48,7 +48,7 @@ def build_quac_backbone(
 
 
 def _built(backbone: Any, options: list[tuple[Any, Any, Any, str]], pretrained: Any, input_size: Any) -> nn.Module:
-    """A backbone with what options of these classes, as they are and as they were given below a key, say inside."""
+    """Build a backbone and inject it; ``options`` are tuples (class, options, options as given, key)."""
     check_input_size(input_size)
     configs = [(read_options(cls, full, key), raw, key) for cls, full, raw, key in options if raw is not None]
     if pretrained is not None and not isinstance(backbone, nn.Module):
@@ -76,15 +76,15 @@ def _built(backbone: Any, options: list[tuple[Any, Any, Any, str]], pretrained: 
 
 
 def build_quac_resnet(quac: Any = None, prior: Any = None, input_size: Any = None, **kwargs: Any) -> nn.Module:
-    """``dict(type="QuACResNet", depth=50, quac=dict(…))``: the ResNet of the config's scope, with QuAC inside.
+    """Build ``dict(type="QuACResNet", depth=50, quac=dict(…))``: the ResNet of the config's scope, with QuAC inside.
 
     Args:
-        quac, prior, input_size: as of :func:`build_quac_backbone`. With neither of the first, QuAC with its defaults.
-        **kwargs: of the ResNet.
+        quac, prior, input_size: as in :func:`build_quac_backbone`. Without quac and prior: QuAC with its defaults.
+        **kwargs: arguments of the ResNet.
 
     Raises:
-        ImportError: there is no default scope, and neither mmpretrain, mmseg nor mmdet is installed, or the first of
-            them that is cannot be imported (mmpretrain without mmcv or mmcv-lite).
+        ImportError: there is no default scope, and none of mmpretrain, mmseg and mmdet is installed, or the first
+            installed one cannot be imported (mmpretrain without mmcv or mmcv-lite).
     """
     scope = DefaultScope.get_current_instance()
     name = "ResNet"
@@ -104,11 +104,11 @@ def build_quac_resnet(quac: Any = None, prior: Any = None, input_size: Any = Non
 
 
 def build_prior_backbone(backbone: Any, pretrained: Any = None, input_size: Any = None, **options: Any) -> nn.Module:
-    """``dict(type="DegradationPrior", backbone=dict(…), site="auto", …)``: a frozen backbone with a degradation prior.
+    """Build ``dict(type="DegradationPrior", backbone=dict(…), site="auto", …)``: a frozen backbone with a prior.
 
     Args:
-        backbone, pretrained, input_size: as of :func:`build_quac_backbone`.
-        **options: of :class:`quac_plugins.PriorConfig`.
+        backbone, pretrained, input_size: as in :func:`build_quac_backbone`.
+        **options: options of :class:`quac_plugins.PriorConfig`.
     """
     return _built(backbone, [(PriorConfig, options, options, "")], pretrained, input_size)
 

@@ -1,4 +1,4 @@
-"""Where every model passes that MMEngine builds from a config: checked before, finished after.
+"""The wrapper of MMEngine's building of models: it checks a config before, and finishes the model after.
 
 Options of ours are checked before anything is built, sites when their backbone is there; an error begins with its path
 in the config. MMEngine has no place to hook into there, so ``Registry.build`` is wrapped. A config in new style (pure
@@ -31,7 +31,7 @@ _MARK = "_quac_looks_over"
 
 
 class _Building(threading.local):
-    """Whether this thread builds a model: it is looked over when all of it is there."""
+    """The state of a thread that builds a model, which is finished when all of it is built."""
 
     now = False
 
@@ -40,12 +40,12 @@ _building = _Building()
 
 
 def is_building() -> bool:
-    """Whether a model is being built that will be finished."""
+    """Return whether this thread builds a model that will be finished."""
     return _building.now
 
 
 def look_over_models() -> None:
-    """Let registries of models check and :func:`finish` what they build."""
+    """Let the registries of models check configs and :func:`finish` models."""
     if getattr(Registry.build, _MARK, False):
         return
     own_build = Registry.build
@@ -82,7 +82,7 @@ def look_over_models() -> None:
 
 
 def _finishing(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of a runner that is given a model it has just built, which is finished before."""
+    """Wrap a runner's method that takes a newly built model: the model is finished before."""
 
     @functools.wraps(method)
     def finishing(self: Any, *args: Any, **kwargs: Any) -> Any:

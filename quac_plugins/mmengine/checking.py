@@ -1,4 +1,4 @@
-"""Our options in a config, checked before anything is built; an error begins with the path of what is wrong."""
+"""Checks of this package's options in a config, before anything is built; an error begins with the option's path."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FUNCTIONS = ("build_quac_backbone", "build_quac_resnet", "build_prior_backbone"
 
 
 class SiteError(ValueError):
-    """What a backbone cannot do; ``options`` ask for it, ``key`` says where below the backbone."""
+    """A backbone cannot do what ``options`` ask for; ``key`` is the option's place below the backbone."""
 
     def __init__(self, key: str, options: Any, message: str):
         super().__init__(f"{key}: {message}")
@@ -28,7 +28,7 @@ class SiteError(ValueError):
 
 
 def walk(cfg: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Every dict in a config with its path, the outer ones first."""
+    """Yield every dict in a config with its path, outer dicts first."""
     if isinstance(cfg, Mapping):
         yield path, cfg
         parts = [(f"{path}.{key}", value) for key, value in cfg.items()]
@@ -41,7 +41,7 @@ def walk(cfg: Any, path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 
 def path_of(cfg: Any, options: Any, path: str) -> str | None:
-    """Where in a config the backbone of ours is that has these options; None if nowhere."""
+    """Return the path in a config of the QuAC backbone that has these options; None if there is none."""
     holders = [(at, part) for at, part in walk(cfg, path) if name_of(part) in HOLDERS]
     parts_of = [(at, [part.get("quac") or {}, part.get("prior"), _options_of_prior(part)]) for at, part in holders]
     same = [at for at, parts in parts_of if any(part is options for part in parts)]
@@ -50,14 +50,14 @@ def path_of(cfg: Any, options: Any, path: str) -> str | None:
 
 
 def name_of(cfg: Mapping[str, Any]) -> str:
-    """The name in the registry of what a config builds, without its scope; "" if it names nothing."""
+    """Return the registry's name of a config's ``type``, without its scope; "" without a type."""
     kind = cfg.get("type")
     name = kind.rpartition(".")[2] if isinstance(kind, str) else getattr(kind, "__name__", "")
     return dict(zip(_FUNCTIONS, HOLDERS, strict=True)).get(name, name)
 
 
 def options_in(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments that a config gives to what it builds."""
+    """Return the arguments in a config, without ``type``."""
     return {key: value for key, value in cfg.items() if key not in ("type", "_scope_")}
 
 
@@ -66,10 +66,10 @@ def _options_of_prior(cfg: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_config(cfg: Any, path: str) -> None:
-    """Look through a config for what is ours.
+    """Check every option of this package in a config.
 
     Raises:
-        ValueError: an option is not known, of another type, or cannot be; the message begins with its path.
+        ValueError: an option is unknown, or its type or value is wrong; the message begins with its path.
     """
     for at, part in walk(cfg, path):
         name = name_of(part)
@@ -80,7 +80,7 @@ def check_config(cfg: Any, path: str) -> None:
 
 
 def check_input_size(value: Any) -> None:
-    """ValueError unless it is None, or (C, H, W)."""
+    """Raise a ValueError unless the value is None or (C, H, W)."""
     if value is None:
         return
     if not isinstance(value, (tuple, list)) or len(value) != 3:

@@ -27,14 +27,14 @@ class CorruptImage:
     gives. Modified: ``img``. Added: ``corruption``, ``severity``.
 
     Args:
-        corruptions: names or sets of :func:`quac_plugins.degradations.corruption_names`; of several one is drawn.
-        severities: 1 to 5, or several, one of which is drawn.
-        prob: share of images that are degraded.
-        channel_order: of the image: ``"bgr"``, as MMCV reads it, or ``"rgb"``.
-        seed: with it, what is drawn depends on the image's name alone; without, on numpy's generator.
+        corruptions: names or sets of :func:`quac_plugins.degradations.corruption_names`; each image draws one.
+        severities: a severity from 1 to 5, or several; each image draws one.
+        prob: the share of images that are degraded.
+        channel_order: the order of the image, ``"bgr"`` (MMCV's) or ``"rgb"``.
+        seed: an integer makes the draws functions of the image's name alone. None: numpy's generator draws.
 
     Raises:
-        ValueError: a name or a severity is not known; the image is of another type.
+        ValueError: a name or a severity is unknown; the image is not uint8 (H, W, 3).
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class CorruptImage:
         self.prob, self.channel_order, self.seed = prob, channel_order, seed
 
     def __call__(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Degrade one image."""
+        """Degrade the image of ``results``, and return ``results``."""
         image = results["img"]
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             got = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
@@ -80,7 +80,7 @@ class CorruptImage:
         return name, severity, image_seed(int(rng.random() * 2**31), name, severity, key)
 
     def __repr__(self) -> str:
-        """The options."""
+        """Return the options."""
         return f"CorruptImage(corruptions={self.names}, severities={self.severities}, prob={self.prob})"
 
 
@@ -90,9 +90,9 @@ class CorruptedDataset(Dataset[Any]):
 
     Args:
         dataset: a dataset of MMEngine, or its config.
-        corruptions: as of :class:`CorruptImage`.
-        severities: likewise.
-        clean: the images without corruption as well.
+        corruptions: names or sets of corruptions, as in :class:`CorruptImage`; each is a condition.
+        severities: a severity from 1 to 5, or several; each is a condition.
+        clean: add the images without corruption.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class CorruptedDataset(Dataset[Any]):
 
     @property
     def metainfo(self) -> dict[str, Any]:
-        """That of the dataset."""
+        """Return the dataset's metainfo."""
         return copy.deepcopy(self.dataset.metainfo)
 
     def full_init(self) -> None:
@@ -125,7 +125,7 @@ class CorruptedDataset(Dataset[Any]):
         return len(self.dataset) * len(self.conditions)
 
     def get_data_info(self, idx: int) -> dict[str, Any]:
-        """The image's annotations with its condition."""
+        """Return the image's annotations with its condition."""
         condition, image = divmod(idx, len(self.dataset))
         name, severity = self.conditions[condition]
         return {**self.dataset.get_data_info(image), "corruption": name, "severity": severity}
@@ -136,18 +136,18 @@ class CorruptedDataset(Dataset[Any]):
 
 @METRICS.register_module(force=True)
 class CorruptionAccuracy(BaseMetric):
-    """Top-1 in percent for each corruption and severity, clean, and the mean over corruptions.
+    """The metric top-1 in percent: for each corruption and severity, for clean images, and the mean of corruptions.
 
     The data samples carry ``corruption`` and ``severity``: name them in ``meta_keys`` of ``PackInputs``.
 
     Raises:
-        KeyError: they do not.
+        KeyError: the data samples carry no ``corruption`` or ``severity``.
     """
 
     default_prefix = "corruption"
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
-        """Note which images of a batch were right."""
+        """Note which predictions of a batch are right."""
         for sample in data_samples:
             if "corruption" not in sample:
                 raise KeyError(
@@ -159,7 +159,7 @@ class CorruptionAccuracy(BaseMetric):
             self.results.append((sample["corruption"], int(sample["severity"]), right))
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
-        """``clean``, ``fog/3``, … and ``mean``."""
+        """Return ``clean``, ``fog/3``, … and ``mean``, in percent."""
         counts: dict[tuple[str, int], list[bool]] = defaultdict(list)
         for name, severity, right in results:
             counts[name, severity].append(right)

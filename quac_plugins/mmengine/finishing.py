@@ -1,4 +1,4 @@
-"""What is done to a model once all of it has been built: activations get their channels, taps their normalization."""
+"""The finish of a built model: planned activations get their channels, and taps their normalization."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _FINISHED = "_quac_finished"  # attribute of an activation out of tracing's reac
 def finish(model: nn.Module) -> nn.Module:
     """Give planned activations their channels and one tap, and every tap the normalization of the data preprocessor.
 
-    Called for every model that is built from a config; call it yourself, before the optimizer is built, on a model that
-    you put together by hand. A second call finds nothing left to do.
+    MMEngine calls this function for every model that it builds from a config. Call it yourself, before the optimizer is
+    built, on a model that you put together by hand. A second call changes nothing.
 
     Args:
-        model: in place. Without plans or QuAC inside it is left as it is.
+        model: the model, changed in place. A model without plans or QuAC inside stays unchanged.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: two plans differ, or a plan's quality function is not that of the tap which is there.
+        ValueError: two plans differ, or a plan's quality function is not the existing tap's.
     """
     for module in model.modules():
         remove_hooks(module, tell_unfinished)
@@ -56,7 +56,7 @@ def finish(model: nn.Module) -> nn.Module:
 
 
 def tell_unfinished(backbone: nn.Module, args: Any) -> None:
-    """Hook of a backbone that was built where no model is finished: say so once, if its images are not known."""
+    """Warn once that a backbone, built without a model, does not know its images; a hook of its first call."""
     remove_hooks(backbone, tell_unfinished)
     if any(isinstance(module, QualityTap) and module.mean is None for module in backbone.modules()):
         warnings.warn(
@@ -121,7 +121,7 @@ def _carry_out(model: nn.Module, plans: dict[str, PlannedActivation]) -> None:
 def _like_the_tap(
     model: nn.Module, inside: nn.Module, seen: Trace, config: QuACConfig, quality: QualityFunction, name: str
 ) -> QuACConfig:
-    """The config with the normalization of the tap that is there already, so that it serves both."""
+    """Return the config with the normalization of the existing tap, so that one tap serves both."""
     if seen.tap is None:
         raise RuntimeError(f"no layer of {type(inside).__name__} is called with the image itself")
     layer = inside.get_submodule(seen.tap)
@@ -142,7 +142,7 @@ def _name_of(model: nn.Module, module: nn.Module) -> str | None:
 
 
 def _traced(model: nn.Module) -> tuple[nn.Module, Trace]:
-    """The model, or its backbone where the model itself takes more than images, and its trace."""
+    """Return the model, or its backbone if the model takes more than images, and the trace."""
     backbone = getattr(model, "backbone", None)
     candidates = [model, *([backbone] if isinstance(backbone, nn.Module) else [])]
     for inside in candidates:
@@ -156,7 +156,7 @@ def _traced(model: nn.Module) -> tuple[nn.Module, Trace]:
 
 @add_reader
 def read_facts(model: nn.Module) -> dict[str, Any]:
-    """The one size of images that a network says it takes, and how its data preprocessor normalizes them."""
+    """Return the image size of a network that takes one size, and its data preprocessor's mean and std."""
     known: dict[str, Any] = {}
     if not isinstance(model, BaseModule):
         return known
@@ -174,14 +174,14 @@ def read_facts(model: nn.Module) -> dict[str, Any]:
 
 
 def note_order(model: nn.Module, order: str) -> None:
-    """An order of channels that the config names goes before what the data preprocessor lets guess."""
+    """Note a config's order of channels, which counts before the data preprocessor's."""
     setattr(model, GIVEN_ORDER, order)
     for tap in (module for module in model.modules() if isinstance(module, QualityTap)):
         setattr(tap, GIVEN_ORDER, order)
 
 
 def _adopt(model: nn.Module, preprocessor: nn.Module) -> None:
-    """Taps that know no normalization take the preprocessor's, and what holds them remembers it."""
+    """Give the preprocessor's normalization to taps without one, and write it into their record."""
     values = normalization_of(preprocessor)
     layers = [(layer, name) for layer in model.modules() for name in TAP_HOOKS if name in layer._modules]
     for layer, name in layers:

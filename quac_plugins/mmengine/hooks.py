@@ -25,19 +25,19 @@ _OF_DATA, _OF_RECIPE = ({field.name for field in fields(kind)} for kind in (Data
 @HOOKS.register_module(force=True)
 @renamed(severity="severities", images="data")
 class FitPriorHook(Hook):
-    """Fit the degradation prior of a model on a few photographs, once its weights are loaded and before it runs.
+    """Fit the degradation prior of a model on a few photographs, after its weights are loaded and before it runs.
 
-    Labels are not needed, and the host's own weights stay as they are.
+    The fit needs no labels, and the host's own weights stay unchanged.
 
     Args:
-        data: folder of clean photographs, or what else :func:`quac_plugins.fit_prior` takes.
-        limit: at most so many of them.
-        refit: also where the weights that were loaded bring a fitted prior.
-        **options: of :func:`quac_plugins.fit_prior`: ``corruptions``, ``severities``, ``steps``, ``seed``, …
+        data: a folder of clean photographs, or any other ``data`` of :func:`quac_plugins.fit_prior`.
+        limit: the largest number of photographs.
+        refit: fit again a prior that the loaded weights have fitted already.
+        **options: options of :func:`quac_plugins.fit_prior`: ``corruptions``, ``severities``, ``steps``, ``seed``, …
 
     Raises:
-        ValueError: an option is not known or cannot be, at once; the model holds no prior.
-        FileNotFoundError: there is no such folder.
+        ValueError: at once, an option is unknown or wrong; later, the model holds no prior.
+        FileNotFoundError: the folder does not exist.
     """
 
     priority = "VERY_LOW"  # after checkpoints and their kin
@@ -85,7 +85,7 @@ class FitPriorHook(Hook):
 
 
 def _holder(model: nn.Module) -> nn.Module:
-    """The module of a model that the prior was put into."""
+    """Return the module of a model that holds the prior."""
     for module in model.modules():
         record = injection_of(module) if "_quac_injection" in module.__dict__ else None
         if record is not None and record.prior is not None:

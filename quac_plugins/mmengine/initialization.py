@@ -1,6 +1,6 @@
-"""MMEngine initializes a whole model when training begins, by the classes of its layers: what was put in keeps its own.
+"""MMEngine's initialization of a whole model at the start of a training: injected modules keep their own values.
 
-A driver's layers and a prior's are convolutions too; drawn anew, a preserved network would be preserved no longer.
+Layers of drivers and priors are convolutions too; with new values, a preserved network would no longer be preserved.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MARK = "_quac_keeps_what_was_put_in"
 
 
 class _Running(threading.local):
-    """What the initialization that this thread runs has to put back: pairs of a tensor and its values."""
+    """The tensors, with their values, that this thread's initialization has to restore."""
 
     kept: list[list[Tensor]] | None = None
 
@@ -29,7 +29,7 @@ _running = _Running()
 
 
 def keep_what_was_put_in() -> None:
-    """Let ``init_weights`` leave alone what was put into a model, unless a checkpoint brings it."""
+    """Let ``init_weights`` leave injected tensors unchanged, unless a checkpoint brings them."""
     if getattr(BaseModule.init_weights, _MARK, False):
         return
     initialize, load = BaseModule.init_weights, PretrainedInit.__call__
@@ -62,7 +62,7 @@ def keep_what_was_put_in() -> None:
 
 
 def put_in(model: nn.Module) -> list[Tensor]:
-    """Every tensor that was put into a model, by injection or by ``act_cfg``."""
+    """Return every tensor that an injection or an ``act_cfg`` put into a model."""
     holders = [module for module in model.modules() if "_quac_injection" in module.__dict__]
     planned = [module for module in model.modules() if plan_of(module) is not None]
     injected = [tensor for holder in holders for tensor in adapter_state(holder).values()]

@@ -1,4 +1,4 @@
-"""mmpretrain's language models are left out where the transformers that is installed is too new for them.
+"""Importing mmpretrain without its language models, where the installed transformers is too new for them.
 
 To build one model mmpretrain imports all that it has, and its language models import names that transformers 4.50 took
 away, while pyiqa wants transformers 5. A backbone needs neither, so it shall not fail for them.
@@ -16,13 +16,13 @@ _LANGUAGE_MODELS = "mmpretrain.models.multimodal"
 
 
 def leave_out_broken_language_models() -> None:
-    """Let mmpretrain's other models be imported, whoever asks for them, when its language models cannot be."""
+    """Let imports of mmpretrain succeed, without its language models, where those fail."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
 
 class _Finder:
-    """Finds one package, and loads it with forbearance."""
+    """A finder of one package, whose loader tolerates failures."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, path, target) if name == _LANGUAGE_MODELS else None
@@ -47,7 +47,7 @@ class _Loader(SourceFileLoader):
 
 
 def _version(package: str) -> str:
-    """The version of a package; "?" where it is not here, or here under another name, as forks are."""
+    """Return the version of a package; "?" if it is missing, or installed under a fork's name."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""What a data preprocessor does to images: undone before the quality function, its padding left out."""
+"""The work of a data preprocessor: its normalization is undone for the quality function, its padding left out."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _TURNED_TO_BGR = "_quac_turned_to_bgr"
 
 
 def prepares_images(preprocessor: Any) -> bool:
-    """Whether it says how it normalizes: MMEngine's plainest one only moves data, which a pipeline has normalized."""
+    """Return whether a preprocessor normalizes images; MMEngine's plainest one only moves data."""
     return isinstance(preprocessor, nn.Module) and hasattr(preprocessor, "_enable_normalize")
 
 
 def note_config(built: Any, cfg: Any) -> None:
-    """Remember what a preprocessor itself forgets: whether it turned the channels to BGR or to RGB."""
+    """Remember whether a preprocessor turns the channels to BGR or to RGB, which it does not keep itself."""
     if prepares_images(built) and isinstance(cfg, Mapping) and cfg.get("rgb_to_bgr"):
         setattr(built, _TURNED_TO_BGR, True)
 
 
 def normalization_of(preprocessor: nn.Module) -> dict[str, Any]:
-    """mean, std and channel_order of the images it gives out, in the words of :class:`quac_plugins.QuACConfig`."""
+    """Return mean, std and channel_order of a preprocessor's images, as options of :class:`quac_plugins.QuACConfig`."""
     mean, std = getattr(preprocessor, "mean", None), getattr(preprocessor, "std", None)
     if isinstance(mean, Tensor) and isinstance(std, Tensor) and preprocessor._enable_normalize:
         means, stds = mean.flatten().tolist(), std.flatten().tolist()
@@ -37,13 +37,13 @@ def normalization_of(preprocessor: nn.Module) -> dict[str, Any]:
 
 
 def listen_to(preprocessor: nn.Module) -> None:
-    """Let a preprocessor note how large the images in its batches are without padding."""
+    """Let a preprocessor note the sizes of the images in its batches without padding."""
     if note_batch not in preprocessor._forward_hooks.values():
         preprocessor.register_forward_hook(note_batch, with_kwargs=True)
 
 
 def note_batch(preprocessor: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-    """Hook: the sizes of the images that came in; where they were resized here, those of the data samples."""
+    """Note the sizes of the incoming images, or of the data samples if the preprocessor resizes; a hook."""
     data = args[0] if args else kwargs.get("data")
     images = output.get("inputs") if isinstance(output, dict) else None
     if not isinstance(images, Tensor) or images.ndim != 4 or not isinstance(data, dict):

@@ -12,13 +12,13 @@ from quac_plugins.core.quality.registry import resolve_quality
 
 @MODELS.register_module(name="QuACQuality", force=True)
 class Quality(nn.Module):
-    """``dict(type="QuACQuality", name="brisque")``: a quality function on its own.
+    """A quality function as a model, ``dict(type="QuACQuality", name="brisque")``.
 
     Args:
-        name: of :func:`quac_plugins.quality_names`.
+        name: a name of :func:`quac_plugins.quality_names`.
 
     Raises:
-        ValueError: there is no such quality function.
+        ValueError: no quality function has the name.
 
     Example:
         >>> import torch
@@ -32,7 +32,7 @@ class Quality(nn.Module):
         self.out_channels = self.quality.channels
 
     def forward(self, images: Tensor) -> Tensor:
-        """RGB (B, 3, H, W) in [0, 1] → (B, Q)."""
+        """Compute q (B, Q) of images (B, 3, H, W), RGB in [0, 1]."""
         return self.quality(images)
 
 
