@@ -49,7 +49,7 @@ from quac_plugins.timm_features import whole_network
 
 _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 OPTIONS = ("activation", "where", "quality", "init", "norm", "reduction")
-PRIOR_OPTIONS = ("site", "fdm", "fdm_width", "fdm_act", "experts", "top_k", "freeze")
+PRIOR_OPTIONS = ("site", "fdm", "fdm_width", "fdm_act", "experts", "margins", "top_k", "freeze")
 
 # timm's register_model reads the pretrained configs of a name here, in the module of its entrypoint
 default_cfgs: dict[str, Any] = {}
@@ -91,8 +91,9 @@ def create_quac(
         pretrained_cfg, pretrained_cfg_overlay, cache_dir, pretrained_model_args: as in ``timm.create_model``.
         **kwargs: for QuAC ``activation``, ``where``, ``quality``, ``init``, ``norm``, ``reduction`` (see
             :class:`quac_plugins.QuACConfig`); for a prior ``site``, ``fdm``, ``fdm_width``, ``fdm_act``, ``experts``,
-            ``top_k``, ``freeze`` and ``quality`` (see :class:`quac_plugins.PriorConfig`), or ``prior_quality`` where
-            its quality function is another one than that of QuAC; everything else goes to the base. With
+            ``margins``, ``top_k``, ``freeze`` and ``quality`` (see :class:`quac_plugins.PriorConfig`), or
+            ``prior_quality`` where its quality function is another one than that of QuAC; everything else goes to the
+            base. With
             ``features_only=True`` the rules of ``where`` and ``site`` mean the places that they mean in the whole
             network, as far as the features lead past them; names are those of the network of features.
 

@@ -127,6 +127,14 @@ def test_several_corruptions_are_routed(start, images, weights, tmp_path):
     assert json.loads((tmp_path / "c" / FILES[0]).read_text())["prior"]["config"]["experts"] == []
 
 
+def test_a_budget_pays_for_modules_beside_margins(start, tmp_path):
+    done = start("fit-prior", "test_resnet_ddp", "--corruptions", "contrast", "--budget", 0.5)
+    assert done.exit_code == 0, done.output
+    assert "budget 0.5: margins, and light FDMs of width" in done.stdout
+    prior = json.loads((tmp_path / "adapter" / FILES[0]).read_text())["prior"]["config"]
+    assert (prior["fdm"], prior["site"], prior["margins"]) == ("light", "stages", True)
+
+
 def test_options_reach_the_fit(start, images, weights, tmp_path):
     done = start(
         *("fit-prior", "test_resnet", "--corruptions", "contrast", "--fdm", "ncrf", "--fdm-act", "gelu", "--limit", 3),
@@ -247,6 +255,7 @@ def test_unreadable_images_show_in_the_exit_code(start, images, tmp_path):
         (["--num-classes", 5], "do not fit test_resnet"),
         (["--adapter", "none/there/at-all"], "no adapter"),
         (["--held-out", 0], "held_out must be above 0"),
+        (["--budget", 0.5, "--fdm", "dense"], "--budget chooses the modules"),
         (["--model-kwargs", "colour=red"], "colour"),
     ],
 )

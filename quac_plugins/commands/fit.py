@@ -17,6 +17,7 @@ import typer
 
 from quac_plugins.commands import console
 from quac_plugins.commands.fit_network import build_network, labelled_files
+from quac_plugins.core.naming import split_name
 from quac_plugins.parsing import key_values, numbers
 
 if TYPE_CHECKING:
@@ -134,6 +135,10 @@ def fit_prior_command(
         ),
     ] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Modules that an image is sent to, if routed.")] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(min=0, help="Share of the network's multiply-adds for modules beside margins, such as 0.13."),
+    ] = None,
 ) -> None:
     """Fit a degradation prior inside a frozen network on a few photographs, and save it as an adapter.
 
@@ -152,7 +157,16 @@ def fit_prior_command(
     data = _data(shared)
     if routed or (routed is None and len(data.names) > 1):
         prior["experts"] = data.names
-    _fit("fit_prior", _network(shared, {"prior"}, prior=prior, said=said), data, shared)
+    if not budget:
+        _fit("fit_prior", _network(shared, {"prior"}, prior=prior, said=said), data, shared)
+        return
+    if "fdm" not in prior or other:
+        raise ValueError("--budget chooses the modules: leave --site, --fdm, --fdm-act and --top-k out")
+    if "_ddp" in split_name(shared.model)[1]:
+        shared.model = shared.model.replace("_ddp", "", 1)  # the fit puts in what it chooses
+    from quac_plugins import PriorConfig
+
+    _fit("fit_prior", _network(shared, set(), said=said), data, shared, budget=budget, config=PriorConfig(**prior))
 
 
 @_command

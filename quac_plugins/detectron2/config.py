@@ -14,7 +14,7 @@ from quac_plugins.core.options import named, numbers, pattern_list, read_options
 
 KEY, PRIOR_KEY, TIMM_KEY = "MODEL.QUAC", "MODEL.QUAC.PRIOR", "MODEL.QUAC.TIMM"
 _QUAC = ("ACTIVATION", "WHERE", "QUALITY", "INIT", "NORM", "REDUCTION")
-_PRIOR = ("SITE", "FDM", "FDM_WIDTH", "FDM_ACT", "EXPERTS", "TOP_K", "QUALITY", "FREEZE")
+_PRIOR = ("SITE", "FDM", "FDM_WIDTH", "FDM_ACT", "EXPERTS", "MARGINS", "TOP_K", "QUALITY", "FREEZE")
 
 
 def add_quac_config(cfg: CfgNode) -> None:

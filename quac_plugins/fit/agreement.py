@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from quac_plugins.core.host.facts import facts_of
 from quac_plugins.core.quality.degradation import CLEAN
+from quac_plugins.fit.budget import multiply_adds_of
 from quac_plugins.fit.gate import Drawn
 from quac_plugins.fit.session import FitSession
 
@@ -60,15 +61,9 @@ def logits_of(session: FitSession, network: nn.Module, pictures: np.ndarray) -> 
 
 def multiply_adds(session: FitSession) -> float | None:
     """Multiply-adds of what was put in over the host's, for one image (torch's counter)."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     image = session.images(np.zeros((1, *session.photographs.size, 3), dtype=np.uint8))
-    counts = []
     try:
-        for network in (session.model, session.teacher):
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                network(image)
-            counts.append(counter.get_total_flops())
+        counts = [multiply_adds_of(network, image) for network in (session.model, session.teacher)]
     except Exception:  # operations that it does not know; a finished fit is not to be lost over it
         return None
     return counts[0] / counts[1] - 1 if counts[1] else None

@@ -22,10 +22,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from quac_plugins.core.prior.margins import SEVERITIES, Margin, spread
+from quac_plugins.core.prior.comparison import Pictures
+from quac_plugins.core.prior.fdm import FDM
+from quac_plugins.core.prior.margins import SEVERITIES, Margin, margins_inside, spread
 from quac_plugins.core.prior.matching import match
 from quac_plugins.degradations import GROUPS
 from quac_plugins.fit.confidence import set_confidence
+from quac_plugins.fit.draws import Draws
 from quac_plugins.fit.photographs import digest_of
 from quac_plugins.fit.session import FitSession
 from quac_plugins.fit.training import Fit, run_stage
@@ -34,7 +37,7 @@ STATISTICS = "statistics"
 _ENOUGH = 32  # pictures of each degradation that statistics are taken of, where there are fewer photographs
 _MOST_VIEWS = 4
 _TOLD = 0.6  # share of the steps in which the margins are told the degradation
-_CLEAN = 0.1  # share of clean pictures
+CLEAN = 0.1  # share of clean pictures
 _MIDDLE = 3.0  # severity of degradations that have none
 
 
@@ -43,22 +46,22 @@ def fit_margins(
     modules: dict[str, nn.Module],
     parameters: dict[str, nn.Parameter],
     experts: list[str],
-    per_view: int,
+    draws: Draws,
+    pictures: Pictures,
 ) -> None:
-    """Fit the margins of these degradations, those of others staying as they are.
+    """Fit the margins of these degradations, those of others staying as they are, and the FDMs that they are in.
 
     Args:
         session: open.
-        modules: the margins by site.
-        parameters: of the margins, by name.
+        modules: the margins by site, and the FDMs.
+        parameters: what is fitted of them, by name.
         experts: names of all margins, in their order; empty: there is a single one.
-        per_view: degraded pictures of each view and degradation.
+        draws: of the photographs: what they went through.
+        pictures: these, split.
     """
-    photographs, recipe, keep = session.photographs, session.recipe, session.keep
-    kinds, clean_share = photographs.data.kinds, photographs.data.clean_share
+    recipe, keep, kinds = session.recipe, session.keep, session.photographs.data.kinds
     margins = [module for module in modules.values() if isinstance(module, Margin)]
-    draws = photographs.draws(kinds, _CLEAN if clean_share is None else clean_share, per_view)
-    pictures = photographs.split(draws)
+    inner = [margin for module in modules.values() for margin in margins_inside(module)]
     of = f"{digest_of(pictures)} {kinds}" if keep.folder is not None else ""
     start = session.processes.of_main(lambda: keep.load(STATISTICS, of))
     if start is None:
@@ -90,22 +93,25 @@ def fit_margins(
         finally:
             mixture.given = None
 
-    tables = [margin.table for margin in margins]
+    tables = [margin.table for margin in (*margins, *inner)]
     shared = _shared(kinds, experts, mixture.kept) if mixture is not None else torch.ones(1, 0)
     fitted = shared.any(dim=1) if mixture is not None else torch.ones(1, dtype=torch.bool)
     rows = torch.cat([fitted, torch.ones(shared.shape[1], dtype=torch.bool)])
     column = rows.to(session.device)[:, None]
     hooks = [table.register_hook(lambda gradient: gradient * column) for table in tables]
     try:
-        for margin in margins:
+        for margin in (*margins, *inner):
             sums = _Sums(shared.to(margin.table), fitted.to(session.device))
             parametrize.register_parametrization(margin, "table", sums, unsafe=True)
-        fit = Fit(session.compare(pictures, during=told), parameters, session.processes, scaled=tables, rows=rows)
+        scaled: dict[nn.Parameter, Tensor | None] = dict.fromkeys(tables, rows)
+        for fdm in (module for module in modules.values() if isinstance(module, FDM) and module not in margins):
+            scaled |= {p: None for p in fdm.body[-1].parameters(False) if any(p is q for q in parameters.values())}
+        fit = Fit(session.compare(pictures, during=told), parameters, session.processes, scaled)
         run_stage(session, "margins", fit)
     finally:
         for hook in hooks:
             hook.remove()
-        for margin in margins:
+        for margin in (*margins, *inner):
             if parametrize.is_parametrized(margin, "table"):
                 parametrize.remove_parametrizations(margin, "table")
     confidence = set_confidence(session, margins[-1], pictures, shares)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,15 @@ from quac_plugins.core.prior.config import PriorConfig
 from quac_plugins.core.prior.fdm import FDM, resolve_fdm
 from quac_plugins.core.prior.features import channel_statistics
 from quac_plugins.core.prior.margins import Margin
-from quac_plugins.core.prior.recipe import MARGINS, Recipe
+from quac_plugins.core.prior.recipe import MARGINS, WITH_MARGINS, Recipe
 from quac_plugins.core.prior.routed import RoutedFDM
 from quac_plugins.core.prior.sites import PriorSite
 from quac_plugins.degradations import SEVERITIES, corruption_names
 from quac_plugins.fit.agreement import agreement, multiply_adds
+from quac_plugins.fit.budget import within_budget
 from quac_plugins.fit.data import data_with
 from quac_plugins.fit.gate import fit_gate, judge_gate, judged_pictures, routed_of, set_gate
-from quac_plugins.fit.margins import fit_margins
+from quac_plugins.fit.margins import CLEAN, fit_margins
 from quac_plugins.fit.photographs import Photographs
 from quac_plugins.fit.report import FitReport
 from quac_plugins.fit.session import FitSession, check_fit, parameters_of, unharmed
@@ -47,6 +48,7 @@ def fit_prior(
     data: Any = None,
     *,
     config: PriorConfig | None = None,
+    budget: float = 0.0,
     deep: str | Sequence[str] | None = "stages",
     recipe: Recipe | None = None,
     device: str | torch.device | None = None,
@@ -67,6 +69,8 @@ def fit_prior(
         data: clean photographs: a folder, files, arrays, PIL images, tensors in [0, 1], or a Dataset of these; or a
             :class:`quac_plugins.fit.Data`.
         config: what to inject into a plain host. None: margins, chosen by quality if there are several degradations.
+        budget: multiply-adds that the prior may add, over the host's: with 0.13, at most 13 %. It pays for FDMs beside
+            the margins, which need none; the report says which were chosen.
         deep: places whose features are compared in the second part of the fit: ``"stages"`` (for margins, also a
             norm after the last of them), names, or None.
         recipe: steps, learning rate, ….
@@ -98,14 +102,15 @@ def fit_prior(
     data, settings = data_with(data, settings)
     network = unwrap(model)
     inside = getattr(injection_of(network), "prior", None)
-    if inside is not None and config is not None:
-        raise ValueError("the model holds a prior already; leave config out, or remove(model) first")
+    if inside is not None and (config is not None or budget):
+        what = "config" if config is not None else "budget"
+        raise ValueError(f"the model holds a prior already; leave {what} out, or remove(model) first")
     if config is None and inside is None:
         several = data.pairs is None and len(data.kinds) > 1
         config = PriorConfig(fdm="margin", experts=data.kinds if several else [])
     planned = inside.config if inside is not None else config
     assert planned is not None
-    experts, margins = planned.experts, issubclass(resolve_fdm(planned.fdm), Margin)
+    experts, margins = planned.experts, planned.margins or issubclass(resolve_fdm(planned.fdm), Margin)
     if data.severities is None and margins:
         data = replace(data, severities=SEVERITIES)
     if data.corruptions is None and data.pairs is None and data.degrade is None and experts:
@@ -125,8 +130,12 @@ def fit_prior(
             photographs = Photographs(network, data, planned, _OF_MARGINS, _VIEWS, scales=_SCALES, held_out=0.1)
         else:
             photographs = Photographs(network, data, planned, _PICTURES, _VIEWS)
+        chosen = ""
+        if budget:
+            planned, chosen = within_budget(network, planned, budget, photographs.size)
         if recipe is None and margins:  # without features there are the logits alone
-            recipe = MARGINS if deep is not None else replace(MARGINS, logits_weight=1.0)
+            recipe = WITH_MARGINS if planned.margins else MARGINS
+            recipe = recipe if deep is not None else replace(recipe, logits_weight=1.0)
         session = FitSession(network, photographs, recipe, settings, device, processes)
         if experts and set(data.kinds) - set(experts):
             raise ValueError(
@@ -137,7 +146,7 @@ def fit_prior(
         if inside is None:
             session.put_in(planned)
         report = _fit(session, experts, margins, deep=deep, checkpoint=checkpoint, progress=progress)
-    report.seconds = round(time.perf_counter() - started, 1)
+    report.seconds, report.chosen = round(time.perf_counter() - started, 1), chosen
     for fault in report.gate.warnings() if report.gate is not None else ():
         warnings.warn(fault, stacklevel=2)
     return report
@@ -153,12 +162,16 @@ def _fit(session: FitSession, experts: list[str], margins: bool, **opened: Any) 
     everywhere = {site.name: inside[f"{site.name}.{PRIOR_NAME}"] for site in prior.sites}
     sites = _supported(prior.sites, everywhere, session)
     modules = {site.name: everywhere[site.name] for site in sites}
-    # the gate of margins is calibrated, not trained: it would give clean pictures away
-    of = "table" if margins else ""
-    pooled = prior.sites[-1].name if margins and opened["deep"] == "stages" else None
+    of_margins = [name for name, module in modules.items() if isinstance(module, Margin)]
+    pooled = of_margins[-1] if margins and opened["deep"] == "stages" else None
     if pooled is not None:
         opened["deep"] = ["stages", pooled]
-    fitted = parameters_of(session.model, [f"{name}.{PRIOR_NAME}.{of}" for name in modules])
+    # the gate of margins is calibrated, not trained: it would give clean pictures away
+    fitted = parameters_of(
+        session.model, [f"{name}.{PRIOR_NAME}.{'table' if name in of_margins else ''}" for name in modules]
+    )
+    if margins and set(experts) - set(kinds) and not _all_fresh(modules.values()):
+        fitted = {name: p for name, p in fitted.items() if name.endswith(".table")}  # FDMs are those of others too
     opened |= {"after": None if margins else prior.sites[0], "clean_share": data.clean_share}
     with session.open("prior", fitted, list(modules), **opened) as report:
         if pooled is not None and session.deeper[-1].name != pooled:  # it is inside the last stage
@@ -169,7 +182,11 @@ def _fit(session: FitSession, experts: list[str], margins: bool, **opened: Any) 
         if experts and margins:
             set_gate(modules, of_main(lambda: fit_gate(session, modules, known, experts)))
         if margins:
-            fit_margins(session, modules, fitted, experts, photographs.per_view(_OF_MARGINS))
+            share = CLEAN if data.clean_share is None else data.clean_share
+            draws = photographs.draws(kinds, share, photographs.per_view(_OF_MARGINS))
+            pictures = photographs.split(draws)
+            standardize(session, sites, list(modules.values()), pictures)
+            fit_margins(session, modules, fitted, experts, draws, pictures)
         elif experts:
             _fit_experts(session, sites, modules, experts)
             set_gate(modules, of_main(lambda: fit_gate(session, modules, known, experts)))
@@ -208,13 +225,14 @@ def _known_experts(session: FitSession, modules: dict[str, nn.Module], experts: 
 def _supported(sites: list[PriorSite], modules: dict[str, nn.Module], session: FitSession) -> list[PriorSite]:
     """The first site, and the later ones that the images give enough examples of, or that are fitted already."""
     images = len(session.photographs.train)
+    first = next((site for site in sites if not isinstance(modules[site.name], Margin)), None)
     return [
         site
-        for place, site in enumerate(sites)
-        if not place
+        for site in sites
+        if site is first
         or isinstance(modules[site.name], Margin)
         or site.positions(session.photographs.size) * images >= session.recipe.least_positions
-        or not all(inner.is_fresh for inner in _inside([modules[site.name]]))
+        or not _all_fresh([modules[site.name]])
     ]
 
 
@@ -226,20 +244,25 @@ def _fit_of(session: FitSession, sites: Any, parameters: Any, pictures: Pictures
     alone = isinstance(first, FDM) and not first.reads_quality and record is not None and record.config is None
     grid, stride = sites[0].grid, max(sites[0].stride, 1)
     alone = alone and grid in (None, tuple(round(side / stride) for side in session.photographs.size))
-    scaled = [p for m in _inside(modules) for p in m.body[-1].parameters()]
+    scaled = {p: None for m in _inside(modules) for p in m.body[-1].parameters()}
     comparison = session.compare(pictures, sites, front=first if alone else None)
     return Fit(comparison, parameters, session.processes, scaled)
 
 
-def _inside(modules: list[nn.Module]) -> list[FDM]:
-    return [inner for module in modules for inner in module.modules() if isinstance(inner, FDM)]
+def _inside(modules: Iterable[nn.Module]) -> list[FDM]:
+    """The FDMs, those of margins left out."""
+    inside = [inner for module in modules for inner in module.modules() if isinstance(inner, FDM)]
+    return [inner for inner in inside if not isinstance(inner, Margin)]
+
+
+def _all_fresh(modules: Iterable[nn.Module]) -> bool:
+    return all(inner.is_fresh for inner in _inside(modules))
 
 
 def standardize(session: FitSession, sites: Any, modules: list[nn.Module], pictures: Pictures) -> None:
     """Give every fresh FDM the statistics of the clean features at its site."""
     fresh = [
-        (site.name, [m for m in module.modules() if isinstance(m, FDM) and not isinstance(m, Margin) and m.is_fresh])
-        for site, module in zip(sites, modules, strict=True)
+        (site.name, [m for m in _inside([module]) if m.is_fresh]) for site, module in zip(sites, modules, strict=True)
     ]
     if not any(inner for _, inner in fresh):
         return

@@ -39,6 +39,7 @@ class FitReport:
         images: how many images were fitted on, and how many of them held out.
         parameters: how many parameters were fitted.
         multiply_adds: of what was put in, over the host's, for one image; None where it could not be counted.
+        chosen: what a budget paid for, in words; empty without one.
         unreadable: files that were left out.
         recipe, seconds, seed: how, how long, and from which seed.
     """
@@ -57,6 +58,7 @@ class FitReport:
     seconds: float = 0.0
     seed: int = 0
     unfitted: list[str] = field(default_factory=list)
+    chosen: str = ""
 
     @property
     def held_out(self) -> float:
@@ -137,6 +139,7 @@ class FitReport:
             f"{self.parameters} parameters{share}; {self.images.get('all', 0)} images "
             f"({self.images.get('held', 0)} held out), {self.seconds:.0f} s"
         ]
+        lines += [f"  {self.chosen}"] * bool(self.chosen)
         lines += [
             f"  {name}: held-out loss {_number(stage['first'])} → {_number(stage['best'])} at step {stage['best_step']}"
             + (f" ({stage['stopped']})" if stage["stopped"] else "")

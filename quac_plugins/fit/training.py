@@ -15,7 +15,7 @@ import contextlib
 import copy
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,8 +42,8 @@ class Fit:
         comparison: of student and teacher, on pictures; the student stays in eval mode.
         parameters: what is fitted, by name in the student.
         processes: those that share the work.
-        scaled: parameters that what is fitted is proportional to; see :meth:`Fit._set_strength`.
-        rows: which rows of the scaled parameters are fitted, bool; the others stay. None: all.
+        scaled: parameters that what is fitted is proportional to, see :meth:`Fit._set_strength`, and which of their
+            rows are fitted, bool; the others stay. None: all.
 
     Attributes:
         curve: one entry for each look: step, loss since the last one, and held-out loss.
@@ -58,8 +58,7 @@ class Fit:
         comparison: Comparison,
         parameters: dict[str, nn.Parameter],
         processes: Processes = ALONE,
-        scaled: Sequence[nn.Parameter] = (),
-        rows: Tensor | None = None,
+        scaled: Mapping[nn.Parameter, Tensor | None] | None = None,
     ):
         self.comparison, self.parameters, self.processes = comparison, parameters, processes
         self.pictures, self.recipe, self.device = comparison.pictures, comparison.recipe, comparison.device
@@ -73,7 +72,7 @@ class Fit:
         self._looks = 0  # since the best
         self._running: list[float] = []  # losses since the last look
         self.stopped: str | None = None
-        self.scaled, self.rows, self.strength = list(scaled), rows, 1.0
+        self.scaled, self.strength = dict(scaled or {}), 1.0
 
     def close(self) -> None:
         """Take the hooks off student and teacher."""
@@ -147,18 +146,18 @@ class Fit:
         fresh = bool(self.scaled) and not any(bool(parameter.any()) for parameter in self.scaled)
         self.untouched = self.best if fresh else self.comparison.of_host(self._judges)
         if self.scaled and self.untouched < self.best:
-            of_scaled = {id(parameter) for parameter in self.scaled}
             self.best_state = {
-                name: self._times(parameter.detach().clone(), 0.0 if id(parameter) in of_scaled else 1.0)
+                name: self._times(parameter, parameter.detach().clone(), 0.0 if parameter in self.scaled else 1.0)
                 for name, parameter in self.parameters.items()
             }
             self.best = self.untouched
 
-    def _times(self, value: Tensor, strength: float) -> Tensor:
-        """What is fitted of a scaled parameter, times a number."""
-        if strength == 1 or self.rows is None:
+    def _times(self, parameter: nn.Parameter, value: Tensor, strength: float) -> Tensor:
+        """What is fitted of a value of a parameter, times a number."""
+        rows = self.scaled.get(parameter)
+        if strength == 1 or rows is None:
             return value * strength
-        return torch.where(self.rows.to(value.device)[:, None], value * strength, value)
+        return torch.where(rows.to(value.device)[:, None], value * strength, value)
 
     def _set_strength(self) -> float:
         """Scale what is added to what brings the logits of the held-out images nearest to the teacher's.
@@ -176,7 +175,7 @@ class Fit:
             chosen = min(distances, key=lambda s: distances[s]) if strength is None else strength
             with torch.no_grad(), self._autocast():
                 for parameter, value in zip(self.scaled, whole, strict=True):
-                    parameter.copy_(self._times(value, chosen))
+                    parameter.copy_(self._times(parameter, value, chosen))
                 if strength is not None:
                     distances[strength] = self.comparison.logits_distance(held)
         return chosen

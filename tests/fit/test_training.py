@@ -77,7 +77,7 @@ def make_fit(
     comparison = Comparison(
         model, teacher, sites, deeper, normalize, pictures, recipe, torch.device("cpu"), module if front else None
     )
-    return Fit(comparison, parameters, processes, last if scale else ())
+    return Fit(comparison, parameters, processes, dict.fromkeys(last if scale else ()))
 
 
 def state(fit):

@@ -37,6 +37,7 @@ from quac_plugins.core.inject.compare import (
     without_normalization,
 )
 from quac_plugins.core.inject.config import QuACConfig
+from quac_plugins.core.inject.containers import leave_out
 from quac_plugins.core.inject.example import Example
 from quac_plugins.core.inject.fingerprint import describe_host, same_weights
 from quac_plugins.core.inject.images import in_words, same
@@ -50,12 +51,13 @@ from quac_plugins.core.inject.record import (
 )
 from quac_plugins.core.inject.savable import check_savable
 from quac_plugins.core.inject.sites import Site, usable_sites
-from quac_plugins.core.inject.surgery import build_priors, inject, inject_at, remove, take_prior
+from quac_plugins.core.inject.surgery import build_priors, inject_at, remove, take_prior
 from quac_plugins.core.inject.trace import Trace
 from quac_plugins.core.module_names import parts, tensor_names
 from quac_plugins.core.prior.config import PriorConfig
 from quac_plugins.core.prior.fdm import FDM
 from quac_plugins.core.prior.routed import Gate
+from quac_plugins.core.prior.sites import PriorSite, find_prior_sites, usable_prior_sites
 from quac_plugins.core.quality.context import QualityContext
 from quac_plugins.core.quality.registry import QualityFunction, resolve_quality
 
@@ -368,13 +370,21 @@ def _same_prior(saved: Saved, prior: PriorInjection) -> bool:
 
 
 def _inject_prior(model: nn.Module, saved: Saved, state: dict[str, Tensor], example: Example | None) -> None:
-    """Inject the adapter's prior at the adapter's own sites: a rule such as "auto" does not run again."""
+    """Inject the adapter's prior."""
     assert saved.prior is not None
     if problems := _prior_shapes(saved, state):
         raise ValueError("; ".join(problems[:5]))
-    patterns = [rf"re:^{re.escape(site.name)}\Z" for site in saved.prior_sites]
-    inject(model, replace(_with_normalization(model, saved, saved.prior), site=patterns), example)
+    inject_at(model, _with_normalization(model, saved, saved.prior), partial(_its_own_prior, saved), example)
     _prior_of(model).config = saved.prior
+
+
+def _its_own_prior(saved: Saved, model: nn.Module, config: PriorConfig, seen: Trace) -> list[PriorSite]:
+    """Find the adapter's own sites: a rule such as "auto" does not run again."""
+    leave_out(model, seen)
+    usable = {site.name: site for site in usable_prior_sites(model, seen)}
+    if missing := [rf"re:^{re.escape(site.name)}\Z" for site in saved.prior_sites if site.name not in usable]:
+        find_prior_sites(model, seen, missing)  # which says why
+    return [replace(usable[site.name], margin=site.margin) for site in saved.prior_sites]
 
 
 def _prior_shapes(saved: Saved, state: dict[str, Tensor]) -> list[str]:

@@ -34,7 +34,8 @@ def bound_problems(saved: Saved, state: dict[str, Tensor], known: Iterable[str])
                 f"tensor has {min(widths)}"
             )
     # all margins of a place are one tensor
-    apart = 0 if saved.prior is None or saved.prior.fdm == Margin.name else len(saved.prior.experts)
+    together = saved.prior is None or saved.prior.margins or saved.prior.fdm == Margin.name
+    apart = 0 if saved.prior is None or together else len(saved.prior.experts)
     if saved.prior is not None and len(saved.prior_sites) * max(1, apart) > len(state):
         problems.append(
             f"missing tensors: {len(saved.prior.experts)} experts at {len(saved.prior_sites)} sites have more than the "

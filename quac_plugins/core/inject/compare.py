@@ -56,7 +56,7 @@ def differences(adapter: QuACConfig, host: QuACConfig) -> list[str]:
 
 def prior_differences(adapter: PriorConfig, host: PriorConfig) -> list[str]:
     """List such options of a prior."""
-    return _compare(adapter, host, ["fdm", "fdm_width", "fdm_act", "experts"], host.needs_quality)
+    return _compare(adapter, host, ["fdm", "fdm_width", "fdm_act", "experts", "margins"], host.needs_quality)
 
 
 def _compare(adapter: QualityOptions, host: QualityOptions, fields: list[str], needs_quality: bool) -> list[str]:

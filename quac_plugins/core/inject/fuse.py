@@ -15,7 +15,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from quac_plugins.core.activations.driver import DrivenActivation, Pointwise
 from quac_plugins.core.hooks import PRIOR_NAME
-from quac_plugins.core.inject.surgery import injection_of, remove, take_prior, unwrap
+from quac_plugins.core.inject.record import injection_of, modules_inside, unwrap
+from quac_plugins.core.inject.surgery import inject_at, remove, take_prior
 from quac_plugins.core.prior.margins import Margin, spread
 from quac_plugins.core.quality.degradation import MOST_SEVERE
 
@@ -26,8 +27,8 @@ def fuse(model: nn.Module, degradation: str | None = None, severity: float = 3.0
     """Fold the drivers' batch norms into the layers before them, in place; outputs change by rounding alone.
 
     With a ``degradation``, or where a prior holds a single margin for all images, the margins are folded into the
-    host's norms or convolutions as well: the prior is then gone, no quality is computed for it, and every image is
-    taken for one that went through that degradation.
+    host's norms or convolutions as well: they are then gone (FDMs beside them stay, made for that degradation alone),
+    no quality is computed for them, and every image is taken for one that went through that degradation.
 
     For inference: from then on the drivers have no norm, as with ``norm="none"``, and adapters are saved and loaded as
     those. Norms of other kinds depend on the input and stay. The host's own layers are not touched.
@@ -85,10 +86,29 @@ def fuse(model: nn.Module, degradation: str | None = None, severity: float = 3.0
     if folded:
         for target, scale, shift in folded:
             _fold(target, scale, shift)
-        take_prior(model)
-        if record is not None and record.config is None:
-            remove(model)
+        _without_margins(model)
     return model
+
+
+def _without_margins(model: nn.Module) -> None:
+    """Take out a prior whose margins have been folded, and put its FDMs in again, which are for all images now."""
+    record = injection_of(unwrap(model))
+    assert record is not None
+    assert record.prior is not None
+    prior, images, inside = record.prior, record.images, modules_inside(model)
+    fdms = {site: inside[f"{site.name}.{PRIOR_NAME}"] for site in prior.sites}
+    fdms = {site: module for site, module in fdms.items() if not isinstance(module, Margin)}
+    take_prior(model)
+    if fdms:
+        shape = images.shape if images is not None else None
+        example = torch.empty(1, *shape) if shape is not None else None
+        inject_at(model, replace(prior.config, margins=False, experts=[]), lambda *_: list(fdms), example)
+        inside = modules_inside(model)
+    elif record.config is None:
+        remove(model)
+    for site, module in fdms.items():
+        state = {name: value for name, value in module.state_dict().items() if f"{PRIOR_NAME}." not in name}
+        inside[f"{site.name}.{PRIOR_NAME}"].load_state_dict(state)
 
 
 def _margins(model: nn.Module) -> dict[nn.Module, Margin]:

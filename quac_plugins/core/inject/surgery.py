@@ -43,7 +43,7 @@ from quac_plugins.core.options import QualityOptions
 from quac_plugins.core.prior.config import PriorConfig
 from quac_plugins.core.prior.fdm import FDM, resolve_fdm
 from quac_plugins.core.prior.grid import ImageSize, SizeNote
-from quac_plugins.core.prior.margins import Margin, margins_at
+from quac_plugins.core.prior.margins import Margin, Mixture, put_inside
 from quac_plugins.core.prior.routed import RoutedFDM
 from quac_plugins.core.prior.sites import PriorSite, find_prior_sites, returns_new_memory
 from quac_plugins.core.quality.context import QualityContext
@@ -182,7 +182,7 @@ def find_places(model: nn.Module, config: QuACConfig | PriorConfig, seen: Trace)
     if isinstance(config, QuACConfig):
         return find_sites(model, seen, config.patterns)[0]
     leave_out(model, seen)
-    return find_prior_sites(model, seen, config.patterns)
+    return find_prior_sites(model, seen, config.patterns, config.margins)
 
 
 def _check_parts(model: nn.Module, config: QuACConfig | PriorConfig) -> None:
@@ -287,21 +287,29 @@ def build_priors(
     kinds = quality.kinds if quality is not None else ()
     told = [config.experts.index(kind) + 1 if kind in config.experts else 0 for kind in kinds]
     experts, cls = len(config.experts), resolve_fdm(config.fdm)
-    built: list[nn.Module]
-    if issubclass(cls, Margin):
+    mixture: Mixture | None = None
+    built: list[nn.Module] = []
+    if experts and (config.margins or issubclass(cls, Margin)):
         # a number behind the probabilities is the severity
-        built = margins_at(sites, experts, channels, told, len(kinds) if 0 < len(kinds) < channels else None)
-    elif experts:
-        shape = (experts, channels, config.top_k, config.fdm_width, config.fdm_act, told)
-        built = [RoutedFDM(site, config.fdm, *shape) for site in sites]
-    else:
-        built = [cls(site, config.fdm_width, config.fdm_act, channels) for site in sites]
-    for site, module in zip(sites, built, strict=True):
-        if isinstance(module, (RoutedFDM, Margin)):
-            module.context = context
+        mixture = Mixture(channels, experts, told, len(kinds) if 0 < len(kinds) < channels else None)
+    for site in sites:
+        module: nn.Module
+        if site.margin or issubclass(cls, Margin):
+            owns = not any(isinstance(other, Margin) for other in built)
+            module = Margin(site, experts, mixture, owns)
+        elif experts and not config.margins:
+            shape = (experts, channels, config.top_k, config.fdm_width, config.fdm_act, told)
+            module = RoutedFDM(site, config.fdm, *shape)
+        else:
+            module = fdm = cls(site, config.fdm_width, config.fdm_act, channels)
+            if config.margins:
+                put_inside(fdm, experts, mixture)
         for name, inner in module.named_modules():
-            if isinstance(inner, ChannelActivation):
+            if isinstance(inner, (RoutedFDM, Margin)):
+                inner.context = context
+            elif isinstance(inner, ChannelActivation):
                 inner.context, inner.layer = context, f"{site.name}.{PRIOR_NAME}.{name}"
+        built.append(module)
     return built
 
 

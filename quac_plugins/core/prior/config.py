@@ -9,6 +9,7 @@ from torch import Tensor
 
 from quac_plugins.core.options import QualityOptions, one_of, pattern_list, whole_number
 from quac_plugins.core.prior.fdm import act_names, needs_quality, resolve_fdm
+from quac_plugins.core.prior.margins import Margin
 
 _MOST_EXPERTS = 256
 
@@ -27,6 +28,9 @@ class PriorConfig(QualityOptions):
         fdm_width: channels inside; None: the FDM's own rule.
         fdm_act: activation inside: ``"relu"``, ``"gelu"``, … or one that QuAC drives, such as ``"qacon"``.
         experts: names of degradations, one FDM for each: a routed prior, whose gate reads q. Empty: a single FDM.
+        margins: put margins at the host's norms as well. Together they adapt better than either. At each site there is
+            then one FDM for all ``experts``, with margins of each behind its own convolutions, and it does nothing to a
+            picture that q knows for clean.
         top_k: how many experts an image is sent to (routed only).
         quality: the quality function that the gate, or a driven activation inside, reads. ``"degradation"`` tells the
             15 corruptions of ImageNet-C apart by itself, so a gate over experts of these names needs no fit; with
@@ -47,6 +51,7 @@ class PriorConfig(QualityOptions):
     fdm_width: int | None = None
     fdm_act: str = "relu"
     experts: list[str] = field(default_factory=list)
+    margins: bool = False
     top_k: int = 1
     quality: str | Callable[[Tensor], Tensor] = "degradation"
     mean: tuple[float, ...] | None = None
@@ -73,7 +78,11 @@ class PriorConfig(QualityOptions):
         if len(set(self.experts)) < len(self.experts) or len(self.experts) > _MOST_EXPERTS:
             raise ValueError(f"experts must be at most {_MOST_EXPERTS} different names, got {self.experts!r}")
         whole_number("top_k", self.top_k)
-        if self.experts and needs_quality(self.fdm_act):
+        if not isinstance(self.margins, bool):
+            raise ValueError(f"margins must be True or False, got {self.margins!r}")
+        if self.margins and issubclass(fdm, Margin):
+            raise ValueError("margins=True puts margins beside another FDM, and fdm='margin' is margins alone")
+        if self.experts and not self.margins and needs_quality(self.fdm_act):
             raise ValueError(
                 f"a routed prior takes experts without q, since its gate reads it: fdm_act={self.fdm_act!r} needs q. "
                 "Use fdm_act='relu', or no experts"

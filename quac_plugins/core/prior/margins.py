@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from quac_plugins.core.graphs import called_whole, in_graph
+from quac_plugins.core.hooks import PRIOR_NAME, add_hook
 from quac_plugins.core.precision import full_precision
 from quac_plugins.core.prior.fdm import FDM, LAYOUTS, all_zero
 from quac_plugins.core.prior.routed import Gate
@@ -115,6 +116,8 @@ class Margin(FDM):
         experts: how many degradations have margins, K; 0: a single margin, for all images.
         mixture: tells each image's shares; the place that the host comes to first owns it, the others refer to it.
         owns: whether this is that place.
+        of_residual: what it moves is the residual of an FDM, of which there is to be none in clean pictures: in the
+            place of 1 the scales are added to the sum of the shares.
 
     Attributes:
         table: (K·S, 2·C), or (1, 2·C) where there is a single margin: scales less one, then shifts.
@@ -132,9 +135,16 @@ class Margin(FDM):
     name = "margin"
     places = "norms"
 
-    def __init__(self, site: PriorSite, experts: int = 0, mixture: Mixture | None = None, owns: bool = False):
+    def __init__(
+        self,
+        site: PriorSite,
+        experts: int = 0,
+        mixture: Mixture | None = None,
+        owns: bool = False,
+        of_residual: bool = False,
+    ):
         nn.Module.__init__(self)
-        self.site = site
+        self.site, self.of_residual = site, of_residual
         self.layer = site.name
         self.image_size: Any = None
         self.context: QualityContext | None = None
@@ -216,7 +226,10 @@ class Margin(FDM):
         with full_precision(x):
             table = self.table.to(torch.promote_types(self.table.dtype, torch.float32))
             scale, shift = (table if shares is None else shares.to(table.dtype) @ table).view(shape).unbind(1)
-            return (scale + 1).to(x.dtype), shift.to(x.dtype)
+            one: Any = 1
+            if self.of_residual and shares is not None:
+                one = shares.to(table.dtype).sum(1).view(-1, *(1,) * (x.ndim - 1))
+            return (scale + one).to(x.dtype), shift.to(x.dtype)
 
     def _may_write_over(self, x: Tensor) -> bool:
         """Whether y can take the memory of x: new memory for y takes several times as long as y does."""
@@ -251,9 +264,15 @@ class Margin(FDM):
         return f"{self.site.channels} channels, {self.site.layout}, {len(self.table)} margins"
 
 
-def margins_at(
-    sites: list[PriorSite], experts: int, quality_channels: int, told: Sequence[int], severity: int | None
-) -> list[nn.Module]:
-    """Margins for all places of a host, which share what tells each image's degradation."""
-    mixture = Mixture(quality_channels, experts, told, severity) if experts else None
-    return [Margin(site, experts, mixture, owns=not place) for place, site in enumerate(sites)]
+def put_inside(fdm: FDM, experts: int, mixture: Mixture | None) -> None:
+    """Put margins behind the convolutions of an FDM, which then serves all degradations."""
+    convolutions = [(name, m) for name, m in fdm.named_modules() if isinstance(m, nn.Conv2d)]
+    for name, layer in convolutions:
+        site = PriorSite(f"{fdm.site.name}.{PRIOR_NAME}.{name}", layer.out_channels, "nchw")
+        layer.add_module(PRIOR_NAME, Margin(site, experts, mixture, of_residual=layer is convolutions[-1][1]))
+        add_hook(layer, PRIOR_NAME)
+
+
+def margins_inside(module: nn.Module) -> list[Margin]:
+    """The margins behind the convolutions of an FDM; none where the module is itself one."""
+    return [inner for inner in module.modules() if isinstance(inner, Margin) and inner is not module]

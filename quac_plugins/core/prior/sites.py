@@ -40,6 +40,7 @@ class PriorSite:
         prefix: tokens in front of those of the grid (class, registers).
         grid: (h, w) of the tokens of the images it was put in for, N = prefix + h·w; None for the other layouts.
         stride: height of the image over that of the features, rounded; 0 where the features are larger.
+        margin: margins are put in here beside the FDMs of other places.
     """
 
     name: str
@@ -48,6 +49,7 @@ class PriorSite:
     prefix: int = 0
     grid: Grid | None = None
     stride: int = 0
+    margin: bool = False
 
     def positions(self, image: tuple[int, int]) -> int:
         """How many feature positions an image (H, W) has here."""
@@ -67,7 +69,7 @@ class _Place:
         return self.feature.node if self.feature.is_new else self.site.name
 
 
-def find_prior_sites(model: nn.Module, seen: Trace, patterns: list[str]) -> list[PriorSite]:
+def find_prior_sites(model: nn.Module, seen: Trace, patterns: list[str], margins: bool = False) -> list[PriorSite]:
     """The places that ``patterns`` mean, in the order in which the host comes to them.
 
     Args:
@@ -87,6 +89,7 @@ def find_prior_sites(model: nn.Module, seen: Trace, patterns: list[str]) -> list
             Of several modules that a pattern matches and that return the same tensor, it means the outermost, but no
             list of stages (several resolutions end inside) if it matches the last of them too: not every path through
             the host calls the list.
+        margins: find the places of ``"norms"`` for margins too, where there is nothing else.
 
     The main path of a host is made of the modules whose output everything passes that the host makes of the image
     (``Feature.cut``). What is inside a block is not on it: a block is a module in which branches meet that its own
@@ -105,7 +108,7 @@ def find_prior_sites(model: nn.Module, seen: Trace, patterns: list[str]) -> list
         >>> from quac_plugins.core.inject.trace import trace
         >>> host = timm.create_model("mobilenetv2_050")
         >>> find_prior_sites(host, trace(host), ["auto"])
-        [PriorSite(name='blocks.0', channels=8, layout='nchw', prefix=0, grid=None, stride=2)]
+        [PriorSite(name='blocks.0', channels=8, layout='nchw', prefix=0, grid=None, stride=2, margin=False)]
     """
     places, unusable = _places(model, seen)
     chosen: dict[Any, _Place] = {}
@@ -115,8 +118,12 @@ def find_prior_sites(model: nn.Module, seen: Trace, patterns: list[str]) -> list
             raise ValueError(_nothing(model, places, unusable, pattern))
         for place in matching:
             chosen.setdefault(place.key, place)
-    order = [place.site.name for place in places]
-    return [place.site for place in sorted(chosen.values(), key=lambda place: order.index(place.site.name))]
+    sites = {place.site.name: place.site for place in chosen.values()}
+    for place in _matching(model, seen, places, "norms") if margins else ():
+        sites.setdefault(place.site.name, replace(place.site, margin=True))
+    if margins and not any(site.margin for site in sites.values()):
+        raise ValueError(f"margins=True finds no norm of {type(model).__name__} where there is no FDM already")
+    return [sites[place.site.name] for place in places if place.site.name in sites]
 
 
 def usable_prior_sites(model: nn.Module, seen: Trace) -> list[PriorSite]:
