@@ -30,13 +30,13 @@ _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written and how it compares with the model.
+    """An exported file and its comparison with the model.
 
     Attributes:
-        path: of the file.
+        path: the file.
         format: one of ``FORMATS``.
-        difference: largest absolute difference of an output, over the largest absolute value of that output.
-        shapes: of the batches of images that were compared.
+        difference: the largest absolute difference of an output, over the output's largest absolute value.
+        shapes: the shapes of the compared batches of images.
     """
 
     path: Path
@@ -62,24 +62,24 @@ def export(
 ) -> Exported:
     """Write a network for deployment, with its taps, quality functions, activations and priors inside.
 
-    The file is loaded back and run on the example, on other batches of it and, with ``dynamic_size``, on other sizes,
-    before it is put in place: where it differs from the model, or cannot be made, ``path`` is as it was.
+    Before the file is put in place it is loaded and run on the example, on batches of other lengths and, with
+    ``dynamic_size``, on other sizes. If the file differs from the model, or cannot be made, ``path`` is as before.
 
     Args:
-        model: takes images (B, C, H, W) and returns tensors. It is left as it is; a copy in evaluation mode, on the
-            CPU, is written.
-        path: of the file; one that is there is replaced.
+        model: a model from images (B, C, H, W) to tensors. The model stays unchanged; a copy in evaluation mode, on the
+            CPU, is exported.
+        path: the file, which is replaced if it exists.
         format: ``"onnx"`` (one file; for onnxruntime and others), ``"torch-export"`` (for `torch.export.load` and
-            AOTInductor) or ``"torchscript"`` (for `torch.jit.load`). None of them needs this package to run.
-        example: images (B, C, H, W) as the model takes them, normalized; photographs say most. By default
-            :func:`pictures` of the size that the model says.
+            AOTInductor) or ``"torchscript"`` (for `torch.jit.load`). No format needs this package to run.
+        example: images (B, C, H, W), normalized for the model; photographs test most. None: :func:`pictures` of the
+            model's own size.
         dynamic_batch: whether the file takes any number of images.
-        dynamic_size: whether it takes images of any height and width; the host must do so.
-        opset: of ONNX, 18 or newer.
-        tolerance: what the outputs may differ by, relative to their largest value.
+        dynamic_size: whether the file takes images of any height and width, as the host must.
+        opset: the opset of ONNX, from 18 on.
+        tolerance: the largest difference of the outputs, relative to their largest value.
 
     Raises:
-        ImportError: ``"onnx"`` without onnx, onnxscript and onnxruntime.
+        ImportError: the format is ``"onnx"``, and onnx, onnxscript or onnxruntime is not installed.
         ValueError: an argument is wrong, or the outputs differ by more than the tolerance.
         RuntimeError: torch cannot export the model.
         OSError: the file cannot be written.
@@ -125,7 +125,7 @@ def export(
 
 
 def require_onnx() -> None:
-    """ImportError that says how to install what writing and checking ONNX needs."""
+    """Raise an ImportError with the way to install onnx, onnxscript and onnxruntime, if one is missing."""
     missing = []
     for package in _PACKAGES:
         try:
@@ -137,7 +137,7 @@ def require_onnx() -> None:
 
 
 def pictures(batch: int, size: tuple[int, int], channels: int = 3) -> Tensor:
-    """Pictures with the spectrum of photographs, each another, always the same: (batch, channels, H, W) in [0, 1].
+    """Make different pictures with the spectrum of photographs, always the same: (batch, channels, H, W) in [0, 1].
 
     Example:
         >>> pictures(2, (32, 48)).shape
@@ -175,7 +175,7 @@ def _example(model: nn.Module, example: Tensor | None, batch: int) -> Tensor:
 
 
 def _others(images: Tensor, dynamic_batch: bool, dynamic_size: bool) -> list[Tensor]:
-    """The example and what else the file must take."""
+    """Return the example, and the other batches that the file must take."""
     batches = [images]
     if dynamic_batch:
         batches += [images[:1], torch.cat([images, images[:1].flip(-1)])]
@@ -187,7 +187,7 @@ def _others(images: Tensor, dynamic_batch: bool, dynamic_size: bool) -> list[Ten
 
 
 def _outputs(outputs: Any) -> list[Tensor]:
-    """The tensors of what a model returns, in torch's order of lists, tuples and dicts."""
+    """Return the tensors of a model's outputs, in torch's order of lists, tuples and dicts."""
     tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
     if not tensors:
         raise ValueError(f"the model returns no tensor but {type(outputs).__name__}, which cannot be exported")

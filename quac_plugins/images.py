@@ -1,4 +1,4 @@
-"""Pictures in, whatever form users hold them in: one set of rules for fits, evaluations, restorers and doors.
+"""Reading pictures in all their forms: one set of rules for fits, evaluations, restorers and doors.
 
 | what | rule |
 |---|---|
@@ -40,7 +40,7 @@ class Picture:
 
     Attributes:
         pixels: (3, H, W), RGB in [0, 1], float32.
-        alpha: transparency of a PIL image, which goes back onto what is made of it.
+        alpha: the transparency of a PIL image, which results get too.
     """
 
     pixels: Tensor
@@ -48,15 +48,15 @@ class Picture:
 
 
 def pictures_of(image: Any, upright: bool = True) -> list[Picture]:
-    """Every image of what a user gave; each is its own tensor, so that they may have several sizes.
+    """Read every image of a user's argument; each is its own tensor, since sizes may differ.
 
     Args:
-        image: as the table above says, with one more axis in front for several, or a list of these.
+        image: an image of the forms in the module's table, several of them with one more axis in front, or a list.
         upright: whether PIL images are turned as their EXIF says.
 
     Raises:
-        TypeError: it is none of these.
-        ValueError: a shape or a range is another, or there is no image. The message says in which image.
+        TypeError: the argument has another type.
+        ValueError: a shape or a range is wrong, or there is no image. The message names the image.
 
     Example:
         >>> [tuple(picture.pixels.shape) for picture in pictures_of(np.zeros((2, 8, 6, 3), np.uint8))]
@@ -81,13 +81,13 @@ def to_uint8(image: Any, where: str = "the image", upright: bool = True) -> np.n
     """Return one image as a new uint8 array (H, W, 3) in RGB, without its transparency.
 
     Args:
-        image: a PIL image, an array or a tensor, as the table above says.
-        where: how messages name the image.
+        image: a PIL image, an array or a tensor of the forms in the module's table.
+        where: the name of the image in messages.
         upright: whether a PIL image is turned as its EXIF says.
 
     Raises:
-        TypeError: it is something else, or of another dtype.
-        ValueError: its shape or range is another.
+        TypeError: the image has another type or dtype.
+        ValueError: the image has a wrong shape or range.
 
     Example:
         >>> to_uint8(torch.ones(3, 2, 5)).shape, to_uint8(np.full((1, 1), 0.2)).tolist()
@@ -98,7 +98,7 @@ def to_uint8(image: Any, where: str = "the image", upright: bool = True) -> np.n
 
 
 def to_rgb(image: Image.Image, where: str = "the image", upright: bool = True) -> Image.Image:
-    """Return a PIL image as one of 8-bit RGB; arguments and errors are those of :func:`to_uint8`."""
+    """Convert a PIL image to 8-bit RGB; arguments and errors are the same as in :func:`to_uint8`."""
     colours = _of_pil(image, where, upright)[0]
     return Image.fromarray(_eight_bits(colours)).convert("RGB") if isinstance(colours, np.ndarray) else colours
 
@@ -107,8 +107,8 @@ def read_image(path: str | os.PathLike[str], upright: bool = False) -> Image.Ima
     """Read an image file as 8-bit RGB, transparency dropped.
 
     Args:
-        path: of the file.
-        upright: turn it as EXIF says; torchvision and timm, and so evaluations, do not.
+        path: the file.
+        upright: turn the image as its EXIF says; torchvision and timm, and so evaluations, do not.
 
     Raises:
         OSError: if the file cannot be read or decoded, whatever the decoder raised.
@@ -119,11 +119,11 @@ def read_image(path: str | os.PathLike[str], upright: bool = False) -> Image.Ima
 
 @contextlib.contextmanager
 def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    """The first frame of an image file, decoded, in the mode that it has, while the file is open.
+    """Yield the first frame of an image file, decoded, in its own mode, while the file is open.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        OSError: it cannot be decoded, or what is done to it inside fails: the message names the file.
+        FileNotFoundError: the file does not exist.
+        OSError: the file cannot be decoded, or reading inside the context fails; the message names the file.
     """
     if not Path(path).is_file():  # a pipe would be waited for
         what = (
@@ -139,12 +139,12 @@ def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
 
 
 def give_back(pictures: Sequence[Picture], output_type: str) -> Any:
-    """Images in the form that a user asked for.
+    """Return images in the form that a user asked for.
 
     Args:
-        pictures: of any sizes.
-        output_type: ``"pil"``, a list; ``"np"``, (B, H, W, 3), or else tensors, (B, 3, H, W), and a list of such
-            without B where the sizes differ.
+        pictures: images of any sizes.
+        output_type: ``"pil"``, a list; ``"np"``, (B, H, W, 3); or anything else, tensors (B, 3, H, W). If the sizes
+            differ, a list of arrays or tensors without B.
     """
     if output_type == "pil":
         return [_to_pil(picture) for picture in pictures]
@@ -169,7 +169,7 @@ def _eight_bits(numbers: np.ndarray) -> np.ndarray:
 
 
 def _read(image: Any, where: str, upright: bool) -> tuple[np.ndarray, Image.Image | None]:
-    """An image as uint8, uint16 or floats in [0, 1] of shape (H, W, 1) or (H, W, 3), and its transparency."""
+    """Read an image as uint8, uint16 or floats in [0, 1], of shape (H, W, 1) or (H, W, 3), and its transparency."""
     if isinstance(image, Image.Image):
         colours, alpha = _of_pil(image, where, upright)
         numbers = np.asarray(colours)
@@ -212,7 +212,7 @@ def _check_range(array: np.ndarray, where: str) -> None:
 
 
 def _of_pil(image: Image.Image, where: str, upright: bool) -> tuple[Image.Image | np.ndarray, Image.Image | None]:
-    """A PIL image in RGB, or the grey numbers (H, W) of one of 16 bits, and its transparency."""
+    """Convert a PIL image to RGB, or one of 16 bits to grey numbers (H, W), and return its transparency too."""
     if image.mode == "F":
         raise ValueError(f"{where} is a PIL image of floats (PIL mode F), which have no agreed range; give an array")
     image = ImageOps.exif_transpose(image) if upright else image
@@ -235,13 +235,12 @@ def _of_pil(image: Image.Image, where: str, upright: bool) -> tuple[Image.Image 
 def image_files(folder: Path, once: bool = True) -> list[Path]:
     """Return the image files below a folder, sorted; hidden files and folders are left out.
 
-    Links are followed, but never in circles: a folder is entered by one of the ways that lead to it. Every picture is
-    there once, under its own name before those of links to it; a picture that is linked into the folders of two
-    classes belongs to both, since each is asked for.
+    Links are followed, but never in circles: each folder is entered once. Every picture appears once, under its own
+    name rather than a link's name; a picture linked into the folders of two classes belongs to both.
 
     Args:
-        folder: where to look.
-        once: False gives a file under each of its names, where names matter, as in pairs.
+        folder: the folder.
+        once: False returns a file under each of its names, for uses in which names matter, as in pairs.
     """
     entered = folders_above(folder)
     waiting, later = deque([folder]), deque[Path]()  # links after folders, so that a picture has its own name
@@ -273,13 +272,13 @@ def image_files(folder: Path, once: bool = True) -> list[Path]:
 
 
 def folders_above(folder: Path) -> set[tuple[int, int] | Path]:
-    """The identities of a folder and of those that it is in."""
+    """Return the identities of a folder and of the folders above it."""
     real = folder.resolve()
     return {identity(place) for place in (real, *real.parents)}
 
 
 def identity(path: Path) -> tuple[int, int] | Path:
-    """What two names of one file or folder share; a link that leads nowhere is itself."""
+    """Return a value that all names of one file or folder share; a broken link has its own."""
     try:
         status = path.stat()
     except OSError:

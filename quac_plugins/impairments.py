@@ -1,7 +1,7 @@
 """Degradations to restore from: same size, aligned pixel for pixel, of continuous strength, in any mixture.
 
-Unlike the corruptions of ImageNet-C (:mod:`quac_plugins.degradations`), which move pixels about, every one of these has
-a clean image that a network can be asked for. The models are the usual ones: Gaussian blur and noise, JPEG, bicubic
+Unlike the corruptions of ImageNet-C (:mod:`quac_plugins.degradations`), which move pixels about, every impairment has
+a clean image that a network can learn to restore. The models are the usual ones: Gaussian blur and noise, JPEG, bicubic
 down-scaling, a camera's curve and shot noise in the dark, streaks added for rain, and for haze I = J t + A (1 − t),
 t = exp(−β d) (Koschmieder, 1924).
 """
@@ -37,7 +37,7 @@ def _between(low: float, high: float, strength: float) -> float:
 
 
 def _smooth(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A random field (H, W) from 0 to 1 that changes over about a third of the image."""
+    """Make a random field (H, W) from 0 to 1 that changes over about a third of the image."""
     from PIL import Image
 
     coarse = Image.fromarray(rng.random((4, 4)).astype(np.float32))
@@ -54,7 +54,7 @@ def _scipy(part: str) -> Any:
 
 @impairment
 def haze(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Air light that grows with a smooth depth: of the light of the farthest points 67 % to 12 % are left."""
+    """Add air light that grows with a smooth depth: 67 % to 12 % of the farthest points' light are left."""
     height, width = image.shape[:2]
     upwards = np.linspace(1, 0, height)[:, None]
     depth = 0.3 + 0.7 * (0.5 * upwards + 0.5 * _smooth(rng, height, width))
@@ -80,7 +80,7 @@ def rain(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.nda
 
 @impairment
 def low_light(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Less light through a camera's curve (gamma 2.2), and the shot noise that comes with it."""
+    """Reduce the light through a camera's curve (gamma 2.2), and add the shot noise of dark pictures."""
     light = _between(0.5, 0.06, strength) * np.clip(image, 0, 1) ** 2.2
     photons = _between(4000, 1500, strength)
     return np.clip(rng.poisson(light * photons) / photons, 0, 1) ** (1 / 2.2)
@@ -88,7 +88,7 @@ def low_light(image: np.ndarray, strength: float, rng: np.random.Generator) -> n
 
 @impairment
 def blur(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """A Gaussian of 0.6 to 3 pixels."""
+    """Blur with a Gaussian of 0.6 to 3 pixels."""
     gaussian_filter = _scipy("ndimage").gaussian_filter
 
     return gaussian_filter(image, (*(_between(0.6, 3.0, strength),) * 2, 0), mode="reflect")
@@ -96,7 +96,7 @@ def blur(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.nda
 
 @impairment
 def downscale(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Down by 1.5 to 4 and up again, bicubic."""
+    """Scale down by 1.5 to 4 and up again, bicubic."""
     from PIL import Image
 
     height, width = image.shape[:2]
@@ -109,13 +109,13 @@ def downscale(image: np.ndarray, strength: float, rng: np.random.Generator) -> n
 
 @impairment
 def noise(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """White Gaussian noise of 8 to 50 of 255."""
+    """Add white Gaussian noise of 8 to 50 of 255."""
     return image + rng.normal(0, _between(8, 50, strength) / 255, image.shape)
 
 
 @impairment
 def jpeg(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """JPEG of quality 60 down to 8."""
+    """Compress as JPEG of quality 60 down to 8."""
     from PIL import Image
 
     file = io.BytesIO()
@@ -132,16 +132,16 @@ def impair(image: np.ndarray, names: str | Sequence[str], severity: Any, seed: i
 
     Args:
         image: uint8 (H, W, 3), RGB.
-        names: one of ``IMPAIRMENTS``, or several, which are put on in their order there.
-        severity: 1 (mild) to 5 (severe), also between.
-        seed: the same gives the same image.
+        names: a name in ``IMPAIRMENTS``, or several, which are applied in the order of ``IMPAIRMENTS``.
+        severity: a number from 1 (mild) to 5 (severe).
+        seed: the seed; equal seeds give equal images.
 
     Returns:
         uint8 (H, W, 3), aligned with the image.
 
     Raises:
         TypeError: the image is no uint8 array.
-        ValueError: its shape, a name or the severity cannot be.
+        ValueError: the shape, a name or the severity is wrong.
 
     Example:
         >>> image = np.full((32, 48, 3), 128, np.uint8)
@@ -167,17 +167,17 @@ def impair(image: np.ndarray, names: str | Sequence[str], severity: Any, seed: i
 
 
 class Impair:
-    """Draws degradations for training: one, a mixture of two, or none.
+    """A transform that draws degradations for training: one, a mixture of two, or none.
 
     Args:
-        names: of ``IMPAIRMENTS``, or name → how often it is drawn, relative to the others; None: all alike.
-        clean: share of the images that stay as they are.
-        mixed: share of those that are degraded that get two.
-        seed: of the draws. Workers of a loader each have a copy of this: to draw otherwise in each of them, and in
-            each epoch, make one for every image, with a seed of its own.
+        names: names in ``IMPAIRMENTS``, or name → relative frequency. None: all names, equally often.
+        clean: the share of images that stay unchanged.
+        mixed: the share of the degraded images that get two degradations.
+        seed: the seed of the draws. Each worker of a loader has a copy of this object and draws the same: make one
+            object for every image, with its own seed, where workers and epochs should differ.
 
     Raises:
-        ValueError: a name, a weight or a share cannot be.
+        ValueError: a name, a weight or a share is wrong.
 
     Example:
         >>> Impair(seed=1)(np.zeros((16, 16, 3), np.uint8)).shape
@@ -207,7 +207,7 @@ class Impair:
         self.rng = np.random.default_rng(seed)
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Degrade an image, uint8 (H, W, 3); see :func:`impair` for what is raised."""
+        """Degrade an image, uint8 (H, W, 3); the errors are the ones of :func:`impair`."""
         if self.rng.random() < self.clean:
             return image
         count = 2 if self.rng.random() < self.mixed and len(self.names) > 1 else 1

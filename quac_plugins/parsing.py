@@ -1,4 +1,4 @@
-"""Texts of the command line as values."""
+"""Parsing texts of the command line."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def numbers(text: str | None, kind: Callable[[str], T], what: str) -> list[T] | 
     """Split at commas and convert; None stays None.
 
     Raises:
-        ValueError: if a part is no such number.
+        ValueError: a part cannot be converted.
 
     Example:
         >>> numbers("1,3,5", int, "--severities")

@@ -34,7 +34,7 @@ def is_main_process() -> bool:
 
 
 def default_device() -> str:
-    """This process's GPU, if there is one."""
+    """Return this process's GPU, or the CPU without one."""
     count = torch.cuda.device_count()
     return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}" if count else "cpu"
 

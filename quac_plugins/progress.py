@@ -1,4 +1,4 @@
-"""Where a run is, shown on a terminal by the first of its processes."""
+"""The progress of a run, shown on a terminal by the first of its processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Show = Callable[..., None]  # called with the stage, the steps that are done, ho
 
 @contextlib.contextmanager
 def progress_bar(show: bool) -> Iterator[Show]:
-    """Give a function that shows where a run is: a bar on a terminal with rich, else nothing."""
+    """Yield a function that shows the progress of a run: a bar on a terminal with rich, else nothing."""
     if show and is_main_process() and sys.stderr.isatty():
         try:
             from rich.console import Console

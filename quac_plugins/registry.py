@@ -1,4 +1,4 @@
-"""Reads registry/ and hub/, which ship in the wheel as package data and lie at the top of a checkout."""
+"""Reading registry/ and hub/, which ship in the wheel as package data and lie at the top of a checkout."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ else:
 
 
 def data_folder(name: str) -> Path:
-    """The folder ``registry`` or ``hub``: in the wheel inside the package, in a checkout beside it.
+    """Return the folder ``registry`` or ``hub``: in the wheel inside the package, in a checkout beside it.
 
     Raises:
-        FileNotFoundError: the installation holds no such folder.
+        FileNotFoundError: the installation does not hold the folder.
     """
     package = Path(str(resources.files("quac_plugins")))
     for folder in (package / "_data" / name, package.parent / name):
@@ -33,10 +33,10 @@ def data_folder(name: str) -> Path:
 
 
 def registry_file(name: str) -> str:
-    """Path of a file of the registry, such as ``"timm.toml"``.
+    """Return the path of a file of the registry, such as ``"timm.toml"``.
 
     Raises:
-        FileNotFoundError: there is no such file; the message lists those that are.
+        FileNotFoundError: the file does not exist; the message lists the existing files.
 
     Example:
         >>> registry_file("timm.toml").endswith("timm.toml")
@@ -56,11 +56,11 @@ class Entry:
 
     Attributes:
         name: ``NAME.TAG``, as ``timm.create_model`` or ``QuACRestorationPipeline.from_pretrained`` takes it.
-        kind: ``"adapter"``, over the host's own weights, ``"model"``, whole, or ``"pipeline"``, of diffusers.
-        sha256, size: of the weights' file; size in bytes.
-        license: SPDX name.
-        repo, revision: ``org/name`` on the Hub and the commit; None: embedded, in ``hub/NAME.TAG``.
-        base: tag of the host's weights under an adapter.
+        kind: ``"adapter"`` (over the host's own weights), ``"model"`` (whole) or ``"pipeline"`` (of diffusers).
+        sha256, size: hash, and size in bytes, of the weights' file.
+        license: the SPDX name of the license.
+        repo, revision: ``org/name`` on the Hub, and the commit. None: the files are embedded, in ``hub/NAME.TAG``.
+        base: the tag of the host's weights under an adapter.
         input: mean, std, input_size, interpolation, crop_pct, num_classes, … of timm's pretrained config.
         model_args: arguments of ``timm.create_model`` with which the weights were trained.
         metrics: figure → value, such as ``top1`` and ``top1_std`` in percent, or ``psnr`` in dB.
@@ -80,17 +80,17 @@ class Entry:
 
     @property
     def architecture(self) -> str:
-        """The name without the tag."""
+        """Return the name without the tag."""
         return self.name.partition(".")[0]
 
     @property
     def tag(self) -> str:
-        """What comes after the dot."""
+        """Return the part of the name after the dot."""
         return self.name.partition(".")[2]
 
     @property
     def folder(self) -> Path:
-        """Where it is embedded, or would be."""
+        """Return the folder of the embedded files, which may not exist."""
         return data_folder("hub") / self.name
 
 
@@ -111,15 +111,15 @@ _TYPES = {"size": int, "input": dict, "model_args": dict, "metrics": dict}
 
 
 def is_published_name(name: str) -> bool:
-    """Whether it has the form ``NAME.TAG``, of lower-case letters, digits and ``_``."""
+    """Return whether a name has the form ``NAME.TAG``, of lower-case letters, digits and ``_``."""
     return _NAME.match(name) is not None
 
 
 def read_entries(path: str | Path) -> dict[str, Entry]:
-    """Every entry of a registry file, checked field by field.
+    """Read every entry of a registry file, checked field by field.
 
     Raises:
-        ValueError: the file is no TOML, or a field is missing, unknown or of another type; the message names it.
+        ValueError: the file is no TOML, or a field is missing, unknown or of a wrong type; the message names it.
     """
     try:
         tables = read_toml(path)
@@ -132,7 +132,7 @@ def read_entries(path: str | Path) -> dict[str, Entry]:
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """The tables of a file."""
+    """Read the tables of a TOML file; ValueError for any other file."""
     with open(path, "rb") as file:
         return tomllib.load(file)
 
@@ -184,12 +184,12 @@ def _entry(name: str, table: Any, kinds: tuple[str, ...]) -> Entry:
 
 
 def write_entry(path: str | Path, name: str, values: dict[str, Any]) -> None:
-    """Put an entry at the end of a registry file, in the place of one of the same name.
+    """Write an entry at the end of a registry file; it replaces an entry of the same name.
 
     Args:
-        path: of the file.
+        path: the file.
         name: ``NAME.TAG``.
-        values: fields of :class:`Entry`; None and {} are left out.
+        values: fields of :class:`Entry` by name; None and {} are left out.
     """
     text = Path(path).read_text(encoding="utf-8")
     others = re.sub(rf'\n*^\["{re.escape(name)}"\]\n(?:[^\[\n].*\n)*', "\n", text, flags=re.M)
@@ -205,7 +205,7 @@ def _toml(value: Any) -> str:
 
 @cache
 def published(door: str = "timm") -> dict[str, Entry]:
-    """What is published for a framework, ``NAME.TAG`` → entry, from ``registry/DOOR.toml``.
+    """Return the published models of a framework, ``NAME.TAG`` → entry, from ``registry/DOOR.toml``.
 
     Args:
         door: ``"timm"`` or ``"diffusers"``.

@@ -84,23 +84,22 @@ def create_quac(
     """Build a timm model and put QuAC, a degradation prior, or both into it.
 
     Args:
-        base: name of timm's architecture, such as ``"resnet50"``.
+        base: timm's name of an architecture, such as ``"resnet50"``.
         suffix: ``"_qacon"``, ``"_ddp"`` (the degradation prior) or ``"_qacon_ddp"``.
-        pretrained: timm's weights for the base in a preserved host; where ``registry/timm.toml`` knows the name and
-            tag, its published adapter over them.
+        pretrained: load timm's weights of the base; if ``registry/timm.toml`` knows the name and tag, also the
+            published adapter.
         pretrained_cfg, pretrained_cfg_overlay, cache_dir, pretrained_model_args: as in ``timm.create_model``.
         **kwargs: for QuAC ``activation``, ``where``, ``quality``, ``init``, ``norm``, ``reduction`` (see
             :class:`quac_plugins.QuACConfig`); for a prior ``site``, ``fdm``, ``fdm_width``, ``fdm_act``, ``experts``,
             ``margins``, ``top_k``, ``freeze`` and ``quality`` (see :class:`quac_plugins.PriorConfig`), or
-            ``prior_quality`` where its quality function is another one than that of QuAC; everything else goes to the
-            base. With
-            ``features_only=True`` the rules of ``where`` and ``site`` mean the places that they mean in the whole
-            network, as far as the features lead past them; names are those of the network of features.
+            ``prior_quality`` for a quality function that differs from QuAC's; all other arguments go to the base. With
+            ``features_only=True`` the rules of ``where`` and ``site`` mean the same places as in the whole network,
+            unless the features end before them; names are the names of the network of features.
 
     Raises:
-        ValueError: an option is not known, or a pattern of ``where`` matches nothing; a network of features has none of
+        ValueError: an option is unknown; a pattern of ``where`` matches nothing; or a network of features has none of
             the places.
-        RuntimeError: pretrained weights are neither in the cache nor to be had.
+        RuntimeError: pretrained weights are neither in the cache nor available.
 
     Example:
         >>> import timm, torch, quac_plugins
@@ -176,7 +175,7 @@ def _put_in(model: nn.Module, configs: list[QuACConfig | PriorConfig]) -> None:
 
 
 def _no_option(base: str, suffix: str, option: str) -> str:
-    """What is said of an option that neither the base nor what is put into it takes."""
+    """Return the message for an option that neither the base nor the configs take."""
     options = [*(OPTIONS if "_qacon" in suffix else ()), *(PRIOR_OPTIONS if "_ddp" in suffix else ())]
     other = next((s for s, names in (("_qacon", OPTIONS), ("_ddp", PRIOR_OPTIONS)) if option in names), None)
     if other is not None:
@@ -185,7 +184,7 @@ def _no_option(base: str, suffix: str, option: str) -> str:
 
 
 def _load_whole(model: nn.Module, file: str | None, kwargs: dict[str, Any], cache_dir: Any) -> None:
-    """Weights of a network that was saved with QuAC inside, from a file; None: of one's own folder, by timm."""
+    """Load weights of a network that was saved with QuAC inside, from a file; None: timm loads a user's own folder."""
     cfg: Any = model.pretrained_cfg
     source = {"file": file, "source": None} if file is not None else {}
     elsewhere = {"url": "", "hf_hub_id": None, "hf_hub_filename": None, "state_dict": None, "custom_load": False}
@@ -199,12 +198,13 @@ def _load_whole(model: nn.Module, file: str | None, kwargs: dict[str, Any], cach
 
 
 def _whole_file(cfg: Any, pretrained: bool, kwargs: dict[str, Any], cache_dir: Any) -> str | None:
-    """The weights of a model that was saved whole, its files verified, and its config not trusted.
+    """Return the weights' file of a whole saved model: verified, and its config not trusted.
 
     timm itself would also open a pickle, and take from the config where the weights are.
 
     Raises:
-        ValueError: the config asks for what nobody else's may; a repository has no safetensors; a file is damaged.
+        ValueError: the config asks for more than a downloaded one may; a repository has no safetensors; or a file is
+            damaged.
     """
     check_foreign(kwargs)
     if "checkpoint_path" in kwargs:
@@ -222,7 +222,7 @@ def _whole_file(cfg: Any, pretrained: bool, kwargs: dict[str, Any], cache_dir: A
 
 
 def _configs_of(suffix: str, kwargs: dict[str, Any]) -> tuple[list[QuACConfig | PriorConfig], bool]:
-    """Take the options of what a suffix puts in out of ``kwargs``; also whether there were any."""
+    """Take a suffix's options out of ``kwargs``: return the configs, and whether there were any options."""
     quac = OPTIONS if "_qacon" in suffix else ()
     prior = (*PRIOR_OPTIONS, "quality") if "_ddp" in suffix else ()
     options = {key: kwargs.pop(key) for key in dict.fromkeys((*quac, *prior)) if key in kwargs}
@@ -238,7 +238,7 @@ def _configs_of(suffix: str, kwargs: dict[str, Any]) -> tuple[list[QuACConfig | 
 
 
 def _published(base: str, suffix: str, pretrained_cfg: Any) -> Published | None:
-    """What is published under a name and its tag; without a tag, under the base's default one."""
+    """Return the published model of a name and tag; without a tag, of the base's default tag."""
     tag = pretrained_cfg if isinstance(pretrained_cfg, str) else _field(pretrained_cfg, "tag")
     if pretrained_cfg is None:
         tag = _field(timm.get_pretrained_cfg(base), "tag")
@@ -251,7 +251,7 @@ def _field(cfg: Any, name: str) -> Any:
 
 
 def _describe(model: nn.Module, name: str) -> None:
-    """Let timm's savers write the name and options with which ``create_model`` builds this model again."""
+    """Let timm's savers write the name and options from which ``create_model`` builds this model again."""
     record = injection_of(model)
     assert record is not None
     options: dict[str, Any] = {}
@@ -280,7 +280,7 @@ def _describe(model: nn.Module, name: str) -> None:
 
 
 def _images_of(record: Injection, cfg: dict[str, Any]) -> dict[str, Any]:
-    """What a network with something inside takes, where that differs from what its host takes; in timm's words."""
+    """Return, in timm's words, how the images of an injected network differ from its host's."""
     if record.images is None:
         return {}
     settings = {key: value for key, value in record.images.settings.items() if value is not None}
@@ -292,12 +292,12 @@ def _images_of(record: Injection, cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def _names(names: frozenset[str]) -> set[str]:
-    """What timm's optimizers ask a model for: parameters without weight decay. It would pull p1 and p2 to 0."""
+    """Return the parameters without weight decay, for timm's optimizers: decay would pull p1 and p2 to 0."""
     return set(names)
 
 
 def _is_network(error: BaseException) -> bool:
-    """Whether weights could not be fetched, as huggingface_hub, urllib and HTTP libraries say it, or what caused it."""
+    """Return whether an error of huggingface_hub, urllib or an HTTP library, or its cause, is one of the network."""
     seen: BaseException | None = error
     while seen is not None:
         module = type(seen).__module__.split(".")[0]
@@ -308,7 +308,7 @@ def _is_network(error: BaseException) -> bool:
 
 
 def _name_of(base: str, pretrained_cfg: Any) -> str:
-    """``NAME.TAG`` of the base's weights."""
+    """Return ``NAME.TAG`` of the base's weights."""
     tag = (
         pretrained_cfg
         if isinstance(pretrained_cfg, str)
@@ -318,7 +318,7 @@ def _name_of(base: str, pretrained_cfg: Any) -> str:
 
 
 def _are_timms(base: str, pretrained_cfg: Any, overlay: dict[str, Any] | None) -> bool:
-    """Whether the weights that were asked for are those that timm names so, and no others under the name."""
+    """Return whether the requested weights are timm's own weights of the name."""
     known = timm.get_pretrained_cfg(_name_of(base, pretrained_cfg), allow_unregistered=True)
     cfg = {} if pretrained_cfg is None or isinstance(pretrained_cfg, str) else pretrained_cfg
     sources = {key: (overlay or {}).get(key, _field(cfg, key)) for key in ("hf_hub_id", "url", "file")}
@@ -338,7 +338,7 @@ def _not_found(base: str, suffix: str, pretrained_cfg: Any) -> str:
 
 
 def _configs(base: str) -> DefaultCfg:
-    """The pretrained configs of a name, which say where its weights are."""
+    """Return the pretrained configs of a name, which tell the sources of its weights."""
     named = get_arch_pretrained_cfgs(base) or {base: PretrainedCfg()}
     cfgs = {name.partition(".")[2]: cfg for name, cfg in named.items()}
     return DefaultCfg(deque(cfgs), cfgs, any(cfg.has_weights for cfg in cfgs.values()))
@@ -368,7 +368,7 @@ def register() -> list[str]:
 
 
 def _add_tag(entry: Entry) -> None:
-    """Let timm know published weights of a name: one tag more behind its others, and its entrypoint registered again.
+    """Register published weights with timm: the name gets one more tag, and its entrypoint is registered again.
 
     timm reads weights under a name of its own itself, and compares no hash; so they are embedded, and
     ``quac registry check`` compares it.

@@ -1,4 +1,4 @@
-"""What timm's networks say of themselves."""
+"""The facts of timm's networks, from their configs and attributes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from quac_plugins.core.host.facts import add_reader
 
 @add_reader
 def read_facts(model: nn.Module) -> dict[str, Any]:
-    """What a network's ``pretrained_cfg`` and its attributes say, as :class:`HostFacts` names it."""
+    """Read the fields of :class:`HostFacts` from a network's ``pretrained_cfg`` and attributes."""
     own_cfg = getattr(model, "pretrained_cfg", None)
     cfg = own_cfg or getattr(model, "default_cfg", None)
     own_cfg, cfg = (value if isinstance(value, dict) else {} for value in (own_cfg, cfg))
@@ -32,7 +32,7 @@ def read_facts(model: nn.Module) -> dict[str, Any]:
 
 
 def _input_size(model: nn.Module, size: Any) -> tuple[int, int, int] | None:
-    """(C, H, W): what a network was built for goes before what its weights were trained on."""
+    """Return (C, H, W): the size of the built network counts before the size of its weights' training."""
     built = getattr(getattr(model, "patch_embed", None), "img_size", None)
     if isinstance(built, (tuple, list)) and len(built) == 2:
         return (size[0] if size else 3), built[0], built[1]
@@ -40,7 +40,7 @@ def _input_size(model: nn.Module, size: Any) -> tuple[int, int, int] | None:
 
 
 def _stage_ends(model: nn.Module) -> tuple[str, ...]:
-    """The modules that ``feature_info`` names, by their names in this model."""
+    """Return the names, in this model, of the modules in ``feature_info``."""
     info: Any = getattr(model, "feature_info", ())
     entries = [info[i] for i in range(len(info))] if hasattr(info, "__len__") else []  # a list, or what acts as one
     wanted = {_flat(str(entry.get("module"))) for entry in entries if isinstance(entry, dict)}

@@ -1,4 +1,4 @@
-"""How well a network classifies, on clean images and under the corruptions of ImageNet-C."""
+"""Measuring how well a network classifies clean images and images under the corruptions of ImageNet-C."""
 
 from quac_plugins.evaluate.report import EvaluationReport
 from quac_plugins.evaluate.runner import evaluate

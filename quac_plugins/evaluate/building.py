@@ -37,25 +37,25 @@ def build_model(
     """Build a classifier by name, in float32 and in evaluation mode.
 
     Args:
-        name: what `timm.create_model` takes: ``resnet18``, ``resnet50_qacon.a1_in1k``, ``hf-hub:…``, ``local-dir:…``.
+        name: a name of `timm.create_model`: ``resnet18``, ``resnet50_qacon.a1_in1k``, ``hf-hub:…``, ``local-dir:…``.
         base_checkpoint: a file with the weights of the host (safetensors, or a torch file, read with
             ``weights_only``). It stands in for the download of ``pretrained=True``: for a name with ``_qacon``
             it fills the host before modules are put in.
         checkpoint: such a file with the weights of the whole network, loaded strictly at the end.
-        adapter: what `quac_plugins.load_adapter` takes: a directory, or ``org/name`` of the Hub. It says what is put
-            in, so that ``NAME_qacon`` and ``NAME_ddp`` then mean ``NAME``, unless ``model_kwargs`` say how to build it,
-            and, where ``mean``, ``std`` and ``input_size`` are not given, for which images the network is built.
+        adapter: a source of `quac_plugins.load_adapter`: a directory, or ``org/name`` of the Hub. The adapter names
+            the modules to inject, so ``NAME_qacon`` and ``NAME_ddp`` then mean ``NAME``, unless ``model_kwargs`` hold
+            their options. It also gives ``mean``, ``std`` and ``input_size`` where these are None.
         model_kwargs: further arguments of `timm.create_model`.
-        num_classes: of the classifier. A file must have as many.
-        input_size: a side or (H, W) to evaluate at; passed on as ``img_size`` to networks built for one size.
-        mean: of the normalization, written into the network's config: modules that look at the image undo it.
-        std: likewise.
-        pretrained: whether timm shall load its weights. None means only if no file is given.
+        num_classes: the number of classes of the classifier. A file must have the same number.
+        input_size: a side or (H, W), at which the network is evaluated; networks for one size get it as ``img_size``.
+        mean: the mean of the normalization, written into the network's config, for modules that read the image.
+        std: the standard deviation of the normalization, written likewise.
+        pretrained: whether timm loads its weights. None: only if no file is given.
 
     Raises:
-        FileNotFoundError: if a file is not there.
-        ValueError: if a file holds no tensors, or they do not fit the network, or arguments exclude each other.
-        RuntimeError: if timm knows no such name, or has no weights for it.
+        FileNotFoundError: a file does not exist.
+        ValueError: a file holds no tensors, or its tensors do not fit the network, or arguments exclude each other.
+        RuntimeError: timm does not know the name, or has no weights for it.
     """
     import quac_plugins  # registers the names
     from quac_plugins.hub.load import find_adapter

@@ -1,4 +1,4 @@
-"""A picture of what a restoration did: before and after, the difference, q, and the shapes of activations."""
+"""A figure of a restoration: before and after, the difference, q, and the shapes of activations."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def draw_comparison(
     """Draw one image before and after restoration.
 
     Args:
-        path: the picture: .png, .jpg, .pdf, .svg, by its suffix; written beside, then renamed.
-        pipe: the restoration pipeline, with ``unet`` and ``use_q``.
-        degraded, restored: (3, H, W), RGB in [0, 1].
-        tile_size: largest side that goes through the network at once.
+        path: the file: .png, .jpg, .pdf or .svg.
+        pipe: the restoration pipeline, with ``unet`` and ``quality_of``.
+        degraded, restored: images (3, H, W), RGB in [0, 1].
+        tile_size: the largest side, in pixels, that goes through the network at once.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -59,7 +59,7 @@ _X = torch.linspace(-4, 4, 161)
 
 
 def _curves(pipe: Any, degraded: Tensor, restored: Tensor, tile_size: int) -> dict[str, Tensor]:
-    """Name → (2, N): of the channel that q moves most, for the q of the image before and of that after."""
+    """Return layer → curves (2, N) of the channel that q moves most, for the q before and after the restoration."""
     sites = [
         name
         for name, module in pipe.unet.named_modules()

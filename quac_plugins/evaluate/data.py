@@ -1,6 +1,6 @@
-"""Which images a directory holds, and of which classes.
+"""The images of a directory and their classes.
 
-Two layouts are told apart by their structure:
+The structure tells two layouts apart:
 
 - ``root/CLASS/**/image``: folders of classes, as torchvision's `ImageFolder`;
 - ``root/CORRUPTION/SEVERITY/CLASS/**/image``: ImageNet-C, with the severities 1 to 5 as folder names.
@@ -59,8 +59,8 @@ class ImageDirectory:
         is_imagenet_c: whether the second layout was found.
 
     Raises:
-        FileNotFoundError: if there is no such directory or class map.
-        ValueError: if there are no images, or a folder has no class index below ``num_classes``.
+        FileNotFoundError: the directory or the class map does not exist.
+        ValueError: there are no images, or a folder has no class index below ``num_classes``.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class ImageDirectory:
         such an order too, give one image in turn. So ``limit`` images come from as many classes as possible.
 
         Raises:
-            ValueError: if the limit is below one.
+            ValueError: the limit is below 1.
         """
         if limit is None:
             return self.conditions
@@ -117,14 +117,14 @@ class ImageDirectory:
 
 
 def read_class_map(path: str | os.PathLike[str]) -> dict[str, int]:
-    """Read which class index a folder has.
+    """Read the class index of each folder.
 
     A ``.json`` file holds an object ``{"folder": index}`` or a list of folders in the order of their indices. Any other
     file is text: either every line is ``folder index``, or every line is a folder, the first having index 0.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it holds something else.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file has another content.
     """
     path = Path(path)
     if not path.is_file():
@@ -203,7 +203,7 @@ def _imagenet_c_places(root: Path) -> dict[tuple[str, int], Path]:
 
 
 def _folders(root: Path) -> list[Path]:
-    """The folders in a folder, sorted; a link that leads back to it, or above it, is none of them."""
+    """Return the folders in a folder, sorted, without links that lead back to it or above it."""
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     above = folders_above(root)
     circles = [str(folder) for folder in folders if identity(folder) in above]

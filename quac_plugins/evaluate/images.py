@@ -17,7 +17,7 @@ __all__ = ["CorruptedImages", "Job", "worker_init"]
 
 
 class Job(NamedTuple):
-    """One image under one condition, which is put on it or, if not ``apply``, is in the file already.
+    """One image under one condition; ``apply`` tells whether the corruption is applied or already in the file.
 
     ``place`` is its place among this process's images of that condition.
     """

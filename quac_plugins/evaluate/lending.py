@@ -1,4 +1,4 @@
-"""A network that is lent to a run, and what is inside it, so that two of one name can be told apart."""
+"""Lending a network to a run, and describing it, so that two networks of one name can be told apart."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ def describe_network(model: nn.Module) -> dict[str, Any]:
         model: any network, also inside DataParallel and the like.
 
     Returns:
-        ``host``: architecture, class, tag and fingerprint of the host, without what was put in; ``weights``: the
-        SHA-256 of all tensors with their names; ``inside``: None, or what was put in: ``sha256``, that of the
-        ``adapter_model.safetensors`` which `quac_plugins.save_adapter` would write now (None if a part of it is gone),
-        and for ``activations`` and ``prior`` their ``config`` and the names of their ``sites``.
+        ``host``: architecture, class, tag and fingerprint of the host alone; ``weights``: the SHA-256 of all tensors
+        with their names; ``inside``: None, or the injection: ``sha256``, the hash of the ``adapter_model.safetensors``
+        that `quac_plugins.save_adapter` would write now (None if a part is missing), and for ``activations`` and
+        ``prior`` their ``config`` and the names of their ``sites``.
 
     Example:
         >>> import timm, quac_plugins
-        >>> found = describe_network(timm.create_model("test_resnet_qacon"))
-        >>> found["host"]["architecture"], found["inside"]["activations"]["config"]["activation"]
+        >>> network = describe_network(timm.create_model("test_resnet_qacon"))
+        >>> network["host"]["architecture"], network["inside"]["activations"]["config"]["activation"]
         ('test_resnet', 'qacon')
     """
     inside = None
@@ -78,7 +78,7 @@ def _add(digest: Any, value: Any) -> None:
 
 
 def device_of(model: nn.Module, device: str | torch.device | None = None) -> torch.device:
-    """The device, or, for None, the one that a model is on."""
+    """Return the device; for None, the model's device."""
     parameter = next(model.parameters(), None)
     home = torch.device("cpu") if parameter is None else parameter.device
     return home if device is None else torch.device(device)

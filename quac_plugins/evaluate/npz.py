@@ -17,16 +17,16 @@ _CLASS = re.compile(r"[\w][\w. -]*\Z")
 
 
 def unpack(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> Path:
-    """Write the pictures of a packed set as ``folder/CLASS/00000.jpg``, as they are, and return the folder.
+    """Write the pictures of a packed set, unchanged, as ``folder/CLASS/00000.jpg``, and return the folder.
 
     Args:
-        path: an ``.npz`` with ``jpeg`` (uint8, all files one after another), ``offsets`` (N+1 places where they start
-            and end), ``labels`` (N class indices) and ``classes`` (names).
-        folder: made if it is not there; pictures that it holds already are left as they are.
+        path: an ``.npz`` with ``jpeg`` (uint8, all files one after another), ``offsets`` (N+1 positions of the files'
+            starts and ends), ``labels`` (N class indices) and ``classes`` (names).
+        folder: the folder, which is made if it is missing; existing pictures stay unchanged.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no such set; the message names what is wrong in it.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is no packed set; the message names the wrong part.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")

@@ -1,4 +1,4 @@
-"""What a network made of each image: gathered from processes, counted, and compared image by image.
+"""The outcome of each image: gathered from processes, counted, and compared image by image.
 
 Outcomes are an array (images, 2) of integers for each condition: the predicted class, and the rank of the right class
 among all, 1 being the first place. An image that could not be read has `UNREAD` twice, one whose output holds a NaN
@@ -27,8 +27,8 @@ def judge(logits: Any, targets: Tensor) -> np.ndarray:
     """Return the outcomes of a batch: int32 (B, 2).
 
     Raises:
-        TypeError: if these are no logits.
-        ValueError: if a target is none of the classes.
+        TypeError: ``logits`` are no tensor (B, C).
+        ValueError: a target is none of the classes.
     """
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(targets):
         what = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
@@ -44,7 +44,7 @@ def judge(logits: Any, targets: Tensor) -> np.ndarray:
 
 
 def interleaved(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """Put the shares of processes together, of which the first had the images 0, N, 2N, … and so on."""
+    """Put the shares of N processes together; the first process had the images 0, N, 2N, …."""
     whole = np.empty((sum(map(len, parts)), 2), dtype=np.int32)
     for first, part in enumerate(parts):
         whole[first :: len(parts)] = part
@@ -60,12 +60,12 @@ def scores_of(rows: np.ndarray) -> dict[str, Any]:
 
 
 def name_of(condition: Condition) -> str:
-    """Return ``"clean"``, ``"fog/3"``."""
+    """Return the name of a condition, such as ``"clean"`` or ``"fog/3"``."""
     return "clean" if condition == CLEAN else f"{condition[0]}/{condition[1]}"
 
 
 def outcomes_of(items: Mapping[Condition, Sequence[Item]], rows: Mapping[Condition, np.ndarray]) -> dict[str, Any]:
-    """Return what `EvaluationReport.outcomes` holds: every image that was read under some condition, sorted by name."""
+    """Return `EvaluationReport.outcomes`: every image that was read under some condition, sorted by name."""
     outcomes: dict[str, dict[str, tuple[int, int]]] = {}
     targets: dict[str, int] = {}
     for condition, values in rows.items():
@@ -84,7 +84,7 @@ def outcomes_of(items: Mapping[Condition, Sequence[Item]], rows: Mapping[Conditi
 
 
 def paired_rows(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """See `EvaluationReport.paired`; of the outcomes of two reports."""
+    """Compare the outcomes of two reports; see `EvaluationReport.paired`."""
     targets = [dict(zip(part["images"], part["targets"], strict=True)) for part in (first, second)]
     images = [image for image in first["images"] if image in targets[1]]
     differing = [image for image in images if targets[0][image] != targets[1][image]]
@@ -103,7 +103,7 @@ def paired_rows(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[dic
 
 
 def _right(outcomes: Mapping[str, Any], name: str, images: Sequence[str]) -> np.ndarray:
-    """1 where the first place is right, 0 where not, NaN where the image was not read."""
+    """Return 1 where the first place is right, 0 where it is wrong, NaN where the image was not read."""
     rank = dict(zip(outcomes["images"], outcomes["rank"][name], strict=True))
     return np.array([math.nan if rank[image] is None else float(rank[image] == 1) for image in images])
 

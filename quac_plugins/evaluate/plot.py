@@ -47,9 +47,9 @@ def plot_report(report: EvaluationReport, path: str | os.PathLike[str]) -> None:
 def plot_reports(reports: Sequence[EvaluationReport], path: str | os.PathLike[str]) -> None:
     """Draw several reports side by side, a bar for each in each corruption.
 
-    Their names in the legend say what they do not share: adapter, checkpoint, preprocessing, versions, ….
-    A bar is the mean over the severities that every report with that corruption has, so that like is compared with
-    like; a corruption that a report lacks leaves a gap, and the mean at the right is drawn only if none does.
+    The legend names each report by its differences from the others: adapter, checkpoint, preprocessing, versions, ….
+    A bar is the mean over the severities that all reports with the corruption have. A corruption that a report lacks
+    leaves a gap; the mean at the right is drawn only without gaps.
 
     Args:
         reports: at least one.

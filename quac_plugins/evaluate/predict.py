@@ -1,4 +1,4 @@
-"""What a classifier makes of one picture, with what was put in and without, and what its quality function says."""
+"""The prediction of a classifier for one picture, with its injected modules and without, and the picture's quality."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Prediction:
     """The most likely classes of one picture.
 
     Attributes:
-        classes: (class, probability in percent) of the network as it is, the most likely first.
-        host: the same of the host without what was put in; None if nothing was.
-        quality: what the quality function says: name → probability in percent of each degradation that has more than
-            one percent, and ``"severity"`` (0 to 5); empty where it tells no degradations.
+        classes: pairs (class, probability in percent) of the network, the most likely first.
+        host: such pairs of the host alone; None if nothing was injected.
+        quality: degradation → probability in percent, for degradations above one percent, and ``"severity"`` (0 to 5);
+            empty if the quality function tells no degradations.
     """
 
     classes: list[tuple[str, float]]
@@ -43,10 +43,10 @@ def predict(
 
     Args:
         model: a classifier of colour images, with or without QuAC or a prior inside.
-        picture: any size; resized and cropped as the network expects.
-        top: how many classes.
-        host: the network without what was put in; None: a copy that it is taken out of.
-        **look: ``mean``, ``std``, ``input_size``, ``crop_pct``, ``interpolation``; by default the network's own.
+        picture: a picture of any size, which is resized and cropped for the network.
+        top: the number of classes.
+        host: the network without injected modules. None: a copy of the model without them.
+        **look: ``mean``, ``std``, ``input_size``, ``crop_pct``, ``interpolation``; the others are the network's own.
 
     Raises:
         TypeError: the network returns no scores (B, K).
@@ -92,7 +92,7 @@ def _top(model: nn.Module, images: Tensor, names: list[str] | None, top: int) ->
 
 
 def _class_names(model: nn.Module) -> list[str] | None:
-    """Of an ImageNet classifier of timm, or those that its config brings."""
+    """Return the class names of an ImageNet classifier of timm, or of its config; None if they are unknown."""
     cfg: Any = getattr(model, "pretrained_cfg", None) or {}
     if isinstance(cfg, dict) and cfg.get("label_names"):
         return list(cfg["label_names"])

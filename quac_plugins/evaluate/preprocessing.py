@@ -29,21 +29,21 @@ def data_config(
     crop_pct: float | None = None,
     interpolation: str | None = None,
 ) -> dict[str, Any]:
-    """Return the model's timm data config with the settings that are not None in place of its own.
+    """Return the model's timm data config; settings that are not None replace the model's own.
 
-    What was put into the model knows its images: the normalization that it undoes, and what it was fitted on.
+    The record of an injection counts as the model's own: its normalization, and the settings of its fit.
 
     Args:
-        model: the network; without a ``pretrained_cfg`` timm's defaults are taken.
-        mean: of the normalization, in [0, 1], one number or one for each channel.
-        std: likewise, above 0.
+        model: the network; without a ``pretrained_cfg`` timm's defaults hold.
+        mean: the mean of the normalization, in [0, 1], one number or one for each channel.
+        std: the standard deviation likewise, above 0.
         input_size: the side of a square, (H, W) or (3, H, W).
         crop_pct: the side of the crop over the side of the resized image, in (0, 1].
-        interpolation: ``"bilinear"``, ``"bicubic"`` and what else timm names.
+        interpolation: ``"bilinear"``, ``"bicubic"``, or another name of timm.
 
     Raises:
-        ValueError: if a setting is out of range, the network does not take images of three channels, or a tap in it
-            undoes another normalization.
+        ValueError: a setting is out of range, the network does not take images of three channels, or a tap in it undoes
+            another normalization.
     """
     args = _known(model)
     if mean is not None:
@@ -74,7 +74,7 @@ def data_config(
 
 
 def _known(model: nn.Module) -> dict[str, Any]:
-    """The settings that were noted when something was put into a network, fitted or loaded."""
+    """Return the settings that an injection, a fit or a load has noted."""
     record = injection_of(model)
     images = record.images if record is not None else None
     if images is None:
@@ -88,7 +88,7 @@ def _known(model: nn.Module) -> dict[str, Any]:
 
 
 def channel_order_of(model: nn.Module) -> str:
-    """``"rgb"`` or ``"bgr"``, the order of the images that a network takes, by the configs of what was put into it.
+    """Return the order of a network's images, ``"rgb"`` or ``"bgr"``, by the configs of its injections.
 
     Raises:
         ValueError: the configs disagree.
@@ -102,7 +102,7 @@ def channel_order_of(model: nn.Module) -> str:
 
 
 def normalized(pixels: Tensor, model: nn.Module, config: Mapping[str, Any]) -> Tensor:
-    """Pictures (B, 3, H, W) in RGB, uint8 or in [0, 1], as a network takes them, whose `data_config` this is."""
+    """Normalize pictures (B, 3, H, W) in RGB, uint8 or in [0, 1], by a network's `data_config` and channel order."""
     mean, std = (torch.tensor(config[key], device=pixels.device).view(1, -1, 1, 1) for key in ("mean", "std"))
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     images = in_order(pixels, channel_order_of(model))
@@ -111,7 +111,7 @@ def normalized(pixels: Tensor, model: nn.Module, config: Mapping[str, Any]) -> T
 
 
 def taps_of(model: nn.Module) -> list[QualityTap]:
-    """The taps of a network that compute q of its images."""
+    """Return the taps of a network that compute q of its images."""
     return [module for module in model.modules() if isinstance(module, QualityTap) and module.given is None]
 
 
@@ -128,7 +128,7 @@ def check_tap(tap: QualityTap, config: Mapping[str, Any]) -> None:
 def sources_of(model: nn.Module, options: Mapping[str, Any]) -> dict[str, str]:
     """Return where each setting of `data_config` came from.
 
-    It is ``"given"``, ``"adapter"`` (what was put in knows it), ``"network"`` or, for its default, ``"timm"``.
+    The values are ``"given"``, ``"adapter"`` (the record of the injection), ``"network"`` and ``"timm"`` (a default).
 
     Example:
         >>> sources_of(nn.Identity(), {"mean": 0.5, "std": None})
@@ -147,9 +147,9 @@ class Crop:
     """Resize and crop as timm does, without the normalization: PIL image in RGB → uint8 tensor (3, H, W).
 
     Args:
-        config: what `data_config` returns.
-        keep_ready: take an image that has the network's size already as it is. The files of ImageNet-C and of other
-            prepared sets were resized and cropped before; doing it again would cut their borders off.
+        config: a dict of `data_config`.
+        keep_ready: leave an image of the network's size unchanged. The files of ImageNet-C and of other prepared sets
+            are resized and cropped already; a second crop would cut their borders off.
     """
 
     def __init__(self, config: dict[str, Any], keep_ready: bool):
@@ -158,7 +158,7 @@ class Crop:
         self.transform = timm.data.create_transform(**config, is_training=False, normalize=False)
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """Return the pixels that the network is to see."""
+        """Return the pixels (3, H, W), uint8, for the network."""
         return pil_to_tensor(image) if image.size == self.ready else self.transform(image)
 
 
@@ -166,7 +166,7 @@ def per_channel(value: float | Sequence[float], what: str) -> tuple[float, ...]:
     """Return three numbers from one or three.
 
     Raises:
-        ValueError: if there are others.
+        ValueError: there are other values.
 
     Example:
         >>> per_channel(0.5, "mean")
@@ -182,7 +182,7 @@ def square_or_not(size: int | Sequence[int]) -> tuple[int, int]:
     """Return (H, W) from a side, (H, W) or (3, H, W).
 
     Raises:
-        ValueError: if it is none of these.
+        ValueError: the size has another form.
 
     Example:
         >>> square_or_not(224), square_or_not((3, 192, 256))

@@ -30,27 +30,27 @@ class EvaluationReport:
     Attributes:
         model: the name of the network.
         clean: ``{"top1": float, "top5": float, "n": int}``, or None if clean images were left out.
-        corruptions: maps a corruption to a severity, as a string, to such numbers.
+        corruptions: corruption → severity, as a string → a dict like ``clean``.
         unreadable: the files that could not be read and are in none of the counts.
-        nan_outputs: how many images gave a NaN, by ``"clean"`` or ``"fog/3"``; they count as wrong.
-        seed: of the corruptions and of the choice of images.
-        severities: the severities measured.
-        limit: how many images were asked for, or None.
+        nan_outputs: ``"clean"`` or ``"fog/3"`` → the number of images with a NaN in the output, which count as wrong.
+        seed: the seed of the corruptions and of the choice of images.
+        severities: the measured severities.
+        limit: the largest number of images, or None.
         data: the directory.
         layout: ``"classes"`` or ``"imagenet-c"``.
         preprocessing: timm's data config; ``keep_ready``: images of this very size were taken as they are; ``from``:
             for each setting ``"given"``, ``"network"`` (its own config) or ``"timm"`` (the default).
-        versions: of the software, and the platform.
-        seconds: how long it took.
-        network: what `quac_plugins.evaluate.lending.describe_network` says of it: ``host``, ``weights``, ``inside``;
-            from the command also ``given``: ``base_checkpoint`` and ``checkpoint`` (``path``, ``sha256``), ``adapter``
-            (``name``), ``model_kwargs``, ``num_classes`` and ``pretrained``, as they were given.
-        device: where it ran, with the name of a GPU.
-        precision: of the network, and of autocast.
-        outcomes: what became of each image, in lists of one order: ``images`` (names below the directory, sorted),
-            ``targets`` (class indices), and for each condition, named as in ``nan_outputs``, ``predicted`` (class
-            index) and ``rank`` (of the right class, 1 being the first place). Both are None where the image was not
-            read under that condition, and -1 where its output held a NaN. Empty if they were not kept.
+        versions: the versions of the software, and the platform.
+        seconds: the duration.
+        network: the dict of `quac_plugins.evaluate.lending.describe_network`: ``host``, ``weights``, ``inside``; from
+            the command also ``given``, its arguments: ``base_checkpoint`` and ``checkpoint`` (``path``, ``sha256``),
+            ``adapter`` (``name``), ``model_kwargs``, ``num_classes`` and ``pretrained``.
+        device: the device, with the name of a GPU.
+        precision: the precision of the network, and of autocast.
+        outcomes: lists in one order: ``images`` (names below the directory, sorted), ``targets`` (class indices), and
+            for each condition, named as in ``nan_outputs``, ``predicted`` (class index) and ``rank`` (place of the
+            right class, from 1 on). Both are None for an image that was not read under the condition, and -1 for an
+            output with a NaN. Empty if the outcomes were not kept.
 
     Example:
         >>> fog = {"3": {"top1": 40.0, "top5": 70.0, "n": 10}, "5": {"top1": 20.0, "top5": 30.0, "n": 10}}
@@ -85,25 +85,25 @@ class EvaluationReport:
 
     @property
     def label(self) -> str:
-        """A short name that tells it apart: ``"mobilenetv2_100 + fog-adapter (a1b2c3)"``."""
+        """Return a short, distinct name: ``"mobilenetv2_100 + fog-adapter (a1b2c3)"``."""
         return label_of(self)
 
     def paired(self, other: EvaluationReport) -> list[dict[str, Any]]:
-        """Compare with another report image by image: how much better is this network than that?
+        """Compare this report with another image by image.
 
-        Over equal images a difference is far surer than the two numbers that it is of.
+        Over equal images a difference is far surer than the two numbers alone.
 
         Args:
-            other: of the same images, or of some of them; both with ``outcomes``.
+            other: a report of the same images, or of some of them; both reports need ``outcomes``.
 
         Returns:
-            For each condition that both have, and for the mean of corruptions, a dict: ``condition``; ``difference`` of
-            top-1 in points, this minus the other, with ``low`` and ``high``, its 95 % interval (normal approximation:
-            not for a handful of images); ``gained`` and ``lost``, the images that only this or only the other has
-            right, which McNemar's test takes (in the mean: those right under more, or under fewer); ``n`` images.
+            A dict for each shared condition, and for the mean of corruptions: ``condition``; ``difference`` of top-1 in
+            points, this minus other, with ``low`` and ``high``, its 95 % interval (normal approximation: not for a
+            handful of images); ``gained`` and ``lost``, the numbers of images that only this or only the other network
+            has right, for McNemar's test (in the mean: right under more, or under fewer corruptions); ``n`` images.
 
         Raises:
-            ValueError: if one has no outcomes, they share no images or conditions, or take an image for other classes.
+            ValueError: a report has no outcomes, the reports share no images or conditions, or disagree about a class.
 
         Example:
             >>> images = {"images": ["a/1.jpg", "a/2.jpg", "b/3.jpg"], "targets": [0, 0, 1]}
@@ -126,10 +126,10 @@ class EvaluationReport:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> EvaluationReport:
-        """Return the report that `to_dict` described, also of an earlier version.
+        """Return the report of a dict of `to_dict`, also of an earlier version.
 
         Raises:
-            ValueError: if it is no such thing; the message names what is wrong.
+            ValueError: the dict is no report; the message names the wrong part.
         """
         if not isinstance(content, dict) or "model" not in content:
             raise ValueError("a report of an evaluation is an object with model, clean and corruptions")
@@ -149,7 +149,7 @@ class EvaluationReport:
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> EvaluationReport:
-        """Read what `to_json` wrote; the errors of `from_dict`, with the file's name."""
+        """Read a file of `to_json`; the errors are the ones of `from_dict`, with the file's name."""
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except (ValueError, RecursionError) as error:
@@ -198,7 +198,7 @@ def software_versions() -> dict[str, str]:
 
 
 def _text(value: Any, indent: str = "") -> str:
-    """JSON with a line for each key, and each list on one line: there are lists of as many numbers as images."""
+    """Return JSON with a line for each key and each list on one line, since lists may be as long as the data."""
     if not isinstance(value, dict) or not value:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     deeper = indent + "  "

@@ -1,4 +1,4 @@
-"""What reports are called in titles and legends: short, and never two of them alike."""
+"""Names of reports in titles and legends: short and distinct."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ASIDE = [f"versions.{name}" for name in ("python", "platform", "torchvision", "
 
 
 def label_of(report: EvaluationReport) -> str:
-    """Return the name of the network with what was put in and what was loaded.
+    """Return the name of the network with the adapter or the injected modules, and the checkpoint.
 
     Example:
         >>> from quac_plugins.evaluate import EvaluationReport
@@ -37,9 +37,9 @@ def label_of(report: EvaluationReport) -> str:
 
 
 def labels_of(reports: Sequence[EvaluationReport]) -> list[str]:
-    """Return a different label for each report: its own, and whatever it does not share with the others.
+    """Return a distinct label for each report: its own label, and the facts that differ between the reports.
 
-    Where that is not enough, a hash of the weights, the less important versions, and at last a number follow.
+    Equal labels get a hash of the weights, then less important versions, and at last a number.
     """
     facts = [_facts(report) for report in reports]
     shared = _shared(facts)
@@ -63,7 +63,7 @@ def labels_of(reports: Sequence[EvaluationReport]) -> list[str]:
 def details_of(
     reports: Sequence[EvaluationReport], wanted: Sequence[str] = ("weights", "images", "run", "versions")
 ) -> list[str]:
-    """Return lines for a title: what all of the reports share of weights, images, run and versions."""
+    """Return lines for a title: the facts about weights, images, run and versions that all reports share."""
     groups: dict[str, list[str]] = {}
     for key, text in _shared([_facts(report) for report in reports]).items():
         if text and key not in _ASIDE:
@@ -72,7 +72,7 @@ def details_of(
 
 
 def differences_of(reports: Sequence[EvaluationReport]) -> list[str]:
-    """Return what keeps reports from being runs of one thing: other images, seen otherwise, other kinds of modules."""
+    """Return the differences that make reports no runs of one network: data, preprocessing, kinds of modules."""
     known: dict[str, dict[str, None]] = {}
     for report in reports:
         facts = _facts(report)
@@ -87,7 +87,7 @@ def differences_of(reports: Sequence[EvaluationReport]) -> list[str]:
 
 
 def _shared(facts: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """What is the same in all that know of it."""
+    """Return the facts that are equal in all reports that have them."""
     values = {
         key: {fact[key] for fact in facts if key in fact} for key in dict.fromkeys(k for fact in facts for k in fact)
     }
@@ -95,7 +95,7 @@ def _shared(facts: Sequence[Mapping[str, str]]) -> dict[str, str]:
 
 
 def _facts(report: EvaluationReport) -> dict[str, str]:
-    """Everything that a number depends on beside the label, in words: "" is nothing, what is not known is left out.
+    """Return in words everything but the label that influences a number: "" is nothing, unknown facts are missing.
 
     The part of a key before the dot groups it.
     """

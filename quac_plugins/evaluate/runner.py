@@ -52,33 +52,33 @@ def evaluate(
 ) -> EvaluationReport:
     """Measure top-1 and top-5 of a classifier, on clean images and under corruptions.
 
-    An image is resized and cropped as the model's timm data config says, corrupted at that resolution as ImageNet-C is
+    An image is resized and cropped by the model's timm data config, corrupted at that resolution as in ImageNet-C
     (Hendrycks and Dietterich, ICLR 2019), and normalized. Its noise depends on the seed and its name alone, so the
     numbers do not depend on the batch size, the workers or the processes (up to rounding in the network itself). Under
     `torchrun` every process takes its share of the images and returns the whole report. The model's modes and device
-    and the generators of torch and numpy are left as they were.
+    and the generators of torch and numpy are restored.
 
     Args:
-        model: maps float images (B, 3, H, W) to logits (B, C).
-        data: a directory of folders of classes, or one laid out as ImageNet-C, whose corruptions are read and not made.
-        corruptions: what `quac_plugins.degradations.corruption_names` takes. For ImageNet-C: which to read, none
-            meaning all that are there.
-        severities: from 1 to 5. None means 3, and for ImageNet-C all that are there.
-        limit: at most so many images, from as many classes as possible; the same for every corruption.
-        seed: of the corruptions and of the choice of images.
-        batch_size: images a forward pass.
-        mean: of the normalization, as for the four below: None means the model's own.
-        std: of the normalization.
+        model: a network from float images (B, 3, H, W) to logits (B, C).
+        data: a directory of folders of classes; or one laid out as ImageNet-C, whose corrupted images are read.
+        corruptions: names or sets of `quac_plugins.degradations.corruption_names`. For ImageNet-C: the corruptions to
+            read; none means all of the directory.
+        severities: one or several, from 1 to 5. None: 3, and for ImageNet-C all of the directory.
+        limit: the largest number of images, from as many classes as possible; equal images for every corruption.
+        seed: the seed of the corruptions and of the choice of images.
+        batch_size: the number of images in a forward pass.
+        mean: the mean of the normalization. None here, and for the four arguments below: the model's own value.
+        std: the standard deviation of the normalization.
         input_size: the side of a square, (H, W) or (3, H, W).
-        crop_pct: the side of the crop over the side of the resized image. None means the model's own, but an image
-            that has the network's size already, as those of ImageNet-C, is taken as it is.
-        interpolation: of the resizing.
-        device: where to run; None means where the model is.
+        crop_pct: the side of the crop over the side of the resized image. None: the model's own value, but an image of
+            the network's size, as in ImageNet-C, stays unchanged.
+        interpolation: the interpolation of the resizing.
+        device: the device of the run. None: the model's device.
         amp: a dtype for `torch.autocast`; True means float16 on a GPU and bfloat16 elsewhere.
-        num_workers: processes that read and corrupt.
+        num_workers: the number of processes that read and corrupt.
         clean: whether to measure the images without corruption too.
-        class_map: maps folders to class indices, or a file that does.
-        outcomes: whether the report keeps what was predicted for each image: about 8 bytes of JSON for each image and
+        class_map: folder → class index, or a file with this mapping.
+        outcomes: whether the report keeps the prediction for each image: about 8 bytes of JSON for each image and
             condition.
         progress: whether to show a bar, if standard error is a terminal and `rich` is installed.
 
@@ -87,10 +87,10 @@ def evaluate(
         with a NaN counts as wrong and is counted in ``nan_outputs``.
 
     Raises:
-        FileNotFoundError: if the directory or the class map is not there.
-        ImportError: if corruptions are asked for and `imagecorruptions` is not installed.
-        ValueError: if an argument is out of range, there are no images, or a class is none of the model's.
-        TypeError: if the model returns no logits.
+        FileNotFoundError: the directory or the class map does not exist.
+        ImportError: corruptions are requested, and `imagecorruptions` is not installed.
+        ValueError: an argument is out of range, there are no images, or a class is none of the model's.
+        TypeError: the model returns no logits.
 
     Example:
         >>> import pathlib, tempfile, timm
