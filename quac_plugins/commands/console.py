@@ -1,4 +1,4 @@
-"""What the commands share: options, errors in one line, files that can be written."""
+"""The shared parts of the commands: options, errors in one line, checks of output files."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _show_warning(message: Warning | str, *where: Any) -> None:
 
 
 def images_of(mean: str | None, std: str | None, input_size: str | None) -> dict[str, Any]:
-    """mean, std and input_size as `quac_plugins.evaluate` takes them."""
+    """Parse mean, std and input_size for `quac_plugins.evaluate`."""
     means, stds = numbers(mean, float, "--mean"), numbers(std, float, "--std")
     if (means is None) != (stds is None):
         raise ValueError("--mean and --std go together: give both or neither")
@@ -95,12 +95,12 @@ def images_of(mean: str | None, std: str | None, input_size: str | None) -> dict
 def check_outputs(
     json: Path | None, plot: Path | None, option: str = "--plot", inputs: Iterable[Path | None] = ()
 ) -> None:
-    """Refuse before the work what could not be written after it, or would replace what is not a report of ours.
+    """Refuse, before the work, outputs that could not be written after it, or would replace an unrelated file.
 
     Args:
-        json: where a report goes; one that is there already is replaced.
-        plot: where a figure goes.
-        option: its name.
+        json: the file of a report, which may replace an earlier report.
+        plot: the file of a figure.
+        option: the name of the figure's option.
         inputs: files, and folders of pictures, that the command reads, or writes elsewhere.
 
     Raises:
@@ -127,11 +127,11 @@ def check_outputs(
 
 
 def check_output(option: str, path: Path, inputs: Iterable[Path | None]) -> None:
-    """Refuse a file that cannot be written, or that is one of the inputs, by whatever name or link.
+    """Refuse a file that cannot be written, or that is one of the inputs, by any name or link.
 
     Raises:
-        OSError: it is a folder, or its folder can neither be made nor written into.
-        ValueError: it is an input, or among the pictures that are read.
+        OSError: the path is a folder, or its folder can neither be made nor written into.
+        ValueError: the file is an input, or lies among the input pictures.
     """
     if path.is_dir():
         raise IsADirectoryError(f"{option}: {path} is a directory, not a file to write")
@@ -150,7 +150,7 @@ def check_output(option: str, path: Path, inputs: Iterable[Path | None]) -> None
 
 
 def files_of(adapter: str | None) -> list[Path]:
-    """The files of an adapter that is a folder here, which no output may replace."""
+    """Return the files of an adapter in a local folder, which no output may replace."""
     from quac_plugins.core.inject.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 
     return [Path(adapter) / name for name in (CONFIG_NAME, WEIGHTS_NAME)] if adapter is not None else []
@@ -175,13 +175,13 @@ def check_folder(folder: Path) -> None:
 
 
 def tell_unreadable(paths: Iterable[str]) -> None:
-    """One line for each file that was left out."""
+    """Print a line for each unreadable file."""
     for path in paths:
         typer.echo(f"unreadable: {path}", err=True)
 
 
 def checked_device(device: str | None) -> str:
-    """A device that can be computed on; ValueError for another. By default this process's GPU, if there is one."""
+    """Return a usable device; None: this process's GPU or the CPU. ValueError for a device that does not work."""
     import torch
 
     from quac_plugins.processes import default_device

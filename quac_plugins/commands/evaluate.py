@@ -107,7 +107,7 @@ def evaluate_command(
 
 
 def _described(arguments: dict[str, Any]) -> dict[str, Any]:
-    """What the network was made of: files with their hashes, the adapter by its name, all else as it is."""
+    """Describe the arguments that made the network: files with hashes, and the adapter by name."""
     files = {
         key: {"path": str(path), "sha256": sha256_of(path)}
         for key in ("base_checkpoint", "checkpoint")

@@ -68,7 +68,7 @@ def export_command(
 
 
 def _batch(network: nn.Module, images: Path | None, preprocessing: dict) -> Tensor:
-    """Up to four pictures as the network takes them."""
+    """Return up to four pictures as the network's input."""
     import torch
 
     from quac_plugins.deploy import pictures

@@ -96,7 +96,7 @@ def _shared(
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
-    """A command with the options of both, which its function gets together as ``shared``, and with its own."""
+    """Make a command with the shared options, which its function gets as ``shared``, and with its own options."""
     both = inspect.signature(_shared, eval_str=True).parameters
     extra = dict(inspect.signature(function, eval_str=True).parameters)
     del extra["shared"]
@@ -197,7 +197,7 @@ def fit_qacon_command(
 
 
 def _data(shared: Any) -> Data:
-    """What the fit learns from, as the options say."""
+    """Return the data of the fit from the options."""
     from quac_plugins.fit import Data
 
     read = vars(shared) | console.images_of(shared.mean, shared.std, shared.input_size) | {"images": shared.data}
@@ -257,7 +257,7 @@ def _fit(kind: str, network: nn.Module, data: Data, shared: Any, **options: Any)
 
 
 def _save(network: nn.Module, out: Path, states: Path) -> None:
-    """Write the adapter; what cannot be written is not lost."""
+    """Write the adapter; if the folder cannot be written, keep the fit elsewhere."""
     from quac_plugins import save_adapter
 
     try:
@@ -271,7 +271,7 @@ def _save(network: nn.Module, out: Path, states: Path) -> None:
 
 
 def _check(shared: Any, class_map: Path | None) -> None:
-    """Refuse before the work what would be refused after it."""
+    """Check, before the work, the options and outputs that would fail after it."""
     data, pairs, out = shared.data, shared.pairs, shared.out
     if (data is None) == (pairs is None):
         raise ValueError(f"give either --data or --pairs, got {'neither' if data is None else 'both'}")

@@ -1,4 +1,4 @@
-"""The network that a fit is of: a host by name, and in it what is to be fitted."""
+"""Building the network of a fit: a host by name, with the modules to fit inside."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def build_network(
     seed: int = 0,
     **options: Any,
 ) -> nn.Module:
-    """Build a host and put into it what its name, an adapter and the fit ask for.
+    """Build a host, and inject the modules that its name, an adapter and the fit ask for.
 
     Args:
-        name: of timm, with or without ``_qacon``, ``_ddp`` or ``_qacon_ddp``; or ``hf-hub:…``, ``local-dir:…``.
-        wanted: what there must be, of ``"quac"`` and ``"prior"``.
-        adapter: what is put in first, if it is given.
+        name: a name of timm, with or without ``_qacon``, ``_ddp`` or ``_qacon_ddp``; or ``hf-hub:…``, ``local-dir:…``.
+        wanted: the required parts: ``"quac"``, ``"prior"`` or both.
+        adapter: an adapter, which is loaded first.
         prior: fields of the `PriorConfig` of a new prior.
-        said: options of the command line that say what the prior is, to be refused where the adapter says so.
-        model_kwargs: of timm, `QuACConfig` and `PriorConfig`.
-        seed: of what is put in.
-        **options: of `quac_plugins.evaluate.building.build_model`.
+        said: options of the command line about the prior, which are refused if the adapter holds the prior.
+        model_kwargs: arguments of timm, `QuACConfig` and `PriorConfig`.
+        seed: the seed of the injected modules.
+        **options: arguments of `quac_plugins.evaluate.building.build_model`.
 
     Raises:
-        ValueError: an option says of what the adapter holds what it is.
+        ValueError: an option describes modules that the adapter already holds.
     """
     import torch
 
@@ -72,7 +72,7 @@ def build_network(
 
 
 def labelled_files(images: Path, network: nn.Module, limit: int | None, seed: int, class_map: Path | None) -> list[Any]:
-    """(file, class index) of a folder of folders of classes; at most so many, spread over the classes."""
+    """Return pairs (file, class index) of a folder of folders of classes, at most ``limit``, spread over classes."""
     from quac_plugins.evaluate.data import CLEAN, ImageDirectory
 
     directory = ImageDirectory(images, getattr(network, "num_classes", None), class_map)

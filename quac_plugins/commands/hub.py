@@ -87,7 +87,7 @@ def info_command(
     json_output: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
     debug: console.Debug = False,
 ) -> None:
-    """Say what a published model or an adapter is: host, what is put where, figures, licence."""
+    """Describe a published model or an adapter: host, modules and places, figures, licence."""
     with console.plain_errors(debug):
         facts = _info(name, revision)
         if json_output:
@@ -136,7 +136,7 @@ def _info(name: str, revision: str | None) -> dict[str, Any]:
 
 
 def _of_timm(name: str) -> dict[str, Any]:
-    """A name that nothing of this project is published under."""
+    """Describe a name of timm under which this project has published nothing."""
     import timm
 
     from quac_plugins.core.naming import split_name

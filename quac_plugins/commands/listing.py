@@ -1,4 +1,4 @@
-"""``quac list``: what can be named."""
+"""``quac list``: all known names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from quac_plugins.commands import console
 
 
 class What(str, Enum):
-    """What ``quac list`` lists."""
+    """The kinds of names that ``quac list`` lists."""
 
     models = "models"
     quality = "quality"

@@ -1,4 +1,4 @@
-"""``quac predict``: what a classifier says of pictures, with what was put in and without."""
+"""``quac predict``: a classifier's predictions for pictures, with injected modules and without."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def predict_command(
     json: console.Json = None,
     debug: console.Debug = False,
 ) -> None:
-    """Tell the most likely classes of pictures, with and without what was put in, and what their quality is."""
+    """Predict the most likely classes of pictures, with the injected modules and without, and tell the quality."""
     with console.plain_errors(debug):
         from quac_plugins.images import read_image
 
@@ -68,7 +68,7 @@ def predict_command(
 
 
 def _degradation(spec: str | None) -> tuple[str | None, int]:
-    """The corruption and the severity of ``fog:3``."""
+    """Parse a corruption and a severity, such as ``fog:3``."""
     from quac_plugins.degradations import check_severity, corruption_names
 
     if spec is None:
@@ -81,7 +81,7 @@ def _degradation(spec: str | None) -> tuple[str | None, int]:
 
 
 def _degraded(picture: Any, kind: str | None, severity: int) -> Any:
-    """A picture after the corruption, which is put on at the size that most networks take."""
+    """Corrupt a picture, at the size that most networks take."""
     if kind is None:
         return picture
     from PIL import Image
@@ -97,7 +97,7 @@ def _degraded(picture: Any, kind: str | None, severity: int) -> Any:
 
 
 def _text(name: str, prediction: Any) -> str:
-    """A table: the classes with what was put in, beside those of the host alone."""
+    """Return a table: the network's classes beside the host's."""
     lines = [name]
     if prediction.quality:
         said = dict(prediction.quality)

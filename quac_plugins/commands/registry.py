@@ -1,4 +1,4 @@
-"""``quac registry check``: whether what is published is what the registry says."""
+"""``quac registry check``: comparing published files with the registry."""
 
 from __future__ import annotations
 

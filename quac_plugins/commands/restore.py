@@ -61,7 +61,7 @@ def restore_command(
 
 
 def _open(path: Path) -> Any:
-    """A picture the way up that its camera noted, in the colours that its profile means."""
+    """Read a picture, turned as its EXIF says, in the colours of its profile."""
     from PIL import ImageOps
 
     from quac_plugins.images import open_image
@@ -76,7 +76,7 @@ def _open(path: Path) -> Any:
 
 
 def _tell_of_others(image: Any, path: Path) -> None:
-    """That a file holds more pictures than the first; one that is broken after it is none of our affair."""
+    """Tell that a file holds more pictures than the first; later ones may be broken."""
     try:
         frames = getattr(image, "n_frames", 1)
     except Exception:  # decoders of broken files raise anything
@@ -86,9 +86,9 @@ def _tell_of_others(image: Any, path: Path) -> None:
 
 
 def _in_rgb(image: Any) -> Any:
-    """A picture whose profile, if it has one, is of RGB: printers' and grey ones say nothing of what is written.
+    """Return a picture whose profile, if it has one, is an RGB profile: others do not describe the written file.
 
-    Of 8 bits a colour it is converted; else the profile is left out, and its numbers are taken as they are.
+    A picture of 8 bits a colour is converted; otherwise the profile is dropped, and the numbers stay.
     """
     from PIL import ImageCms
 
@@ -113,7 +113,7 @@ def _in_rgb(image: Any) -> Any:
 
 
 def _save(image: Any, path: Path, like: Any) -> None:
-    """With the colour profile of what was restored, without which its colours are others, and with its notes."""
+    """Save a picture with the colour profile and the notes of the degraded one."""
     from PIL import Image
 
     from quac_plugins.core.files import write_file

@@ -1,4 +1,4 @@
-"""Fitting what was put into a frozen host on a few photographs."""
+"""Fitting the injected modules of a frozen host on a few photographs."""
 
 from quac_plugins.core.prior.recipe import Recipe
 from quac_plugins.fit.data import Data

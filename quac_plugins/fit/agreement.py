@@ -1,4 +1,4 @@
-"""What a fit is good for, without labels: how often a degraded picture gets the clean one's class; and its cost."""
+"""The benefit of a fit, without labels: how often a degraded picture gets the class of the clean one; and its cost."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _BATCH = 16
 
 
 def agreement(session: FitSession, drawn: Drawn) -> dict[str, dict[str, Any]]:
-    """Share of the pictures whose predicted class is that of the untouched host on the clean picture.
+    """Measure how often a network predicts the class that the untouched host predicts for the clean picture.
 
     Args:
-        session: :class:`quac_plugins.fit.session.FitSession`, open, with what was fitted in its final state.
-        drawn: pictures of images that were not fitted on.
+        session: an open session whose modules are fitted.
+        drawn: pictures of images that the fit has not seen.
 
     Returns:
         Degradation, or ``"clean"`` → ``before``: percent of the untouched host, ``after``: percent of the fitted
@@ -48,7 +48,7 @@ def agreement(session: FitSession, drawn: Drawn) -> dict[str, dict[str, Any]]:
 
 
 def logits_of(session: FitSession, network: nn.Module, pictures: np.ndarray) -> Tensor | None:
-    """Logits (N, K) of a network for pictures uint8 (N, H, W, 3), float64 on the CPU; None if it returns none."""
+    """Compute logits (N, K), float64 on the CPU, for pictures uint8 (N, H, W, 3); None without logits."""
     parts, features = [], facts_of(network).gives_features
     with torch.no_grad():
         for start in range(0, len(pictures), _BATCH):
@@ -60,7 +60,7 @@ def logits_of(session: FitSession, network: nn.Module, pictures: np.ndarray) -> 
 
 
 def multiply_adds(session: FitSession) -> float | None:
-    """Multiply-adds of what was put in over the host's, for one image (torch's counter)."""
+    """Return the multiply-adds of the injected modules over the host's, for one image, by torch's counter, or None."""
     image = session.images(np.zeros((1, *session.photographs.size, 3), dtype=np.uint8))
     try:
         counts = [multiply_adds_of(network, image) for network in (session.model, session.teacher)]

@@ -1,4 +1,4 @@
-"""Interrupted fits go on: the state of each stage is kept in a folder, and trusted only if it is of this very fit."""
+"""Checkpoints of interrupted fits: a folder keeps the state of each stage, which only the same fit may use."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ class Checkpoints:
     """The states of a fit in a folder, one file a stage.
 
     Args:
-        folder: made if it does not exist; None: nothing is kept.
-        key: what the fit is (host, pictures, recipe, …), JSON-serializable; a state with another key is not used.
-        writes: whether this process writes (one of several does).
+        folder: the folder, which is made if it does not exist. None: no state is kept.
+        key: the identity of the fit (host, pictures, recipe, …), JSON-serializable; a state with another key is not
+            used.
+        writes: whether this process writes; one of several does.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None, key: dict[str, Any], writes: bool = True):
@@ -41,14 +42,14 @@ class Checkpoints:
         return None if self.folder is None else self.folder / f"fit-{stage}.pt"
 
     def load(self, stage: str, of: str = "") -> dict[str, Any] | None:
-        """The state of a stage, None if there is none.
+        """Return the state of a stage, or None if there is none.
 
         Args:
-            stage: its name.
-            of: what else it must be of than the fit, such as a hash of the stage's pictures.
+            stage: the name of the stage.
+            of: a further part of the key, such as a hash of the stage's pictures.
 
         Raises:
-            ValueError: it is of another fit, or damaged.
+            ValueError: the state belongs to another fit, or is damaged.
         """
         path = self._path(stage)
         if path is None or not path.is_file():
@@ -70,14 +71,14 @@ class Checkpoints:
         return state
 
     def damaged(self, stage: str, error: Exception) -> ValueError:
-        """The error of a state that lacks something."""
+        """Return the error for a damaged state."""
         what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
         return ValueError(f"{self._path(stage)} is no whole state of this fit: it {what}; delete it to start again")
 
     def save(self, stage: str, state: dict[str, Any], of: str = "") -> None:
-        """Whole or not at all: an interruption never leaves half a file.
+        """Write the state of a stage, whole or not at all.
 
-        What cannot be written, as on a full disk, is a warning: the fit itself goes on.
+        A state that cannot be written, as on a full disk, is a warning: the fit itself goes on.
         """
         path = self._path(stage)
         if path is None or not self.writes:
@@ -92,7 +93,7 @@ class Checkpoints:
         self._own.add(path)
 
     def clear(self) -> None:
-        """Delete the states of this fit, and nothing else: it is done, and saved."""
+        """Delete the states of this fit, and nothing else, once the fit is saved."""
         if self.folder is None or not self.writes:
             return
         for path in self._own:

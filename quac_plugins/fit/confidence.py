@@ -1,9 +1,9 @@
-"""The confidence of a host with margins: the last ones are scaled until logits are as large as on clean pictures.
+"""The confidence of a host with margins: the last margins are scaled until logits are as large as on clean pictures.
 
-A regression of features leads to their mean where a degraded picture does not tell them: classes keep their order, but
-logits shrink, and a network that is right calls itself unsure. One number for each margin mends that, chosen on
-pictures that the margins were not fitted on: a scale of the host's last norm, from there on that of the logits where
-the network is (nearly) homogeneous, as it is behind ReLU, pooling and a classifier.
+Where a degraded picture does not tell the features, a regression leads to their mean: classes keep their order, but
+logits shrink, and a right network calls itself unsure. One number for each margin, chosen on pictures that the fit has
+not seen, restores the confidence: it scales the host's last norm, and with it the logits, since the network behind the
+norm (ReLU, pooling and a classifier) is nearly homogeneous.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ _MOST = 480  # pictures
 
 
 def set_confidence(session: FitSession, last: Margin, pictures: Pictures, shares: Tensor) -> dict[str, float] | None:
-    """Scale each margin of the last place by what brings the logits nearest to the untouched host's on clean pictures.
+    """Scale each margin of the last place so that the logits come nearest to the untouched host's on clean pictures.
 
     Args:
-        session: open, with margins that are fitted.
-        last: the margins that the host comes to last.
-        pictures: those of the fit; those held out choose, all of them if they are of fewer than four photographs.
-        shares: (N, R) how much of each margin each picture is an example of; columns of zeros: that margin stays.
+        session: an open session with fitted margins.
+        last: the margins of the host's last place.
+        pictures: the pictures of the fit. The held-out ones choose the scale; all pictures do, if fewer than four
+            photographs are held out.
+        shares: (N, R), the share of each margin in each picture; a margin whose column is zero stays.
 
     Returns:
-        Divergence KL(untouched, clean ‖ session, degraded) in nats, ``"before"`` and ``"after"``; None where the host
-        gives no logits, or nothing was fitted.
+        The divergence KL(untouched, clean ‖ fitted, degraded) in nats, ``"before"`` and ``"after"``; None if the host
+        returns no logits, or nothing was fitted.
     """
     held = pictures.held if pictures.images_of(pictures.held) >= FEW else np.arange(len(pictures.degraded))
     chosen = evenly(held, _MOST)
@@ -64,7 +65,7 @@ def set_confidence(session: FitSession, last: Margin, pictures: Pictures, shares
 
 
 def _scale(margin: Margin, table: Tensor, factors: Tensor) -> None:
-    """Let the margins of a table give so many times the features; with a factor of 1 they stay bit for bit."""
+    """Multiply the output of each margin of a table by its factor; a factor of 1 changes no bit."""
     scale, shift = table.chunk(2, dim=1)
     factors = factors.to(table)[:, None]
     with torch.no_grad():

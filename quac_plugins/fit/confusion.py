@@ -1,4 +1,4 @@
-"""Where the gate of a routed prior sends pictures: a table by degradation and severity, the identity included."""
+"""The choices of a routed prior's gate: a table by degradation and severity, the identity included."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ _DISTURBED = 0.8
 
 @dataclass(frozen=True)
 class Confusion:
-    """How many pictures of each degradation and severity a gate sent where, by its first choice.
+    """The numbers of pictures of each degradation and severity by the gate's first choice.
 
     Attributes:
         choices: ``"identity"`` and the experts.
-        counts: degradation, or ``"clean"`` → severity, as a string → pictures sent to each choice.
-        held_out: the pictures are of images that were not fitted on.
+        counts: degradation, or ``"clean"`` → severity, as a string → the number of pictures for each choice.
+        held_out: whether the pictures are of images that the fit has not seen.
 
     Example:
-        >>> found = Confusion(["identity", "fog"], {"clean": {"0": [9, 1]}, "fog": {"1": [4, 1], "5": [0, 5]}})
-        >>> found.share("clean"), found.share("fog"), found.share("fog", "1"), found.starved
+        >>> table = Confusion(["identity", "fog"], {"clean": {"0": [9, 1]}, "fog": {"1": [4, 1], "5": [0, 5]}})
+        >>> table.share("clean"), table.share("fog"), table.share("fog", "1"), table.starved
         (0.9, 0.6, 0.2, [])
-        >>> print(found)
+        >>> print(table)
         clean: 90 % left alone, 10 % taken for fog
         fog: 60 % to its expert (severity 1: 20, 5: 100), 40 % left alone
     """
@@ -32,7 +32,7 @@ class Confusion:
     held_out: bool = True
 
     def share(self, kind: str, severity: str | None = None, choice: str | None = None) -> float:
-        """Share of the pictures of a degradation that go to a choice, by default to its own."""
+        """Return the share of a degradation's pictures that go to a choice; None: to the right choice."""
         rows = [row for level, row in self.counts[kind].items() if severity in (None, level)]
         index = self.choices.index(choice or self._own(kind))
         return sum(row[index] for row in rows) / max(1, sum(map(sum, rows)))
@@ -42,27 +42,27 @@ class Confusion:
 
     @property
     def judged(self) -> str:
-        """What the pictures are, in a word."""
+        """Return whether the pictures are held out, in words."""
         return "held-out" if self.held_out else "fitted"
 
     @property
     def starved(self) -> list[str]:
-        """Degradations of whose pictures fewer than half reach their expert."""
+        """Return the degradations of whose pictures fewer than half reach their expert."""
         return [kind for kind in self.counts if kind in self.choices and self.share(kind) < _STARVED]
 
     def taken_for(self, kind: str) -> tuple[str, float]:
-        """The choice that gets most of a degradation's other pictures, and its share."""
+        """Return the wrong choice that gets most of a degradation's pictures, and its share."""
         others = {c: self.share(kind, choice=c) for c in self.choices if c != self._own(kind)}
         return max(others.items(), key=lambda item: item[1])
 
     def rows(self) -> Iterator[tuple[str, str, list[int]]]:
-        """Degradation, severity and counts, line by line."""
+        """Yield degradation, severity and counts."""
         for kind, levels in self.counts.items():
             for level, row in levels.items():
                 yield kind, level, row
 
     def warnings(self) -> list[str]:
-        """What is wrong with the gate, and what to do: a sentence or two for each fault."""
+        """Return the faults of the gate, each with a remedy, in a sentence or two."""
         faults = []
         for kind in self.starved:
             choice, share = self.taken_for(kind)
@@ -84,7 +84,7 @@ class Confusion:
         return faults
 
     def __str__(self) -> str:
-        """A line for each degradation."""
+        """Return a line for each degradation."""
         lines = []
         for kind, levels in self.counts.items():
             where = "to its expert" if kind in self.choices else "left alone"

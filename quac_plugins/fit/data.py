@@ -1,4 +1,4 @@
-"""What a fit learns from, as users say it: where photographs come from, how they are degraded, how they are read."""
+"""The data of a fit, as users describe it: sources of photographs, degradations, and preprocessing."""
 
 from __future__ import annotations
 
@@ -21,45 +21,44 @@ __all__ = ["Data", "data_with"]
 class Data:
     """The photographs of a fit, how they are degraded, and how the host takes them.
 
-    :func:`quac_plugins.fit_prior` and :func:`quac_plugins.fit_qacon` take one in place of photographs, and each of its
-    fields by name.
+    :func:`quac_plugins.fit_prior` and :func:`quac_plugins.fit_qacon` take a ``Data`` as ``data``, or its fields by
+    name.
 
     Attributes:
         images: clean photographs in RGB, of any sizes from 32 pixels on: a folder (searched with the folders in it), a
             file or a list of files, or of tuples (file, label); an array, uint8, uint16 or float in [0, 1], of shape
             (H, W), (H, W, 3) or (N, H, W, 3); a tensor, likewise, of shape (3, H, W) or (N, 3, H, W); a PIL image; a
             list, a torch Dataset or any iterable of these or of tuples (image, label).
-        pairs: (degraded, clean), each as ``images``, in place of them. Two folders are matched by the paths below
-            them without extension, everything else by order.
-        degrade: your own degradation, or several by name (``{"rain": function}``), which a routed prior has experts
-            for. They take the corruptions' place, or go beside those that are named. A function maps an image, uint8
+        pairs: (degraded, clean), each in a form of ``images``, instead of ``images``. Two folders are matched by the
+            paths below them without extension, all other forms by order.
+        degrade: your own degradation, or several by name (``{"rain": function}``), which become experts of a routed
+            prior. They replace the default corruptions, or join the named ones. A function maps an image, uint8
             (h, w, 3), to its degraded version of the same size: an array, uint8 or float in [0, 1], a float or uint8
-            tensor (3, h, w), or a PIL image. It is given ``rng``, a seeded `numpy.random.Generator`, if it has a
-            parameter of this name; the global generators of Python, numpy and torch are seeded for the call and put
-            back after it.
+            tensor (3, h, w), or a PIL image. A function with a parameter ``rng`` gets a seeded
+            `numpy.random.Generator`; the global generators of Python, numpy and torch are seeded for the call and
+            restored after it.
         corruptions: names or sets of :func:`quac_plugins.degradations.corruption_names`. None: the names of a routed
             prior's experts, else all 15; none beside ``degrade`` or ``pairs``.
-        severities: of the corruptions, 1 to 5, or several, which are mixed. None: all of them for margins, else 3.
-            Margins that are chosen by a quality function that tells severities begin from statistics at severities 2
-            and 4 in any case.
-        limit: at most so many images, chosen by the seed.
-        views: crops and flips of each image; the first is the whole of it. None: so many that a fit has enough.
-        draws: degraded pictures of each view and corruption. None: likewise.
-        clean_share: share of undegraded pictures among those that one module is fitted on, from 0 to below 1. None:
-            none for one FDM for one corruption, else a tenth.
-        held_out: share of the images, above 0 and below 1, that are not fitted on but judge when to stop. None: a
-            fifth, or a tenth where margins are fitted.
-        seed: of everything that is drawn, from 0 on.
-        num_workers: processes that degrade; 0: this one alone. The pictures are the same.
-        mean, std: of the host's normalization, in [0, 1], one number or one a channel; both or neither. None, as for
-            the three below: the host's own.
-        input_size: of the host's images in pixels: a side, (H, W) or (3, H, W).
-        crop_pct: side of the crop over the side of the resized image, in (0, 1].
-        interpolation: of the resizing: ``"bilinear"``, ``"bicubic"``, ….
+        severities: severities of the corruptions, 1 to 5; several are mixed. None: all for margins, else 3. Margins
+            whose quality function tells severities always begin from statistics at severities 2 and 4.
+        limit: the largest number of images, which the seed chooses.
+        views: the number of crops and flips of each image; the first view is the whole image. None: enough for a fit.
+        draws: the number of degraded pictures of each view and corruption. None: enough for a fit.
+        clean_share: the share of undegraded pictures in the fit of one module, from 0 to below 1. None: none for one
+            FDM for one corruption, else a tenth.
+        held_out: the share of images, above 0 and below 1, that judge when to stop and are not fitted on. None: a
+            fifth; for margins a tenth.
+        seed: the seed of all draws, from 0 on.
+        num_workers: the number of processes that degrade; 0: this process. The pictures are the same.
+        mean, std: mean and standard deviation of the host's normalization, in [0, 1], one number or one a channel; give
+            both or neither. None here, and for the three fields below: the host's own values.
+        input_size: the size of the host's images in pixels: a side, (H, W) or (3, H, W).
+        crop_pct: the side of the crop over the side of the resized image, in (0, 1].
+        interpolation: the interpolation of the resizing: ``"bilinear"``, ``"bicubic"``, ….
 
     Raises:
-        ValueError: a field is out of range, a name is unknown, or two fields exclude each other. What can only be said
-            of a host, or with the photographs read, is raised by the fit.
+        ValueError: a field is out of range, a name is unknown, or two fields exclude each other. The fit raises errors
+            that depend on the host or the photographs.
 
     Example:
         >>> import numpy as np
@@ -113,23 +112,23 @@ class Data:
 
     @property
     def functions(self) -> dict[str, Callable[..., Any]]:
-        """The user's own degradations by name."""
+        """Return the user's own degradations by name."""
         return own_degradations(self.degrade)
 
     @property
     def names(self) -> list[str]:
-        """The corruptions."""
+        """Return the names of the corruptions."""
         by_default = "all" if self.pairs is None and self.degrade is None else ()
         return corruption_names(by_default if self.corruptions is None else self.corruptions)
 
     @property
     def kinds(self) -> list[str]:
-        """All degradations: the corruptions, then the user's own; or ``["pairs"]``."""
+        """Return all degradations: the corruptions, then the user's own; or ``["pairs"]``."""
         return [*self.names, *self.functions] if self.pairs is None else ["pairs"]
 
     @property
     def levels(self) -> list[int]:
-        """The severities of the corruptions; 3 unless said otherwise, and none where there are no corruptions."""
+        """Return the severities of the corruptions: 3 by default, and none without corruptions."""
         severities = 3 if self.severities is None else self.severities
         levels = list(severities) if isinstance(severities, Iterable) else [severities]
         return [check_severity(level) for level in levels] if self.names else []

@@ -1,8 +1,8 @@
 """Training pictures drawn from a few images: views of them, and degraded versions of the views.
 
-A picture is a function of the seed and of what it is (the image's name, the view, the degradation, its number) alone:
-neither the other images, nor the order, nor the number of processes changes it. Degrading happens at the network's
-resolution, after the crop, as in ImageNet-C.
+A picture depends on the seed, the image's name, the view, the degradation and its number alone, and neither on other
+images, nor on the order, nor on the number of processes. Degrading happens at the network's resolution, after the crop,
+as in ImageNet-C.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ class Draws:
     """Views of images and their degraded versions, at the size (h, w) of the network's input.
 
     Attributes:
-        clean: the views, uint8 (V, h, w, 3); those of an image follow each other.
-        degraded: uint8 (N, h, w, 3).
-        view: int64 (N,): of which view each is a degraded version.
-        image: int64 (V,): of which image each view is.
-        kind: int64 (N,): which of ``kinds`` was done to it.
+        clean: the views, uint8 (V, h, w, 3), image after image.
+        degraded: the degraded pictures, uint8 (N, h, w, 3).
+        view: int64 (N,), the index of each degraded picture's view.
+        image: int64 (V,), the index of each view's image.
+        kind: int64 (N,), the index of each picture's degradation in ``kinds``.
         kinds: the corruptions, then the names of the user's functions (``"degrade"`` for one without a name), or
-            ``"pairs"``; then ``"clean"``, if some of ``degraded`` are the views as they are.
-        severity: int64 (N,): of the corruptions; 0 for all else.
+            ``"pairs"``; then ``"clean"``, if some of ``degraded`` are undegraded views.
+        severity: int64 (N,), the severity of a corruption; 0 for all others.
     """
 
     clean: np.ndarray
@@ -84,30 +84,31 @@ def make_draws(
 ) -> Draws:
     """Draw training pictures: for each image ``views`` views, for each view ``draws`` pictures of each degradation.
 
-    The first view of an image is the whole of it, as an evaluation sees it; the others are random crops, half of them
-    mirrored. The degradations are those that pairs bring, or the corruptions, the user's own functions, or both.
+    The first view of an image is the whole image, as in an evaluation; the others are random crops, half of them
+    mirrored. The degradations come from pairs, or from corruptions, the user's functions, or both.
 
     Args:
-        few: the images. The names must differ: they are what the randomness depends on.
+        few: the images. Their names must differ, since the randomness depends on them.
         size: (h, w) of the network's input.
-        corruptions: what `quac_plugins.degradations.corruption_names` takes.
+        corruptions: names or sets of `quac_plugins.degradations.corruption_names`.
         severities: one or several, from 1 to 5; the pictures of a view take them in turn, from a random one on.
-        views: of each image.
-        draws: pictures for each view and degradation. Pairs give one whatever this is.
-        clean_share: the share of all pictures that are views as they are, from 0 to below 1. They come on top.
-        degrade: a function, or several by name, as `quac_plugins.fit.Data` has them.
-        seed: of everything random.
-        num_workers: processes that degrade; 0 means this one. The result is the same.
-        crop: makes the first view: PIL image → uint8 tensor (3, h, w), as `quac_plugins.evaluate.preprocessing.Crop`.
-            None means to resize until the image covers the size, and to cut the middle out.
-        scales: least and most of the sides of the random crops, of the image's.
+        views: the number of views of each image.
+        draws: the number of pictures for each view and degradation; always one for pairs.
+        clean_share: the share of undegraded views among all pictures, from 0 to below 1. They are added to the others.
+        degrade: a function, or several by name, as in `quac_plugins.fit.Data`.
+        seed: the seed of all draws.
+        num_workers: the number of processes that degrade; 0 means this process. The result is the same.
+        crop: a function PIL image → uint8 tensor (3, h, w) for the first view, such as
+            `quac_plugins.evaluate.preprocessing.Crop`. None: resize until the image covers the size, and crop the
+            middle.
+        scales: the smallest and the largest side of a random crop, relative to the image's side.
 
     Raises:
-        ImportError: if corruptions are asked for and `imagecorruptions` is not installed.
-        RuntimeError: if ``degrade`` raises an error; it is named with the image.
-        TypeError: if ``degrade`` returns no image.
-        ValueError: if an argument is out of range, there is not just one source of degradations, or ``degrade``
-            returns another size or range.
+        ImportError: corruptions are requested, and `imagecorruptions` is not installed.
+        RuntimeError: ``degrade`` raises an error; the message names the image.
+        TypeError: ``degrade`` returns no image.
+        ValueError: an argument is out of range, there is not exactly one source of degradations, or ``degrade`` returns
+            another size or range.
 
     Example:
         >>> few = FewImages([np.full((60, 80, 3), 90, np.uint8)], names=["grey"])
@@ -156,10 +157,10 @@ def make_draws(
 
 
 def own_degradations(degrade: Degrade | None) -> dict[str, Callable[..., Any]]:
-    """The user's own degradations by name; one function without a name is ``"degrade"``.
+    """Return the user's own degradations by name; a function without a name is ``"degrade"``.
 
     Raises:
-        ValueError: it is neither a function nor functions by name, or a name is that of a corruption.
+        ValueError: ``degrade`` is neither a function nor functions by name, or a name is taken by a corruption.
 
     Example:
         >>> list(own_degradations({"rain": lambda image: image})), list(own_degradations(lambda image: image))
@@ -183,7 +184,7 @@ def held_out(n_images: int, share: float = 0.2, seed: int = 0) -> tuple[list[int
     Of several images the rounded share is held out, but at least one, and one remains; a single image is not held out.
 
     Raises:
-        ValueError: if there is no image or the share is not above 0 and below 1.
+        ValueError: there is no image, or the share is not above 0 and below 1.
 
     Example:
         >>> train, held = held_out(10)
@@ -273,7 +274,7 @@ class _Task(NamedTuple):
 
 
 def _tasks(keys: list[str], kinds: dict[str, list[int]], draws: int, seed: int) -> Iterator[_Task]:
-    """The pictures of every view; ``kinds`` says at which severities each degradation is drawn."""
+    """Yield the pictures of every view; ``kinds`` maps each degradation to its severities."""
     for view, key in enumerate(keys):
         for kind, (name, levels) in enumerate(kinds.items()):
             first = image_seed(seed, name, 0, key)
@@ -283,7 +284,7 @@ def _tasks(keys: list[str], kinds: dict[str, list[int]], draws: int, seed: int) 
 
 
 def _identical(keys: list[str], count: int, share: float, seed: int) -> list[int]:
-    """Return the views that are pictures too, so many that they are the share of all pictures."""
+    """Return the views that are pictures too, as many as the share of all pictures demands."""
     order = sorted(range(len(keys)), key=lambda view: image_seed(seed, "clean", 0, keys[view]))
     return [order[i % len(order)] for i in range(round(count * share / (1 - share)))]
 
@@ -308,7 +309,7 @@ class _Degraded(Dataset):
 
 
 def _by_function(degrade: Any, pixels: np.ndarray, seed: int, image: str) -> np.ndarray:
-    """A picture, degraded by a function of the user's."""
+    """Degrade a picture by a user's function."""
     name = getattr(degrade, "__name__", type(degrade).__name__)
     extra = {"rng": np.random.default_rng(seed)} if _takes_rng(degrade) else {}
     with _global_seeds(seed):
@@ -335,7 +336,7 @@ def _takes_rng(function: Any) -> bool:
 
 @contextlib.contextmanager
 def _global_seeds(seed: int) -> Iterator[None]:
-    """Seed the global generators of Python, numpy and torch (on the CPU), and put them back."""
+    """Seed the global generators of Python, numpy and torch (on the CPU), and restore them."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed)

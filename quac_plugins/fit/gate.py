@@ -1,8 +1,8 @@
 """The gate of a routed prior: fitted where the quality function does not tell the degradations; calibrated; judged.
 
-Clean pictures are those that users have most of, so the identity is raised until nearly all of them pass by the
-experts, but hardly so far that an expert loses the pictures that it is for. What is told about the gate is counted at
-the very end, with the gate that is saved, on pictures of images that neither the gate nor the experts were fitted on.
+Users have clean pictures most of all, so the identity's logit is raised until nearly all clean pictures pass by the
+experts, but hardly so far that an expert loses its own pictures. The report counts at the very end, with the saved
+gate, on pictures of images that neither the gate nor the experts have seen.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ _WEIGHT_DECAY = 0.3
 
 @dataclass
 class Drawn:
-    """Pictures of some images, and what the gate is to know of them.
+    """Pictures of some images, and the right answers of the gate.
 
     Attributes:
-        pictures: uint8 (N, h, w, 3), the clean ones first.
-        view: int64 (N,): the index of the clean picture that each is made of.
+        pictures: uint8 (N, h, w, 3), the clean pictures first.
+        view: int64 (N,), the index of each picture's clean picture.
         kind: (N,) names of degradations, or ``"clean"``.
         severity: int64 (N,).
-        image: int64 (N,): of which of the photographs each is.
+        image: int64 (N,), the index of each picture's photograph.
     """
 
     pictures: np.ndarray
@@ -61,12 +61,12 @@ class Drawn:
     image: np.ndarray
 
     def choices(self, experts: Sequence[str]) -> Tensor:
-        """The right choice of each picture: 0 for the identity, then the experts."""
+        """Return the right choice for each picture: 0 for the identity, then the experts."""
         return torch.tensor([experts.index(kind) + 1 if kind in experts else 0 for kind in self.kind.tolist()])
 
 
 def draw(photographs: Photographs, kinds: list[str], images: list[int], wanted: int) -> Drawn:
-    """About so many pictures of each kind and as many clean ones, of all severities."""
+    """Draw about ``wanted`` pictures of each kind, of all severities, and as many clean ones."""
     if len(images) > wanted:  # evenly spread
         images = [images[place * len(images) // wanted] for place in range(wanted)]
     views = min(_MOST_VIEWS, math.ceil(wanted / len(images)))
@@ -85,13 +85,13 @@ def draw(photographs: Photographs, kinds: list[str], images: list[int], wanted: 
 def fit_gate(
     session: FitSession, modules: dict[str, nn.Module], kinds: list[str], experts: list[str]
 ) -> dict[str, Tensor]:
-    """Fit and calibrate the gate that all sites share; its state dict.
+    """Fit and calibrate the gate that all sites share, and return its state dict.
 
     Args:
-        session: :class:`quac_plugins.fit.session.FitSession`, open.
-        modules: the priors by site.
-        kinds: degradations whose experts are fitted.
-        experts: names of all experts, in their order.
+        session: an open session.
+        modules: site → prior.
+        kinds: the degradations whose experts are fitted.
+        experts: the names of all experts, in order.
     """
     photographs, seed = session.photographs, session.photographs.data.seed
     routed = routed_of(modules)
@@ -112,14 +112,14 @@ def set_gate(modules: dict[str, nn.Module], state: dict[str, Tensor]) -> None:
 
 
 def routed_of(modules: dict[str, nn.Module]) -> list[Any]:
-    """The priors that a gate chooses in."""
+    """Return the priors that have a gate."""
     return [m for m in modules.values() if isinstance(m, RoutedFDM) or (isinstance(m, Margin) and m.gate is not None)]
 
 
 def judge_gate(session: FitSession, gate: Any, drawn: Drawn, kinds: list[str], experts: list[str]) -> Confusion:
-    """How often the gate inside a model sends pictures of each kind and severity where first.
+    """Count the first choices of a model's gate for pictures of each kind and severity.
 
-    An expert that was never fitted is the identity, and counts as such.
+    An expert that was never fitted counts as the identity, which it is.
     """
     with torch.no_grad():
         q = quality(session, gate, drawn.pictures).to(next(gate.gate.parameters()).device)
@@ -134,12 +134,12 @@ def judge_gate(session: FitSession, gate: Any, drawn: Drawn, kinds: list[str], e
 
 
 def judged_pictures(photographs: Photographs, kinds: list[str]) -> Drawn:
-    """Pictures of the images held out; of the only one, where there is no other."""
+    """Draw pictures of the held-out images; of the only image, if there is one."""
     return draw(photographs, kinds, photographs.held or photographs.train, _JUDGED)
 
 
 def quality(session: FitSession, module: Any, pictures: np.ndarray) -> Tensor:
-    """(N, Q) float32 on the CPU, of pictures (N, H, W, 3) uint8, as the tap of the prior computes it."""
+    """Compute q (N, Q), float32 on the CPU, of pictures (N, H, W, 3), uint8, as the prior's tap does."""
     tap = next(m for m in session.model.modules() if isinstance(m, QualityTap) and m.context is module.context)
     parts = []
     with torch.no_grad():
@@ -150,7 +150,7 @@ def quality(session: FitSession, module: Any, pictures: np.ndarray) -> Tensor:
 
 
 def _fresh(gate: Gate) -> Gate:
-    """The gate without what earlier fits made of it."""
+    """Return a copy of the gate without the results of earlier fits."""
     gate = gate.cpu().float()
     with torch.no_grad():
         for tensor in (gate.mean, gate.fc2.weight, gate.fc2.bias):
@@ -160,7 +160,7 @@ def _fresh(gate: Gate) -> Gate:
 
 
 def _learned(fresh: Gate, q: Tensor, target: Tensor, image: np.ndarray, seed: int) -> tuple[Gate, Tensor]:
-    """A gate fitted on all pictures, and the logits of each by gates that were fitted on other images."""
+    """Return a gate fitted on all pictures, and the pictures' logits by gates fitted on other images."""
     images = np.unique(image)
     folds = min(_FOLDS, len(images))
     part = np.random.default_rng([seed, 2]).permutation(len(images)) % folds
@@ -177,7 +177,7 @@ def _learned(fresh: Gate, q: Tensor, target: Tensor, image: np.ndarray, seed: in
 
 
 def _trained(fresh: Gate, q: Tensor, target: Tensor, seed: int) -> Gate:
-    """A gate fitted on q (N, Q) and choices (N,); every choice counts alike, however many pictures it has."""
+    """Fit a gate on q (N, Q) and choices (N,); every choice has equal weight, however many pictures it has."""
     choices = fresh.fc2.out_features
     counts = torch.bincount(target, minlength=choices).float()
     weight = torch.where(counts > 0, counts.sum() / counts.clamp(min=1) / (counts > 0).sum(), 0.0)
@@ -204,7 +204,7 @@ def _trained(fresh: Gate, q: Tensor, target: Tensor, seed: int) -> Gate:
 
 
 def _raise_of_identity(logits: Tensor, target: Tensor) -> float:
-    """What the identity's logit is to be raised by, from logits (N, 1 + E) and the right choices (N,)."""
+    """Return the number to add to the identity's logit, from logits (N, 1 + E) and right choices (N,)."""
     best = logits[:, 1:].max(dim=1)
     lead = best.values - logits[:, 0]
     wanted, least_wanted = (float(lead[target == 0].quantile(share)) for share in (_CLEAN_KEPT, _CLEAN_LEAST))

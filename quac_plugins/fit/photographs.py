@@ -20,23 +20,23 @@ from quac_plugins.fit.sources import few_images
 
 
 class Photographs:
-    """The photographs that a :class:`Data` names, and pictures drawn from them at the size that a host takes.
+    """The photographs of a :class:`Data`, and pictures drawn from them at the host's input size.
 
     Args:
         model: the host, unwrapped.
-        data: which photographs.
-        config: of what is fitted, which may know the normalization of its host.
-        wanted: how many degraded pictures a fit aims at.
-        most_views: of an image, unless the user says how many.
-        scales: of the sides of the views that are random crops.
-        held_out: share of the images that judge, unless the user says which.
+        data: the description of the photographs.
+        config: the config of the fitted modules, which may hold the host's normalization.
+        wanted: the number of degraded pictures that a fit aims at.
+        most_views: the largest number of views of an image, if ``data.views`` is None.
+        scales: the smallest and the largest side of a random crop, relative to the image's side.
+        held_out: the share of images that judge, if ``data.held_out`` is None.
 
     Attributes:
-        few: the images, read.
-        train, held: indices of those that are fitted on, and of those that judge.
-        views: of each image.
-        settings: timm's data config of the host, with what the user gives.
-        size: (height, width) of what the host takes.
+        few: the images.
+        train, held: indices of the images that are fitted on, and of the images that judge.
+        views: the number of views of each image.
+        settings: timm's data config of the host, with the user's settings.
+        size: (height, width) of the host's input.
         crop: PIL image → uint8 tensor (3, height, width).
     """
 
@@ -65,7 +65,7 @@ class Photographs:
         self.views = data.views or int(min(most_views, max(2, wanted / len(self.few))))
 
     def per_view(self, wanted: float) -> int:
-        """How many degraded pictures each view gets, so that there are about as many as wanted."""
+        """Return the number of degraded pictures of each view that gives about ``wanted`` pictures."""
         return max(1, round(wanted / (self.views * len(self.few))))
 
     def draws(
@@ -98,20 +98,20 @@ class Photographs:
         )
 
     def split(self, draws: Draws) -> Pictures:
-        """The draws, split by image into those that are fitted on and those held out."""
+        """Split the draws by image into pictures to fit on and held-out pictures."""
         held = np.isin(draws.image[draws.view], self.held)
         train, judge = np.flatnonzero(~held), np.flatnonzero(held)
         labels = None if self.few.labels is None else np.asarray(self.few.labels)[draws.image]
         return Pictures(draws.clean, draws.degraded, draws.view, train, judge, labels, draws.image)
 
     def normalize(self, pictures: Tensor) -> Tensor:
-        """uint8 (B, H, W, 3) in RGB → what the host takes."""
+        """Convert pictures uint8 (B, H, W, 3) in RGB to the host's input (B, 3, H, W)."""
         images = normalized(pictures.permute(0, 3, 1, 2), self.model, self.settings)
         return images.contiguous(memory_format=torch.channels_last)
 
 
 def digest_of(pictures: Pictures) -> str:
-    """A hash of pictures, and of which are for what."""
+    """Return a hash of pictures and of their split."""
     digest = hashlib.sha256()
     for array in (pictures.clean, pictures.degraded, pictures.view, pictures.train, pictures.held, pictures.labels):
         if array is not None:

@@ -56,7 +56,7 @@ def fit_prior(
     progress: bool = True,
     **settings: Any,
 ) -> FitReport:
-    """Fit the degradation prior of a frozen host so that it repairs features of degraded images; labels are not needed.
+    """Fit the degradation prior of a frozen host: it learns, without labels, to repair features of degraded images.
 
     Source: Wang et al., "Deep Degradation Prior for Low-Quality Image Classification", CVPR 2020: minimize
     ‖FDM(low(x_degraded)) − low(x_clean)‖². Here the features are standardized, and after the shallow layer deeper ones
@@ -64,30 +64,32 @@ def fit_prior(
     same bit for bit. The state kept is the best on images held out, the untouched host included.
 
     Args:
-        model: a host with a prior inside (``timm.create_model("NAME_ddp")``, :func:`inject`); into a plain host
-            ``config`` is injected.
+        model: a host with a prior inside (``timm.create_model("NAME_ddp")``, :func:`inject`), or a plain host, which
+            gets ``config``.
         data: clean photographs: a folder, files, arrays, PIL images, tensors in [0, 1], or a Dataset of these; or a
             :class:`quac_plugins.fit.Data`.
-        config: what to inject into a plain host. None: margins, chosen by quality if there are several degradations.
+        config: the config of the prior in a plain host. None: margins, which q chooses if there are several
+            degradations.
         budget: multiply-adds that the prior may add, over the host's: with 0.13, at most 13 %. It pays for FDMs beside
             the margins, which need none; the report says which were chosen.
         deep: places whose features are compared in the second part of the fit: ``"stages"`` (for margins, also a
             norm after the last of them), names, or None.
-        recipe: steps, learning rate, ….
-        device: where to fit; None: where the model is. Processes that torchrun starts share the work.
-        checkpoint: folder for the state of a fit until :func:`save_adapter` has written what was fitted; the same call
-            goes on from there, in this process or another. After an error or an interruption the model itself is as
-            it was.
+        recipe: steps, learning rate, …. None: the defaults of the FDM.
+        device: the device of the fit. None: the model's device. Processes that torchrun starts share the work.
+        checkpoint: a folder that keeps the state of the fit until :func:`save_adapter` has written the adapter; after
+            an interruption the same call goes on from the state, in this process or another. After an error or an
+            interruption the model itself is as before.
         progress: show a bar on a terminal.
         **settings: fields of :class:`quac_plugins.fit.Data` (``corruptions="fog"``, ``severities``, ``degrade``,
             ``pairs``, ``limit``, ``seed``, ``mean``, …) and of :class:`quac_plugins.Recipe` (``steps=200``, …) by name.
 
     Returns:
-        What was fitted and how well; print it, ``to_json`` it, ``plot`` it.
+        The report of the fit, for ``print``, ``to_json`` and ``plot``.
 
     Raises:
-        FileNotFoundError, OSError: there are no images, or none can be read.
-        ValueError: an option, a name, a size or a pair does not fit.
+        FileNotFoundError: a folder or file of photographs does not exist.
+        TypeError: the model or the config has a wrong type.
+        ValueError: no photograph can be read; an option, a name, a size or a pair is wrong.
 
     Example:
         >>> import numpy as np, timm, quac_plugins as quac
@@ -205,10 +207,10 @@ def _fit(session: FitSession, experts: list[str], margins: bool, **opened: Any) 
 
 
 def _known_experts(session: FitSession, modules: dict[str, nn.Module], experts: list[str]) -> list[str]:
-    """The degradations that the gate is to tell: those that are fitted now, and those that have been before.
+    """Return the degradations that the gate has to tell: of this fit and of earlier ones.
 
     Raises:
-        ValueError: one that was fitted before is the user's own, and its function is not given this time.
+        ValueError: an earlier degradation is the user's own, and its function is not given this time.
     """
     prior, data = routed_of(modules)[0], session.photographs.data
     fitted = {name for place, name in enumerate(experts) if prior.is_trained(place)}
@@ -223,7 +225,7 @@ def _known_experts(session: FitSession, modules: dict[str, nn.Module], experts: 
 
 
 def _supported(sites: list[PriorSite], modules: dict[str, nn.Module], session: FitSession) -> list[PriorSite]:
-    """The first site, and the later ones that the images give enough examples of, or that are fitted already."""
+    """Return the first site, and later sites that are fitted already or of which the images give enough examples."""
     images = len(session.photographs.train)
     first = next((site for site in sites if not isinstance(modules[site.name], Margin)), None)
     return [
@@ -279,7 +281,7 @@ def standardize(session: FitSession, sites: Any, modules: list[nn.Module], pictu
 
 
 def _fit_experts(session: FitSession, sites: Any, modules: dict[str, nn.Module], experts: list[str]) -> None:
-    """One expert after the other, each on its own degradation."""
+    """Fit one expert after the other, each on its own degradation."""
     photographs = session.photographs
     for kind in photographs.data.kinds:
         index = experts.index(kind)
@@ -292,7 +294,7 @@ def _fit_experts(session: FitSession, sites: Any, modules: dict[str, nn.Module],
 
 @contextlib.contextmanager
 def _one_expert(modules: dict[str, nn.Module], index: int = 0) -> Iterator[None]:
-    """Send every image to one expert, where there are several."""
+    """Send every image to one expert inside the context, if there are several."""
     routed = [module for module in modules.values() if isinstance(module, RoutedFDM)]
     for module in routed:
         module.only = index

@@ -49,22 +49,27 @@ def fit_qacon(
 ) -> FitReport:
     """Fit the quality-adaptive activations of a preserved host by distillation (the KD of the QuAC figure).
 
-    Teacher: the untouched host on clean images. Student: the host with its activations on the degraded ones; its
-    features at ``deep`` and its logits are to be the teacher's. Labels are not needed; where the images bring them (a
-    Dataset of (image, label)), ``label_weight`` adds cross-entropy. The host's own parameters never change. Batch norms
-    of the activations' drivers are calibrated on the pictures first and then held, as a handful of images is no batch.
+    The teacher is the untouched host on clean images. The student, the host with its activations, learns the teacher's
+    features at ``deep`` and its logits on degraded images. The fit needs no labels; with labels (a Dataset of
+    (image, label)), ``label_weight`` adds cross-entropy. The host's own parameters never change. Batch norms of the
+    activations' drivers are calibrated on the pictures first and then fixed, as a handful of images is no batch.
 
     Args:
-        model: a host with quality-adaptive activations inside (``timm.create_model("NAME_qacon")``, :func:`inject`);
-            into a plain host ``config`` is injected.
-        config: what to inject into a plain host.
-        with_prior: fit the degradation prior that the model holds as well.
-        data, deep, recipe, device, checkpoint, progress, **settings: as in :func:`fit_prior`; the severity is 3
-            and a tenth of the pictures clean unless they are given.
+        model: a host with quality-adaptive activations inside (``timm.create_model("NAME_qacon")``, :func:`inject`), or
+            a plain host, which gets ``config``.
+        config: the config of the activations in a plain host. None: the defaults of :class:`quac_plugins.QuACConfig`.
+        with_prior: fit the model's degradation prior too.
+        data, deep, recipe, device, checkpoint, progress, **settings: as in :func:`fit_prior`; by default the severity
+            is 3 and a tenth of the pictures is clean.
+
+    Returns:
+        The report of the fit, for ``print``, ``to_json`` and ``plot``.
 
     Raises:
-        FileNotFoundError, OSError: there are no images, or none can be read.
-        ValueError: an option does not fit; ``label_weight`` without labels; ``with_prior`` without a prior.
+        FileNotFoundError: a folder or file of photographs does not exist.
+        TypeError: the model or the config has a wrong type.
+        ValueError: no photograph can be read; an option is wrong; ``label_weight`` without labels; ``with_prior``
+            without a prior.
 
     Example:
         >>> import numpy as np, timm, quac_plugins as quac
@@ -105,7 +110,7 @@ def fit_qacon(
 
 
 def _fit(session: FitSession, with_prior: bool, **opened: Any) -> FitReport:
-    """Fit the activations that are inside, and judge them."""
+    """Fit the activations inside the model, and judge them."""
     photographs = session.photographs
     data, kinds = photographs.data, photographs.data.kinds
     record = injection_of(session.model)
@@ -130,7 +135,7 @@ def _fit(session: FitSession, with_prior: bool, **opened: Any) -> FitReport:
 
 
 def _calibrate(session: FitSession, modules: list[nn.Module], pictures: Pictures) -> None:
-    """Statistics of the drivers' batch norms over the pictures, where they still are those of a new module."""
+    """Set the statistics of the drivers' batch norms by the pictures, in modules that are still new."""
     norms = [m for module in modules for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
     norms = [m for m in norms if m.running_mean is not None and not m.num_batches_tracked]
     if not norms or len(pictures.train) < 2:

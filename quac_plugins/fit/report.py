@@ -1,4 +1,4 @@
-"""What a fit did, as numbers, a file and a picture."""
+"""The report of a fit: numbers, a file and a figure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class FitReport:
     """The report of :func:`quac_plugins.fit_prior` and :func:`quac_plugins.fit_qacon`.
 
-    Losses are relative: 1 in each of their terms is what the untouched host has on the degraded images.
+    Losses are relative: in each term, 1 is the loss of the untouched host on the degraded images.
 
     Attributes:
         what: ``"prior"`` or ``"qacon"``.
@@ -62,19 +62,19 @@ class FitReport:
 
     @property
     def held_out(self) -> float:
-        """Mean over the stages of the best held-out loss over the untouched host's; below 1 is better than it."""
+        """Return the mean over the stages of best held-out loss / untouched host's loss; below 1 is an improvement."""
         known = [(stage["best"], stage["first"]) for stage in _finite(list(self.stages.values()))]
         ratios = [best / first for best, first in known if best is not None and first]
         return sum(ratios) / len(ratios) if ratios else 1.0
 
     @property
     def stopped(self) -> list[str]:
-        """Why stages ended early, if any did."""
+        """Return the reasons why stages ended early."""
         return [f"{name}: {stage['stopped']}" for name, stage in self.stages.items() if stage["stopped"]]
 
     @property
     def diverged(self) -> bool:
-        """Whether a stage ended because its loss was not finite; the best state before was kept."""
+        """Return whether a stage ended because its loss was not finite; the model then holds the best state before."""
         return any(str(stage["stopped"]).startswith("the loss was") for stage in self.stages.values())
 
     @property
@@ -82,19 +82,19 @@ class FitReport:
         return "held out" if self.images.get("held") else "of the only image, which was fitted on"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serializable."""
+        """Return the report as JSON can hold it."""
         return _finite(asdict(self))
 
     def to_json(self, path: str | os.PathLike[str]) -> None:
-        """Write the report; beside, then renamed."""
+        """Write the report as JSON; a reader sees the old file or the whole new one."""
         write_file(path, (json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n").encode())
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str]) -> FitReport:
-        """Read what :meth:`to_json` wrote.
+        """Read a file of :meth:`to_json`.
 
         Raises:
-            TypeError, ValueError: the file is no such report.
+            TypeError, ValueError: the file is no report of a fit.
         """
         values = read_json(path)
         if not isinstance(values, dict):
@@ -104,9 +104,9 @@ class FitReport:
         return cls(**values, gate=Confusion(**gate) if isinstance(gate, dict) else None)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the held-out loss of every stage against the steps, and where the gate sends pictures.
+        """Draw the held-out loss of every stage against the steps, and the choices of the gate.
 
-        The suffix says whether it is a PNG, SVG or PDF.
+        The suffix of the path selects PNG, SVG or PDF.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -132,7 +132,7 @@ class FitReport:
         write_figure(figure, path)
 
     def __str__(self) -> str:
-        """A few lines."""
+        """Return the results in a few lines."""
         share = "" if self.multiply_adds is None else f", {self.multiply_adds:.1%} of the host's multiply-adds"
         lines = [
             f"{self.what} after {', '.join(self.sites[:4])}{' …' if len(self.sites) > 4 else ''}: "
@@ -157,12 +157,12 @@ class FitReport:
 
 
 def _change(change: dict[str, Any]) -> str:
-    """Before and after."""
+    """Return the percentages before and after, in words."""
     return f"{change['before']:.0f} → {change['after']:.0f} % of {change['n']}"
 
 
 def _draw_gate(axes: Any, gate: Any) -> None:
-    """A table of colours: what came in, from top to bottom, and where it went."""
+    """Draw a table of colours: degradations in rows, choices in columns."""
     rows = list(gate.rows())
     shares = [[count / max(1, sum(row)) for count in row] for _, _, row in rows]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
@@ -179,7 +179,7 @@ def _draw_gate(axes: Any, gate: Any) -> None:
 
 
 def _finite(values: Any) -> Any:
-    """None for every number that is not finite: JSON has none of these."""
+    """Replace every number that is not finite by None, since JSON has no such numbers."""
     if isinstance(values, dict):
         return {key: _finite(value) for key, value in values.items()}
     if isinstance(values, list):

@@ -90,7 +90,7 @@ class FitSession:
         self._half: torch.dtype | None = None  # of a host of half precision, while it is open in float32
 
     def put_in(self, config: QuACConfig | PriorConfig) -> None:
-        """Inject into the host, by the seed alone, with this normalization unless the host says the same itself."""
+        """Inject the config, initialized by the seed alone, with the normalization of the photographs."""
         mean, std = (self.photographs.settings[key] for key in ("mean", "std"))
         if config.mean is None and facts_of(self.model).normalization != (mean, std):
             config = replace(config, mean=tuple(mean), std=tuple(std))
@@ -99,7 +99,7 @@ class FitSession:
             inject(self.model, config, torch.empty(1, 3, *self.photographs.size))
 
     def images(self, pictures: np.ndarray) -> Tensor:
-        """uint8 (B, H, W, 3) in RGB → what the host takes, on the device."""
+        """Convert pictures uint8 (B, H, W, 3) in RGB to the host's input, on the device."""
         return self.photographs.normalize(torch.from_numpy(np.ascontiguousarray(pictures)).to(self.device))
 
     @contextlib.contextmanager
@@ -118,14 +118,14 @@ class FitSession:
         """Hold the model in eval mode on the device, only ``parameters`` with gradients; restore all at the end.
 
         Args:
-            what: is fitted: ``"prior"`` or ``"qacon"``.
-            parameters: of it, by name.
-            sites: where it is.
+            what: the kind of the fit, ``"prior"`` or ``"qacon"``.
+            parameters: the fitted parameters by name.
+            sites: the names of the fitted modules' sites.
             deep: later places whose features are compared.
-            after: the first site of a prior, which those places come after.
-            checkpoint: folder of the states.
+            after: the first site of a prior, before all later places.
+            checkpoint: the folder of the states.
             progress: show a bar on a terminal.
-            **others: what else makes this fit another one than the next.
+            **others: further parts of the fit's identity.
         """
         wanted = {name: p.requires_grad for name, p in self.model.named_parameters()}
         grads = {name: p.grad for name, p in parameters.items()}
@@ -164,21 +164,21 @@ class FitSession:
         self._finish()
 
     def compare(self, pictures: Pictures, sites: Sequence[PriorSite] = (), **options: Any) -> Comparison:
-        """The session, with its teacher, on pictures; ``options`` are those of the class."""
+        """Return a :class:`Comparison` of model and teacher on pictures, with its ``options``."""
         return Comparison(
             self.model, self.teacher, list(sites), self.deeper, self.photographs.normalize, pictures, self.recipe,
             self.device, **options,
         )  # fmt: skip
 
     def round_as_saved(self) -> None:
-        """Round what was put in to the precision that a host of half precision keeps it in, before it is judged."""
+        """Round the injected tensors to the precision of a half precision host, before they are judged."""
         if self._half is not None:
             for tensor in adapter_state(self.model).values():
                 if tensor.is_floating_point():
                     tensor.copy_(tensor.to(self._half))
 
     def _check_host(self) -> None:
-        """Refuse what could only give wrong numbers: other images than the host's, other hosts in other processes."""
+        """Refuse images of another normalization than the host's, and different hosts in different processes."""
         with _colour_images(self.photographs.size):
             self._seen = trace(self.teacher, torch.empty(1, 3, *self.photographs.size))
         for tap in taps_of(self.model):
@@ -187,10 +187,10 @@ class FitSession:
             raise ValueError("the processes hold hosts of different weights: seed them alike, or load the weights")
 
     def _deep_sites(self, deep: str | Sequence[str] | None, after: PriorSite | None) -> list[PriorSite]:
-        """The later places whose features are compared: those that come after the first site of a prior.
+        """Return the later places whose features are compared, all after the first site of a prior.
 
         Raises:
-            ValueError: a name is that of no place, or all of them come before the prior.
+            ValueError: a name means no place, or a place before the prior.
         """
         if deep is None:
             return []
@@ -210,7 +210,7 @@ class FitSession:
         return sites[place:]
 
     def _checkpoints(self, folder: str | Path | None, **others: Any) -> Checkpoints:
-        """The states in a folder, which one process writes. A fit that goes on begins with what it began with."""
+        """Return the checkpoints of a folder; a fit that goes on starts from its own first state."""
         if folder is None:
             return Checkpoints(None, {})
         record = injection_of(self.model) or Injection()
@@ -235,7 +235,7 @@ class FitSession:
         return keep
 
     def _start(self) -> str:
-        """A hash of all that was put in; "fresh" while it changes nothing, so that how it was drawn does not matter."""
+        """Return a hash of the injected tensors; "fresh" while they change no output, whatever their random values."""
         record = injection_of(self.model) or Injection()
         if record.prior is None or is_fresh(self.model):
             picture = self.photographs.crop(Image.fromarray(self.photographs.few.clean[0]))
@@ -252,7 +252,7 @@ class FitSession:
         return digest.hexdigest()
 
     def _finish(self) -> None:
-        """Note with what was fitted on which images, and let the states lie until ``save_adapter`` has written it."""
+        """Note the form of the images in the record, and keep the states until ``save_adapter`` has run."""
         record = injection_of(self.model)
         assert record is not None
         if self.keep.folder is not None:
@@ -266,7 +266,7 @@ class FitSession:
 
 
 def check_fit(model: nn.Module, config: QualityOptions | None, kind: type) -> None:
-    """TypeError for a model, or a config, of another kind than a fit takes."""
+    """Raise a TypeError for a model or a config of a wrong type."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch module, got {type(model).__name__}; timm.create_model(name) makes one")
     if config is not None and not isinstance(config, kind):
@@ -274,7 +274,7 @@ def check_fit(model: nn.Module, config: QualityOptions | None, kind: type) -> No
 
 
 def parameters_of(model: nn.Module, prefixes: Sequence[str]) -> dict[str, nn.Parameter]:
-    """Parameters that were put in, by name, without those of the host's own activations that they keep."""
+    """Return the injected parameters by name, without parameters of the host's own activations."""
     record, name_of = injection_of(model) or Injection(), tensor_names(unwrap(model))
     parameters = [(name_of(name), parameter) for name, parameter in unwrap(model).named_parameters()]
     return {n: p for n, p in parameters if n.startswith(tuple(prefixes)) and record.name_in_host(n) is None}
@@ -282,9 +282,9 @@ def parameters_of(model: nn.Module, prefixes: Sequence[str]) -> dict[str, nn.Par
 
 @contextlib.contextmanager
 def unharmed(model: nn.Module) -> Iterator[None]:
-    """On any error, interruptions included, what was put in is as it was before, or out again if it was not there.
+    """Restore the injected tensors, or remove new ones, after any error or interruption inside the context.
 
-    Inside, gradients are taken and nothing is cast, whatever the caller has switched.
+    Gradients are on and autocast is off inside the context, whatever the caller's modes.
     """
     with contextlib.ExitStack() as modes:
         modes.enter_context(torch.inference_mode(False))
@@ -309,7 +309,7 @@ def unharmed(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _colour_images(size: tuple[int, int]) -> Iterator[None]:
-    """Say of a host that does not run on photographs that it cannot be fitted; ValueError."""
+    """Turn the error of a host that does not run on photographs into a ValueError: the host cannot be fitted."""
     try:
         yield
     except RuntimeError as error:
@@ -321,7 +321,7 @@ def _colour_images(size: tuple[int, int]) -> Iterator[None]:
 
 
 def _widened(model: nn.Module) -> list[tuple[Tensor, torch.dtype]]:
-    """Give a host of half precision float32 for the time of a fit, whose small steps it would lose; what was what."""
+    """Cast a half precision host to float32, which keeps a fit's small steps, and return its tensors' dtypes."""
     half = (torch.float16, torch.bfloat16)
     narrow = [(t, t.dtype) for t in (*model.parameters(), *model.buffers()) if t.dtype in half]
     for tensor, _ in narrow:

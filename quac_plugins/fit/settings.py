@@ -1,4 +1,4 @@
-"""Settings of a fit as users give them: checked, and put into a recipe."""
+"""The settings of a fit, checked and put into a recipe."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from quac_plugins.core.prior.recipe import Recipe
 
 
 def recipe_with(recipe: Recipe | None, settings: dict[str, Any], seed: int, device: torch.device) -> Recipe:
-    """The recipe with single settings in place of its own; ValueError for one that it has not."""
+    """Return the recipe with single settings replaced; ValueError for an unknown or wrong setting."""
     if recipe is not None and not isinstance(recipe, Recipe):
         raise TypeError(f"recipe must be a Recipe, got {type(recipe).__name__}; single settings go by name (steps=200)")
     base = recipe or Recipe()
@@ -43,5 +43,5 @@ def recipe_with(recipe: Recipe | None, settings: dict[str, Any], seed: int, devi
 
 
 def number_from(least: float, value: Any) -> bool:
-    """Whether a value is a finite number that is not less."""
+    """Return whether a value is a finite number that is at least ``least``."""
     return not isinstance(value, bool) and isinstance(value, numbers.Real) and least <= float(value) < math.inf

@@ -1,8 +1,8 @@
-"""Whatever users hold a few photographs in, read into one form: uint8 RGB arrays with names.
+"""Reading a few photographs from any source into one form: uint8 RGB arrays with names.
 
-Names matter as much as pixels: they decide, with a seed, which images are chosen and what is drawn for them later. A
-file is named by its path below the folder that all share, so that a folder and a list of its files mean the same; an
-image without a file is named by its place.
+Names matter as much as pixels: with a seed, they decide which images are chosen, and all later draws. A file is named
+by its path below the common folder, so that a folder and a list of its files mean the same; an image without a file is
+named by its place.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ __all__ = ["FewImages", "few_images"]
 
 @dataclass
 class FewImages:
-    """A few images, and what is known of them.
+    """A few images with names and, where known, degraded versions and labels.
 
     Attributes:
         clean: the images, each uint8 of shape (H, W, 3) in RGB; their sizes may differ.
-        degraded: of pairs, the degraded versions, each of its clean image's size; else None.
-        names: one for each image, all different: the path below the folder that all files share, with ``/``, or
-            ``image 0`` and so on for images without files.
-        labels: class indices, where every image came with an integer; else None.
-        unreadable: what could not be read and was left out: paths, or names.
+        degraded: for pairs, the degraded version of each image, in the same size; else None.
+        names: a distinct name for each image: the path below the common folder, with ``/``, or ``image 0`` and so on
+            for images without files.
+        labels: class indices if every image came with an integer; else None.
+        unreadable: paths or names of images that could not be read and are left out.
     """
 
     clean: list[np.ndarray]
@@ -53,7 +53,7 @@ class FewImages:
         return len(self.clean)
 
     def only(self, indices: Iterable[int]) -> FewImages:
-        """Some of the images, in the order of their indices here."""
+        """Return some of the images, in the order of ``indices``."""
         chosen = list(indices)
         degraded = None if self.degraded is None else [self.degraded[i] for i in chosen]
         labels = None if self.labels is None else [self.labels[i] for i in chosen]
@@ -82,7 +82,7 @@ def few_images(
     limit: int | None = None,
     seed: int = 0,
 ) -> FewImages:
-    """Read a few images from what there is, in an order that does not depend on the file system.
+    """Read a few images from any source, in an order that does not depend on the file system.
 
     Images are read by the rules of `quac_plugins.images`, turned as their EXIF says (photographs of a phone would lie
     on their side, also beside their partners in pairs), and files are sorted by name. A file that cannot be read is
@@ -93,10 +93,10 @@ def few_images(
             items are asked for.
 
     Raises:
-        FileNotFoundError: if a folder or a file is not there.
-        TypeError: if something is no image, or an array of another dtype.
-        ValueError: if there are no images or none can be read; if one is too small or of another shape or range; if
-            pairs do not match; if not exactly one of ``images`` and ``pairs`` is given; if ``limit`` is below one.
+        FileNotFoundError: a folder or a file does not exist.
+        TypeError: an item is no image, or an array of another dtype.
+        ValueError: there are no images, or none can be read; an image is too small or has a wrong shape or range; pairs
+            do not match; not exactly one of ``images`` and ``pairs`` is given; or ``limit`` is below 1.
 
     Example:
         >>> grey, colour = np.zeros((40, 50), np.uint8), torch.rand(3, 64, 48)
@@ -165,7 +165,7 @@ def _alone(images: Any) -> list[_Entry] | Iterator[_Entry]:
 
 
 def _listed(source: Any, role: str = "") -> list[_Listed] | Iterator[_Listed]:
-    """List what a source holds; ``role`` tells the two sources of pairs apart in messages."""
+    """List the images of a source; ``role`` tells the two sources of pairs apart in messages."""
     if isinstance(source, str | os.PathLike):
         path = Path(source)
         return _folder(path, once=not role) if path.is_dir() else _files([path])
@@ -216,7 +216,7 @@ def _folder(folder: Path, once: bool) -> list[_Listed]:
 
 
 def _files(paths: list[Any]) -> list[_Listed]:
-    """List files in the order given."""
+    """List files in the given order."""
     odd = next((path for path in paths if not isinstance(path, str | os.PathLike)), None)
     if odd is not None:
         raise TypeError(f"a list of files holds a {type(odd).__name__} too: give files alone, or images alone")

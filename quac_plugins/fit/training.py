@@ -1,9 +1,10 @@
-"""The loop of a fit: what was put into a host learns to compute on degraded images what the host does on clean ones.
+"""The training loop of a fit: injected modules learn to give a host its clean outputs on degraded images.
 
-The same loop serves a prior and quality-adaptive activations: a student (the host with what was put in), a teacher (the
-host as it was), places where their features are compared, and pictures in pairs. It knows no files and no corruptions.
+The same loop serves a prior and quality-adaptive activations: a student (the host with injected modules), a teacher
+(the untouched host), places where their features are compared, and pictures in pairs. The loop knows neither files nor
+corruptions.
 
-The loss is that of :mod:`quac_plugins.core.prior.comparison`. The first part of the steps ("near") compares the
+The loss is in :mod:`quac_plugins.core.prior.comparison`. The first part of the steps ("near") compares the
 features at the first site alone, where ten photographs hold thousands of examples; the rest ("deep") compares all
 places, through the frozen host. Ten photographs are few examples for the deep places, so the state kept is the best one
 on images held out, the untouched host included.
@@ -36,21 +37,21 @@ FEW = 4  # photographs held out
 
 
 class Fit:
-    """One fit: see the module's docstring.
+    """One stage of a fit, by the loop of the module's docstring.
 
     Args:
-        comparison: of student and teacher, on pictures; the student stays in eval mode.
-        parameters: what is fitted, by name in the student.
-        processes: those that share the work.
+        comparison: the comparison of student and teacher on pictures; the student stays in eval mode.
+        parameters: the fitted parameters, by name in the student.
+        processes: the processes that share the work.
         scaled: parameters that what is fitted is proportional to, see :meth:`Fit._set_strength`, and which of their
             rows are fitted, bool; the others stay. None: all.
 
     Attributes:
-        curve: one entry for each look: step, loss since the last one, and held-out loss.
-        best_step: whose state was kept; 0 is the host as it was.
-        stopped: why it ended before the last step, or None.
-        untouched: held-out loss of the host without what is fitted.
-        strength: what the fitted residual was scaled by at the end.
+        curve: an entry for each look: step, loss since the last look, and held-out loss.
+        best_step: the step of the kept state; 0 is the untouched host.
+        stopped: the reason for an end before the last step, or None.
+        untouched: the held-out loss of the untouched host.
+        strength: the factor that scaled the fitted residual at the end.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Fit:
         self.scaled, self.strength = dict(scaled or {}), 1.0
 
     def close(self) -> None:
-        """Take the hooks off student and teacher."""
+        """Remove the hooks from student and teacher."""
         self.comparison.close()
 
     # -- the loop
@@ -100,7 +101,7 @@ class Fit:
         return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (done - warm) / max(1, length - warm))))
 
     def _draw(self, step: int) -> np.ndarray:
-        """The pictures of a step: by its number alone, so that a fit goes on where it was interrupted."""
+        """Return the pictures of a step, by its number alone, so that an interrupted fit goes on unchanged."""
         generator = np.random.default_rng([self.recipe.seed, step])
         train = self.pictures.train
         on_features = step < self.near_steps and self.comparison.front is not None
@@ -141,7 +142,7 @@ class Fit:
         return self
 
     def _begin(self) -> None:
-        """Look at what there is; an earlier fit may have left what is worse on these pictures than the host alone."""
+        """Judge the first state; an earlier fit's may be worse on these pictures than the untouched host."""
         self._look()
         fresh = bool(self.scaled) and not any(bool(parameter.any()) for parameter in self.scaled)
         self.untouched = self.best if fresh else self.comparison.of_host(self._judges)
@@ -160,10 +161,10 @@ class Fit:
         return torch.where(rows.to(value.device)[:, None], value * strength, value)
 
     def _set_strength(self) -> float:
-        """Scale what is added to what brings the logits of the held-out images nearest to the teacher's.
+        """Scale the fitted residual so that the logits of the held-out images come nearest to the teacher's.
 
-        A few images teach too much rather than too little: features then come nearer while logits go away. Of fewer
-        than four held-out images the choice is between less and much less.
+        A few images teach too much rather than too little: features come nearer while logits go away. With fewer than
+        four held-out images the choice is between less and much less.
         """
         held = evenly(self.pictures.held, _LOOKED_AT)
         if not (self.scaled and len(held) and self.best_step and self.comparison.compares_logits):
@@ -213,11 +214,11 @@ class Fit:
 
     @property
     def _judges(self) -> np.ndarray:
-        """The images held out; without any, the pictures of training."""
+        """Return the held-out pictures; without any, the pictures of training."""
         return evenly(self.pictures.held if len(self.pictures.held) else self.pictures.train, _LOOKED_AT)
 
     def _look(self) -> None:
-        """Note the loss on the pictures that judge, and whether it is the best."""
+        """Note the loss on the judging pictures, and whether it is the best."""
         chosen = self._judges
         share = self.processes.share(list(batches(chosen.tolist(), self.recipe.batch_size)))
         total = torch.zeros(1, dtype=torch.float64)
@@ -248,7 +249,7 @@ class Fit:
                 parameter.copy_(state[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that :meth:`load_state_dict` needs to go on as if nothing had happened."""
+        """Return the state from which :meth:`load_state_dict` goes on as without an interruption."""
         return {
             "step": self.step,
             "best_step": self.best_step,
@@ -275,14 +276,14 @@ class Fit:
 
 
 def evenly(indices: np.ndarray, most: int) -> np.ndarray:
-    """At most so many of the indices, evenly spread over them."""
+    """Return at most ``most`` of the indices, evenly spread."""
     if len(indices) <= most:
         return indices
     return indices[np.linspace(0, len(indices) - 1, most).round().astype(int)]
 
 
 def run_stage(session: FitSession, stage: str, fit: Fit) -> None:
-    """Run one stage, going on where an earlier run was interrupted, and note in the report what became of it."""
+    """Run one stage, from an interrupted run's state if there is one, and write its results into the report."""
     keep, show = session.keep, session.show
     of = digest_of(fit.pictures) if keep.folder is not None else ""
     try:

@@ -1,4 +1,4 @@
-"""Model cards, rendered from what is in a model and from result files; no figure is typed."""
+"""Model cards, rendered from a model's content and from result files; no figure is typed."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _TEMPLATE = "card_template.md"
 
 
 def read_metrics(metrics: Any) -> list[EvaluationReport]:
-    """Reports from reports, paths of their JSON files, or several of these (also one file with a list of them).
+    """Read reports: a report, the path of a JSON file with one report or a list, or several of these.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: a file does not exist.
         ValueError: a file is not a report, or the reports are of different data, preprocessing or kinds of network.
     """
     if metrics is None:
@@ -47,7 +47,7 @@ def read_metrics(metrics: Any) -> list[EvaluationReport]:
 
 
 def spread(values: list[float]) -> tuple[float, float | None]:
-    """Mean, and standard deviation of several."""
+    """Return the mean, and the standard deviation or, of one value, None."""
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
@@ -60,16 +60,16 @@ def make_card(
     license: str | None = None,
     description: str | None = None,
 ) -> str:
-    """The card of the files in a folder, Markdown with the Hub's metadata.
+    """Return the card of the files in a folder, as Markdown with the Hub's metadata.
 
     Args:
-        folder: with an adapter or a model.
-        repo_id: where it goes, ``"org/name"`` or ``NAME.TAG``.
-        reports: what was measured, one for each seed.
-        fit: FitReport or the path of its JSON.
-        base_model: the host's weights on the Hub.
-        license: of the weights.
-        description: one paragraph.
+        folder: a folder with an adapter or a model.
+        repo_id: the name of the repository, ``"org/name"`` or ``NAME.TAG``.
+        reports: the evaluations, one for each seed.
+        fit: a FitReport, or the path of its JSON.
+        base_model: the name of the host's weights on the Hub.
+        license: the license of the weights.
+        description: a paragraph for the card.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -113,7 +113,7 @@ def _config_name(folder: Path) -> str:
 
 
 def _inside(config: dict[str, Any]) -> dict[str, Any]:
-    """What an adapter puts where, in the template's words."""
+    """Describe an adapter's modules and places for the template."""
     host, prior = config["host"], config.get("prior")
     suffix = ("_qacon" if config["config"] else "") + ("_ddp" if prior else "")
     parts = []
@@ -173,7 +173,7 @@ def _fit(fit: Any) -> dict[str, Any] | None:
 
 
 def _table(reports: list[EvaluationReport]) -> list[dict[str, Any]]:
-    """One row for clean images and for each corruption and severity: name, severity, mean, std, n."""
+    """Return a row for clean images and for each corruption and severity: name, severity, mean, std, n."""
     if not reports:
         return []
     rows = []
@@ -186,7 +186,7 @@ def _table(reports: list[EvaluationReport]) -> list[dict[str, Any]]:
 
 
 def _results(reports: list[EvaluationReport]) -> list[Any]:
-    """The figures as the Hub's model-index takes them."""
+    """Return the figures in the form of the Hub's model-index."""
     from huggingface_hub import EvalResult
 
     if not reports:

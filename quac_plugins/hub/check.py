@@ -1,4 +1,4 @@
-"""Whether the registry's entries are true: files, hashes, figures, and the same on the Hub."""
+"""Checking the registry's entries: files, hashes, figures, here and on the Hub."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _TOLERANCE = 0.05  # of a figure in percent: the third digit
 
 
 def check_registry(on_hub: bool = False, data: Path | None = None) -> Iterator[tuple[str, list[str]]]:
-    """Each entry's name, said if it was not measured, with what is wrong; folders that no entry names come last.
+    """Yield each entry's name, with a note if it was not measured, and its problems; at last folders without an entry.
 
     Args:
-        on_hub: also fetch what lies on the Hub.
-        data: measure each model of these classes again on these images, and compare with its figures: folders of
-            classes, or a folder with the packed set ``val.npz``.
+        on_hub: fetch and check files on the Hub too.
+        data: measure the models of these classes again, and compare their figures: folders of classes, or a folder with
+            the packed set ``val.npz``.
 
     Raises:
         ValueError: the packed set is damaged.
@@ -76,7 +76,7 @@ def _problems(entry: Entry, on_hub: bool, data: Path | None) -> Iterator[str]:
 
 
 def _is_of(entry: Entry, data: Path) -> bool:
-    """Whether a model's classes are those of folders of images; pipelines are measured where they are trained."""
+    """Return whether a model has the classes of the folders of images; pipelines are measured in their training."""
     names = [folder.name for folder in data.iterdir() if folder.is_dir() and folder.name[0] != "."]
     of_imagenet = all(SYNSET.fullmatch(name) for name in names)
     return entry.kind != "pipeline" and of_imagenet == (entry.input.get("num_classes", 1000) == 1000)

@@ -34,28 +34,28 @@ def fetch(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
 ) -> Path:
-    """Fetch files of one commit of a repository; interrupted downloads go on, what the cache has is not sent again.
+    """Fetch files of one commit of a repository; interrupted downloads go on, and cached files are not sent again.
 
     Args:
         repo_id: ``"org/name"``.
         revision: branch, tag or commit; None: main.
-        files: what must be there; the last one holds the weights.
-        optional: what is fetched if it is there.
-        sha256, size: of the weights, where they are known beforehand.
-        force: fetch again what the cache has.
-        token: as everywhere on the Hub: None is the one of ``hf auth login`` or ``HF_TOKEN``.
-        cache_dir: in the place of ``HF_HUB_CACHE``.
+        files: the required files; the last one holds the weights.
+        optional: files that are fetched if they exist.
+        sha256, size: hash, and size in bytes, of the weights, if they are known beforehand.
+        force: fetch cached files again.
+        token: the Hub's token. None: the token of ``hf auth login`` or ``HF_TOKEN``.
+        cache_dir: the cache folder. None: ``HF_HUB_CACHE``.
 
     Returns:
         The folder of the commit in the cache.
 
     Raises:
-        FileNotFoundError: there is no such repository, revision or file, or it is not in the cache and the Hub cannot
-            be reached; the message says which.
+        FileNotFoundError: the repository, revision or file does not exist, or is not in the cache while the Hub cannot
+            be reached; the message tells which.
         PermissionError: the repository is gated.
         ConnectionError: the Hub answered with an error.
-        ValueError: the name is not one of a repository, a file is not what the Hub or the caller says, no hash is known
-            to compare it with (offline, of a file that came with another kind of ETag), or the weights are a pickle.
+        ValueError: the name is no repository's; a file has another hash than the Hub or the caller tells; no hash is
+            known to compare (offline, for a file with another kind of ETag); or the weights are a pickle.
     """
     wanted = (*files, *optional)
     folder = _snapshot(repo_id, revision, wanted, force, token, cache_dir)
@@ -81,19 +81,19 @@ def pull(
 
     Args:
         repo_id: ``"org/name"``.
-        folder: where to copy it; None leaves it in the cache.
+        folder: the folder of the copy. None: the files stay in the cache.
         revision: branch, tag or commit.
-        force: fetch again what the cache has.
-        token: None is the one of ``hf auth login`` or ``HF_TOKEN``.
+        force: fetch cached files again.
+        token: the Hub's token. None: the token of ``hf auth login`` or ``HF_TOKEN``.
         overwrite: replace other files of the same names (config, weights, README.md, metrics.json) in the folder.
 
     Returns:
-        The folder that holds it: ``load_adapter(model, folder)`` reads an adapter,
+        The folder of the files: ``load_adapter(model, folder)`` reads an adapter,
         ``timm.create_model("local-dir:FOLDER", pretrained=True)`` a model.
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError, ValueError: see :func:`fetch`.
-        FileExistsError: another file of such a name is in the folder; nothing was written.
+        FileExistsError: the folder holds another file of the same name; nothing was written.
     """
     options: dict[str, Any] = {"optional": EXTRAS, "force": force, "token": token}
     try:
@@ -109,7 +109,7 @@ def pull(
 
 
 def model_config(folder: Path) -> dict[str, Any]:
-    """What the config of a whole model says; ValueError if it is none."""
+    """Read the config of a whole model; ValueError for any other file."""
     values = read_json(folder / MODEL_FILES[0])
     if not isinstance(values, dict):
         raise ValueError(f"{folder / MODEL_FILES[0]} holds a {type(values).__name__}, not the config of a model")
@@ -128,10 +128,10 @@ def _snapshot(
     token: str | bool | None,
     cache_dir: str | Path | None,
 ) -> Path:
-    """The folder of one commit in the cache, with those of these files that the commit has.
+    """Fetch the existing files among ``names`` of one commit, and return the commit's folder in the cache.
 
-    Files of one commit belong together, whatever is pushed meanwhile. Of a Hub that cannot be reached it is what the
-    cache has, all of it or not.
+    Files of one commit belong together, whatever is pushed meanwhile. If the Hub cannot be reached, the folder holds
+    the cached files, all or some.
     """
     from huggingface_hub import constants, snapshot_download
 
@@ -148,10 +148,10 @@ def _snapshot(
 def _verify(
     repo_id: str, folder: Path, name: str, force: bool, token: str | bool | None, cache_dir: str | Path | None
 ) -> None:
-    """See that a file has the bytes that the Hub has; huggingface_hub looks at their number alone.
+    """Check that a file has the Hub's bytes; huggingface_hub compares their number alone.
 
-    The cache names files by the ETag that came with them. Where that is no hash of them, or not theirs, the Hub is
-    asked for one, and sends again what has another: it may have been damaged here, and not where it comes from.
+    The cache names files by their ETag. If the ETag is no hash of the file, or another file's, the Hub is asked for the
+    hash, and a file with another hash is fetched again: it may have been damaged here.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.hf_api import RepoFile
@@ -178,7 +178,7 @@ def _verify(
 
 
 def _incomplete(repo_id: str, revision: str | None, commit: str, name: str, token: str | bool | None) -> Exception:
-    """What a repository that lacks a file holds in its place."""
+    """Return the error for a repository that lacks a file, by the files that it has."""
     from huggingface_hub import HfApi
     from huggingface_hub.utils import LocalEntryNotFoundError
 
@@ -203,7 +203,7 @@ def _incomplete(repo_id: str, revision: str | None, commit: str, name: str, toke
 
 
 def _explained(error: Exception, repo_id: str, revision: str | None) -> Exception:
-    """An error of huggingface_hub in the words of this package; others as they are."""
+    """Translate an error of huggingface_hub into one of this package; other errors stay unchanged."""
     from huggingface_hub import constants
     from huggingface_hub.utils import (
         GatedRepoError,
@@ -242,7 +242,7 @@ def _explained(error: Exception, repo_id: str, revision: str | None) -> Exceptio
 
 
 def is_network(error: BaseException) -> bool:
-    """Whether a connection failed, as huggingface_hub's HTTP libraries say it; not all of their errors are OSErrors."""
+    """Return whether an error of an HTTP library means a failed connection; not all of these are OSErrors."""
     return isinstance(error, ConnectionError) or type(error).__module__.split(".")[0] in _HTTP
 
 

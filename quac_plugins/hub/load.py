@@ -1,4 +1,4 @@
-"""Where adapters come from: a folder, the wheel's own hub/, or the Hugging Face Hub."""
+"""Loading adapters from a folder, the wheel's own hub/, or the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from quac_plugins.hub.verify import refuse_pickles
 
 
 def find_adapter(source: str | Path, revision: str | None = None) -> Path:
-    """The local folder of an adapter, verified.
+    """Return the local folder of an adapter, verified.
 
-    ``source`` is a folder, else a published name (``NAME.TAG`` of the registry, embedded in the package or on the Hub),
-    else ``"org/name"`` on the Hub. The environment variable ``QUAC_HUB`` names an organization of the Hub whose
-    ``QUAC_HUB/NAME.TAG`` stands in for the published one.
+    ``source`` is a folder, a published name (``NAME.TAG`` of the registry, embedded in the package or on the Hub), or
+    ``"org/name"`` on the Hub, tried in this order. The environment variable ``QUAC_HUB`` names an organization of the
+    Hub whose ``QUAC_HUB/NAME.TAG`` replaces the published adapter.
 
     Raises:
-        FileNotFoundError: it is in none of these places; the message says which were looked at.
-        PermissionError, ConnectionError: the Hub refused it.
-        ValueError: a file is not the one that was published, or the weights are a pickle.
+        FileNotFoundError: the adapter is in none of these places; the message lists the tried ones.
+        PermissionError, ConnectionError: the Hub refused access, or cannot be reached.
+        ValueError: a file differs from the published one, or the weights are a pickle.
     """
     folder = Path(source)
     if folder.is_dir():
@@ -57,22 +57,22 @@ def load_adapter(
 
     Args:
         model: a fresh host, or one with the same injection. A prior that was never fitted makes room for the adapter's.
-        source: a folder that :func:`save_adapter` wrote, a published name (``quac list --pretrained``), or
-            ``"org/name"`` on the Hub.
+        source: a folder of :func:`save_adapter`, a published name (``quac list --pretrained``), or ``"org/name"`` on
+            the Hub.
         revision: branch, tag or commit (Hub only).
-        check_host: refuse a host of another architecture than the adapter was made for, and for an adapter with a
-            degradation prior one with other weights; activations alone are warned of other weights. Refuse one too that
-            says another normalization of its images than the adapter was made for; else the adapter's is undone.
-        example: images as a fresh host gets them, if not of the shape with which the adapter was made.
+        check_host: refuse a host with another architecture or normalization than the adapter's host. Other weights are
+            an error for an adapter with a degradation prior, and a warning for activations alone. False: the tap undoes
+            the adapter's normalization.
+        example: images for a fresh host, if their shape differs from the shape in the adapter.
 
     Returns:
-        The model, in place. On any error it is as it was before.
+        The model, changed in place. After any error the model is as before.
 
     Raises:
-        FileNotFoundError: there is no adapter there.
-        PermissionError, ConnectionError: the Hub refused it.
-        ValueError: the adapter is damaged, or does not fit the host or its images; the message names what is at fault.
-        RuntimeError: the host runs neither on images of the adapter's shape nor on those that it says itself.
+        FileNotFoundError: the source holds no adapter.
+        PermissionError, ConnectionError: the Hub refused access, or cannot be reached.
+        ValueError: the adapter is damaged, or does not fit the host or its images; the message names the fault.
+        RuntimeError: the host runs neither on images of the adapter's shape nor on images of its own size.
 
     Example:
         >>> import tempfile, timm, quac_plugins as quac

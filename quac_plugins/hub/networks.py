@@ -20,16 +20,16 @@ _LIMIT = 64 << 20  # bytes of the list of a large network's shards
 
 
 def verified_network(source: Any, options: Mapping[str, Any], weights: str = _WEIGHTS) -> tuple[Any, dict[str, Any]]:
-    """Where ``from_pretrained`` of a network shall read, and with which options: a folder, and safetensors alone.
+    """Return a verified folder and options for a network's ``from_pretrained``, which then reads safetensors alone.
 
     Args:
         source: a folder, or ``"org/name"`` of the Hub.
-        options: of ``from_pretrained``: ``subfolder``, ``variant``, ``revision``, …
-        weights: what its files of weights are called, without their endings.
+        options: options of ``from_pretrained``: ``subfolder``, ``variant``, ``revision``, …
+        weights: the name of the files of weights, without endings.
 
     Raises:
         FileNotFoundError, PermissionError, ConnectionError: see :func:`quac_plugins.hub.fetch.fetch`.
-        ValueError: a file is not what the Hub says, or there are no safetensors.
+        ValueError: a file has another hash than the Hub tells, or there are no safetensors.
     """
     kept = safe(options)
     if os.path.isdir(source):
@@ -42,16 +42,16 @@ def verified_network(source: Any, options: Mapping[str, Any], weights: str = _WE
 def verified_pipeline(
     source: str, parts: Mapping[str, set[str]], options: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    """Likewise of a pipeline: only such parts as it is made of, whatever its ``model_index.json`` names.
+    """Return a verified folder and options for a pipeline's ``from_pretrained``, with the known parts alone.
 
     Args:
         source: a folder, or ``"org/name"`` of the Hub.
-        parts: name of a part → what it may be, ``"library.Class"``; a scheduler, or a network.
-        options: of ``from_pretrained``; a part that is given among them is not fetched.
+        parts: name of a part → its allowed classes, ``"library.Class"``; a scheduler, or a network.
+        options: options of ``from_pretrained``; a part among them is not fetched.
 
     Raises:
-        FileNotFoundError, PermissionError, ConnectionError, ValueError: as of :func:`verified_network`; and of a part
-            that is another.
+        FileNotFoundError, PermissionError, ConnectionError: see :func:`quac_plugins.hub.fetch.fetch`.
+        ValueError: as in :func:`verified_network`; or ``model_index.json`` names another class of a part.
     """
     kept, folder, index = safe(options), Path(source), "model_index.json"
     if not folder.is_dir():
@@ -79,7 +79,7 @@ def verified_pipeline(
 def fetch_network(
     repo_id: str, subfolder: str | None, variant: str | None, called: str = _WEIGHTS, **options: Any
 ) -> Path:
-    """The folder of a commit with one network in it, verified; its weights may be in several files."""
+    """Fetch one network of a commit, verified, and return the folder; its weights may be in several files."""
     inside, middle = f"{subfolder}/" if subfolder else "", f".{variant}" if variant else ""
     config, weights = f"{inside}config.json", f"{inside}{called}{middle}.safetensors"
     index = f"{inside}{called}.safetensors.index{middle}.json"
@@ -96,11 +96,11 @@ def fetch_network(
 
 
 def weights_in(folder: Any, options: Mapping[str, Any]) -> list[Path]:
-    """The safetensors of a network in a folder, at least one.
+    """Return the safetensors of a network in a folder, at least one file.
 
     Raises:
-        FileNotFoundError: there are none.
-        ValueError: there are none, but a pickle.
+        FileNotFoundError: the folder holds no weights.
+        ValueError: the folder holds a pickle and no safetensors.
     """
     inside = Path(folder) / (options.get("subfolder") or "")
     weights = sorted(inside.glob("*.safetensors"))
@@ -112,14 +112,14 @@ def weights_in(folder: Any, options: Mapping[str, Any]) -> list[Path]:
 
 
 def safe(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of ``from_pretrained`` with which diffusers opens no pickle."""
+    """Return options of ``from_pretrained`` with which diffusers opens no pickle."""
     if options.get("use_safetensors") is False:
         raise ValueError("use_safetensors=False would open a pickle, which can run any code: only safetensors are read")
     return {**options, "use_safetensors": True}
 
 
 def fetching(options: dict[str, Any]) -> dict[str, Any]:
-    """Take the options of a download out of those of ``from_pretrained``, as :func:`fetch` calls them."""
+    """Take the options of a download out of ``from_pretrained``'s, under the names of :func:`fetch`."""
     fetched = {ours: options.pop(theirs) for theirs, ours in _FETCHING.items() if theirs in options}
     for name in _NOT_NEEDED:
         options.pop(name, None)

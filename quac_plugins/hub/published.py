@@ -1,4 +1,4 @@
-"""A published model by its name: where its files are, and how its host is built."""
+"""Published models by name: their files, and the config of their hosts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from quac_plugins.registry import KINDS, Entry, published
 
 @dataclass(frozen=True)
 class Published:
-    """An entry of the registry, or a name that ``QUAC_HUB`` sends to one's own organization.
+    """An entry of the registry, or a name that ``QUAC_HUB`` sends to the user's organization.
 
     Attributes:
         name: ``NAME.TAG``.
-        entry: of the registry, or None.
-        organization: whose repository ``organization/NAME.TAG`` stands in for the published one.
-        door: the framework that it is for, ``"timm"`` or ``"diffusers"``.
+        entry: the registry's entry, or None.
+        organization: the organization whose repository ``organization/NAME.TAG`` replaces the published one, or None.
+        door: the framework, ``"timm"`` or ``"diffusers"``.
     """
 
     name: str
@@ -31,19 +31,19 @@ class Published:
 
     @property
     def kind(self) -> str:
-        """``"adapter"``, ``"model"`` or ``"pipeline"``."""
+        """Return ``"adapter"``, ``"model"`` or ``"pipeline"``."""
         return self.entry.kind if self.entry is not None else KINDS[self.door][0]
 
     @property
     def model_args(self) -> dict[str, Any]:
-        """With which the network is built."""
+        """Return the arguments with which the network is built."""
         return dict(self.entry.model_args) if self.entry is not None else {}
 
     def host_cfg(self, pretrained_cfg: Any) -> Any:
-        """What timm needs to know of the host: the base's tag under an adapter, else this model's own config.
+        """Return the host's pretrained config for timm: the base's tag under an adapter, else the model's own config.
 
         Args:
-            pretrained_cfg: the ``pretrained_cfg`` that the user asked for.
+            pretrained_cfg: the user's ``pretrained_cfg``.
         """
         if self.entry is None:
             return None  # the base's default weights
@@ -52,10 +52,10 @@ class Published:
         return pretrained_cfg_of(self.entry)
 
     def folder(self, revision: str | None = None) -> Path:
-        """The folder with its files, verified.
+        """Return the folder of the files, verified.
 
         Args:
-            revision: another one on the Hub than the registry's, whose hash then says nothing.
+            revision: a revision on the Hub other than the registry's, whose hash is then not compared.
 
         Raises:
             FileNotFoundError, PermissionError, ConnectionError, ValueError: see :func:`quac_plugins.hub.fetch.fetch`.
@@ -77,11 +77,11 @@ class Published:
 
 
 def find_published(name: str, known_to_host: bool = False, door: str = "timm") -> Published | None:
-    """What is published as ``NAME.TAG``: in the registry, or with ``QUAC_HUB`` in one's own organization.
+    """Find the model ``NAME.TAG`` in the registry, or with ``QUAC_HUB`` in the user's organization; None without one.
 
     Args:
         name: ``NAME.TAG``.
-        known_to_host: the tag is one of the host's own weights, so that no organization is asked for it.
+        known_to_host: whether the tag is one of the host's own weights, which no organization replaces.
         door: the framework, ``"timm"`` or ``"diffusers"``.
     """
     entry, organization = published(door).get(name), os.environ.get("QUAC_HUB") or None
@@ -91,7 +91,7 @@ def find_published(name: str, known_to_host: bool = False, door: str = "timm") -
 
 
 def pretrained_cfg_of(entry: Entry) -> Any:
-    """The entry as timm's own config of pretrained weights: the architecture's, with what differs."""
+    """Return an entry as timm's config of pretrained weights: the architecture's, with the entry's differences."""
     import timm
     from timm.models import PretrainedCfg
 

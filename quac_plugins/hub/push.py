@@ -1,4 +1,4 @@
-"""To the Hub: an adapter or a whole model, with a card and the figures behind it, in one commit."""
+"""Sending an adapter or a whole model to the Hub, with a card and its figures, in one commit."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from quac_plugins.registry import KINDS, is_published_name, published
 
 @dataclass(frozen=True)
 class Pushed:
-    """What was sent, or would be.
+    """The files of a commit, sent or (after a dry run) written to a folder.
 
     Attributes:
         repo_id: ``org/name``.
         files: name → (bytes, SHA-256), as a registry's entry takes them.
-        commit: of the Hub; None after a dry run.
-        url: of the commit; None after a dry run.
-        folder: with the files, after a dry run.
+        commit: the commit on the Hub; None after a dry run.
+        url: the address of the commit; None after a dry run.
+        folder: the folder of the files after a dry run, else None.
     """
 
     repo_id: str
@@ -48,7 +48,7 @@ class Pushed:
     folder: Path | None = None
 
     def __str__(self) -> str:
-        """One line for each file."""
+        """Return a line for each file."""
         lines = [f"{name}  {size} bytes  sha256 {digest}" for name, (size, digest) in self.files.items()]
         return "\n".join([self.url or f"{self.folder} (nothing was sent)", *lines])
 
@@ -70,40 +70,39 @@ def push(
     dry_run: str | Path | None = None,
     overwrite: bool = False,
 ) -> Pushed:
-    """Send what was put into a model, or the whole model, to the Hub.
+    """Send the adapter of a model, or the whole model, to the Hub.
 
-    The card is written from what is in the model and from result files; nothing in it is typed.
+    The card is rendered from the model's content and from result files; no figure is typed.
 
     Args:
-        model: a model with QuAC or a prior inside, or a folder that :func:`save_adapter` or timm's ``save_for_hf``
-            wrote.
-        repo_id: ``"org/name"``; made if it does not exist. With ``dry_run`` also the ``NAME.TAG`` under which the
-            files are to be embedded.
+        model: a model with QuAC or a prior inside, or a folder of :func:`save_adapter` or of timm's ``save_for_hf``.
+        repo_id: ``"org/name"``, which is made if it does not exist. With ``dry_run`` also a ``NAME.TAG`` of files to
+            embed.
         whole: send the host's weights too. A model of timm is read back by
             ``timm.create_model("hf-hub:org/name", pretrained=True)``, one of a class ``QuACNAME`` of
-            :mod:`quac_plugins.transformers` by its ``from_pretrained``. By default what was put in alone.
-        metrics: what was measured: an :class:`EvaluationReport`, the path of its JSON, or several of these, one for
-            each seed.
-        fit: the :class:`FitReport` of the fit, or the path of its JSON, for the card's recipe and what it says of the
-            adapter. None: that in the folder, as `quac fit-prior` writes it, if there is one.
-        base_model: the host's weights on the Hub, such as ``"timm/resnet50.a1_in1k"``. Which they are cannot be told
-            from a model, so that without it the card gives their fingerprint alone.
-        license: of the weights, such as ``"apache-2.0"``.
-        description: one paragraph for the card.
-        private: for a new repository; an old one stays what it is.
-        revision: branch; made if it does not exist. None: main.
-        commit_message: None says what was sent.
-        token: None is the one of ``hf auth login`` or ``HF_TOKEN``.
-        dry_run: write the files into this folder and send nothing.
+            :mod:`quac_plugins.transformers` by its ``from_pretrained``. None or False: the adapter alone.
+        metrics: the evaluation: an :class:`EvaluationReport`, the path of its JSON, or several of these, one for each
+            seed.
+        fit: the :class:`FitReport` of the fit, or the path of its JSON, for the card. None: the folder's own report,
+            which `quac fit-prior` writes, if there is one.
+        base_model: the name of the host's weights on the Hub, such as ``"timm/resnet50.a1_in1k"``. A model does not
+            tell it; without it the card gives the weights' fingerprint alone.
+        license: the license of the weights, such as ``"apache-2.0"``.
+        description: a paragraph for the card.
+        private: whether a new repository is private; an existing one stays unchanged.
+        revision: a branch, which is made if it does not exist. None: main.
+        commit_message: the message. None: it names the files.
+        token: the Hub's token. None: the token of ``hf auth login`` or ``HF_TOKEN``.
+        dry_run: a folder, into which the files are written; nothing is sent.
         overwrite: replace other files of the same names in the folder of ``dry_run``.
 
     Returns:
         The commit, and each file with its size and hash.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it holds neither an adapter nor a model.
+        FileNotFoundError: the folder does not exist, or holds neither an adapter nor a model.
         ValueError: the model holds nothing to send, a file is damaged or a pickle, or a figure cannot be read.
-        FileExistsError: another file of such a name is in the folder of ``dry_run``; nothing was written.
+        FileExistsError: the folder of ``dry_run`` holds another file of the same name; nothing was written.
         PermissionError: the Hub refused the token.
         ConnectionError: the Hub could not be reached, or answered with an error.
 
@@ -143,20 +142,20 @@ def push(
 
 
 def push_all(organization: str, private: bool | None = None, token: str | bool | None = None) -> list[Pushed]:
-    """Send every model that is embedded in the package to ``organization/NAME.TAG`` on the Hub, as it is.
+    """Send every embedded model of the package, unchanged, to ``organization/NAME.TAG`` on the Hub.
 
-    With ``QUAC_HUB=organization`` the names are then read from there.
+    With ``QUAC_HUB=organization`` the names are then read from that organization.
 
     Args:
-        organization: of the Hub, or one's own name there.
+        organization: an organization or a user on the Hub.
         private, token: see :func:`push`.
 
     Returns:
-        The commit of each, in the order of their names.
+        The commit of each model, in the order of the names.
 
     Raises:
-        ValueError: a file is not the one that the registry knows.
-        PermissionError, ConnectionError: see :func:`push`; those before were sent.
+        ValueError: a file has another hash than the registry's.
+        PermissionError, ConnectionError: see :func:`push`; earlier models have been sent.
     """
     from huggingface_hub.utils import validate_repo_id
 
@@ -174,7 +173,7 @@ def push_all(organization: str, private: bool | None = None, token: str | bool |
 
 
 def _check_whose(reports: list[EvaluationReport], weights: Path) -> None:
-    """Warn if none of the reports is of the adapter in this file, as far as they know."""
+    """Warn if the reports know their adapter, and none is of the adapter in this file."""
     judged = [(report.network["inside"] or {}).get("sha256") for report in reports if "inside" in report.network]
     if not weights.is_file() or len(judged) < len(reports):
         return
@@ -189,13 +188,13 @@ def _check_whose(reports: list[EvaluationReport], weights: Path) -> None:
 
 
 def _in_single_precision(weights: Path) -> str:
-    """The hash that an adapter in half precision has once a host in float32 has loaded it."""
+    """Return the hash of a half precision adapter after a host in float32 has loaded it."""
     state = {n: t.float() if t.is_floating_point() else t for n, t in safetensors.torch.load_file(weights).items()}
     return hashlib.sha256(safetensors.torch.save(state, metadata={"format": "pt"})).hexdigest()
 
 
 def _without_paths(report: dict[str, Any]) -> dict[str, Any]:
-    """The names of files and folders alone, and no pictures: where and what they are is nobody's business."""
+    """Return a report with the names of files and folders alone, without paths and pictures, which are private."""
     names = [Path(path).name for path in report["unreadable"]]
     arguments = dict(report["network"].get("given") or {})
     for key, place in (("base_checkpoint", "path"), ("checkpoint", "path"), ("adapter", "name")):
@@ -257,7 +256,7 @@ def _stage(model: nn.Module | str | Path, folder: Path, whole: bool | None) -> N
 
 
 def _pack(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """Tensors as safetensors takes them: one after another (not channels_last), none a part of another."""
+    """Copy the tensors of a state dict into the form of safetensors: contiguous, and none a part of another."""
     for name, tensor in state.items():
         state[name] = tensor.detach().clone(memory_format=torch.contiguous_format)
 
@@ -270,7 +269,7 @@ def _send(
     message: str,
     token: str | bool | None,
 ) -> Any:
-    """Files, by their names in the repository, in one commit."""
+    """Send files, by their names in the repository, in one commit."""
     from huggingface_hub import CommitOperationAdd, HfApi, constants
     from huggingface_hub.utils import HfHubHTTPError, OfflineModeIsEnabled
 

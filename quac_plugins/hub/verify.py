@@ -1,4 +1,4 @@
-"""Whether files are what they are said to be: hash, size, and no pickle among the weights."""
+"""Verifying files: hash, size, and no pickle among the weights."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _SHA1, _SHA256 = re.compile(r"[0-9a-f]{40}\Z"), re.compile(r"[0-9a-f]{64}\Z")
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     return _digest(hashlib.sha256(), path)
 
 
 def check_file(path: Path, sha256: str | None = None, size: int | None = None, said_by: str = "the registry") -> None:
-    """Refuse a file that is not the one that was published.
+    """Refuse a file that differs from the published one.
 
     Raises:
-        ValueError: its size or its hash is another one.
+        ValueError: the size or the hash differs.
     """
     if size is not None and path.stat().st_size != size:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, but {said_by} says {size}; {_AGAIN}")
@@ -36,14 +36,14 @@ def check_file(path: Path, sha256: str | None = None, size: int | None = None, s
 
 
 def check_hash(path: Path, said: str) -> None:
-    """Refuse a file that is not what the Hub says it sends.
+    """Refuse a file that differs from the Hub's.
 
     Args:
-        path: of the file.
-        said: its SHA-256 (of a large file), or git's hash (of a small one).
+        path: the file.
+        said: the Hub's hash: SHA-256 of a large file, git's hash of a small one.
 
     Raises:
-        ValueError: it has another hash.
+        ValueError: the file has another hash.
     """
     if _SHA256.match(said):
         actual = sha256_of(path)
@@ -57,13 +57,13 @@ def check_hash(path: Path, said: str) -> None:
 
 
 def check_cached(path: Path) -> None:
-    """Refuse a file of the Hub's cache that is not what the Hub said it sent, or of which the cache has no hash.
+    """Refuse a file of the Hub's cache that differs from the Hub's, or whose hash the cache does not know.
 
-    The cache names every file by the ETag that the Hub sent with it, which is its hash. Mirrors may send another, and
-    caches without links (Windows) keep no such names.
+    The cache names every file by its ETag, which is a hash on the Hub. Mirrors may send other ETags, and caches without
+    links (Windows) keep no such names.
 
     Raises:
-        ValueError: the bytes have another hash, or there is none to compare them with.
+        ValueError: the file has another hash, or there is no hash to compare.
     """
     blob = path.resolve()
     if blob.parent.name != "blobs" or not (_SHA256.match(blob.name) or _SHA1.match(blob.name)):
@@ -76,7 +76,7 @@ def check_cached(path: Path) -> None:
 
 
 def refuse_pickles(names: Iterable[str], where: str, wanted: str) -> None:
-    """Raise ValueError, with the way to convert, if weights are there only as files that can run code."""
+    """Raise a ValueError, with the way to convert, if the only weights are files that can run code."""
     pickles = sorted(name for name in names if name.lower().endswith(PICKLES))
     if pickles:
         raise ValueError(
@@ -88,13 +88,13 @@ def refuse_pickles(names: Iterable[str], where: str, wanted: str) -> None:
 
 @contextlib.contextmanager
 def no_larger_than(files: Iterable[Path]) -> Iterator[None]:
-    """Let nobody build a network that is much larger than its weights, whatever sizes its config gives.
+    """Refuse, inside the context, to build a network that is larger than its weights, whatever its config asks for.
 
     Args:
         files: safetensors with the weights.
 
     Raises:
-        ValueError: a parameter more than the files can hold was made; or a file is damaged.
+        ValueError: the network has more parameters than the files can hold; or a file is damaged.
     """
     files, mine = list(files), threading.get_ident()
     most = sum(path.stat().st_size for path in files) + _SLACK  # a number has a byte at least

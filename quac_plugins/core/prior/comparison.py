@@ -1,4 +1,4 @@
-"""How far a student's features of degraded pictures are from its teacher's of the clean ones.
+"""The loss of a fit: the distance of a student's features of degraded pictures from its teacher's of clean ones.
 
 With z the features standardized per channel by the teacher's statistics, the loss is
 
@@ -31,15 +31,15 @@ _MARGIN = 8  # features at the cut edges of crops that are not compared
 
 @dataclass
 class Pictures:
-    """What is fitted on: uint8 pictures in pairs.
+    """The pictures of a fit: uint8, in pairs.
 
     Attributes:
-        clean: (V, H, W, 3) uint8.
-        degraded: (N, H, W, 3) uint8.
-        view: (N,) which clean picture each degraded one belongs to.
-        train, held: indices into the N.
+        clean: clean pictures, (V, H, W, 3) uint8.
+        degraded: degraded pictures, (N, H, W, 3) uint8.
+        view: (N,), the index of each degraded picture's clean picture.
+        train, held: indices of degraded pictures to fit on, and of held-out ones.
         labels: (V,) class indices, or None.
-        image: (V,) which image each clean picture is a view of; None: each of its own.
+        image: (V,), the index of each clean picture's image. None: each picture is an image of its own.
     """
 
     clean: np.ndarray
@@ -51,30 +51,30 @@ class Pictures:
     image: np.ndarray | None = None
 
     def images_of(self, indices: np.ndarray) -> int:
-        """Of how many images some degraded pictures are."""
+        """Return the number of different images among some degraded pictures."""
         views = self.view[indices]
         return len(set((views if self.image is None else self.image[views]).tolist()))
 
 
 class Comparison:
-    """What a fit minimizes.
+    """The loss of a fit, and the features that it needs.
 
     Args:
         model: the student.
-        teacher: the host as it was.
-        sites: where the prior is; the first is compared in the near part. Empty: there is no near part.
+        teacher: the untouched host.
+        sites: the sites of the prior; the near part compares the first one. Empty: there is no near part.
         deep: later places whose features are compared.
-        normalize: uint8 (B, H, W, 3) on any device → what the host takes.
-        pictures: in pairs.
+        normalize: uint8 (B, H, W, 3) on any device → the host's input.
+        pictures: the pictures, in pairs.
         recipe: weights, and the size of the near part's crops.
-        device: where the pictures go.
-        front: what maps the features at the first site to the repaired ones, if it needs nothing else. Then the near
-            part runs on features that are computed once, on crops of them; else the host runs up to the first site.
-        during: entered while the student runs on these degraded pictures in a step, not when it is judged.
+        device: the device of the computation.
+        front: the module that repairs the features at the first site, if it needs nothing but these. Then the near part
+            runs on crops of features that are computed once; else the host runs up to the first site.
+        during: indices of degraded pictures → a context in which the student's step runs, but no judging.
 
     Attributes:
-        near_steps: how many steps compare the first site alone.
-        near_only: all do, so nothing deep is looked at.
+        near_steps: the number of steps that compare the first site alone.
+        near_only: whether all steps are near.
 
     Raises:
         ValueError: there is nothing to compare, the host's features are not finite, or labels do not fit.
@@ -116,12 +116,12 @@ class Comparison:
             raise
 
     def close(self) -> None:
-        """Take the hooks off student and teacher."""
+        """Remove the hooks from student and teacher."""
         self.watch.close()
         self.watch_teacher.close()
 
     def _measure(self) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-        """Per-channel mean and deviation of the clean features, and the drift of the untouched host."""
+        """Measure mean and deviation of each channel of the clean features, and the drift of the untouched host."""
         views = sorted(set(self.pictures.view[self.pictures.train].tolist()))
         moments = {name: Moments() for name in self.places}
         for batch in batches(views, self.recipe.batch_size):
@@ -148,7 +148,7 @@ class Comparison:
         return statistics, floored
 
     def of_host(self, indices: np.ndarray) -> float:
-        """The loss of the untouched host on these degraded pictures."""
+        """Return the loss of the untouched host on these degraded pictures."""
         weights = self.weights(self.near_only)
         total = sum(
             weight * float(self._host[name][indices].mean()) for name, weight in weights.items() if name in self._host
@@ -159,7 +159,7 @@ class Comparison:
         return total
 
     def _check(self) -> None:
-        """Refuse what leaves nothing to learn from."""
+        """Refuse pictures and recipes that leave nothing to learn."""
         for name, values in self.drift.items():
             if not bool(torch.isfinite(values).all()):
                 raise ValueError(f"the host's own {name} are not finite (NaN or infinity) on these pictures")
@@ -178,7 +178,7 @@ class Comparison:
                 raise ValueError(f"labels must be from 0 to {classes - 1}, the model's classes")
 
     def distances(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Place → (B,): how far the features of each picture are from those of its clean view."""
+        """Return place → (B,), the distance of each picture's features from the features of its clean view."""
         return {name: self._one(name, value, teacher[name]) for name, value in student.items()}
 
     def _one(self, name: str, value: Tensor, target: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class Comparison:
         return difference.square().flatten(1).mean(1)
 
     def weights(self, near: bool) -> dict[str, float]:
-        """Place → weight of its term, in the near part or the deep one."""
+        """Return place → weight of its term, in the near part or the deep one."""
         recipe = self.recipe
         later = [name for name in self.places if name != self.first]
         weights = {self.first: recipe.site_weight} if self.first else {}
@@ -201,7 +201,7 @@ class Comparison:
         return {name: weight for name, weight in weights.items() if weight}  # type: ignore[misc]
 
     def near_loss(self, indices: np.ndarray, generator: np.random.Generator | None) -> Tensor:
-        """The loss at the first site alone, on crops drawn from the generator, or on whole features."""
+        """Compute the loss at the first site alone, on crops drawn from the generator, or on whole features."""
         assert self.front is not None
         assert self.first is not None
         degraded = self._degraded_features(indices)
@@ -225,7 +225,7 @@ class Comparison:
         return self.recipe.site_weight * (distance / self.drift[self.first][indices].to(distance)).mean()
 
     def _degraded_features(self, indices: np.ndarray) -> Tensor:
-        """The teacher's features of degraded pictures at the first site; computed once, as far as memory goes."""
+        """Return the teacher's features of degraded pictures at the first site, kept as far as memory allows."""
         assert self.first is not None
         missing = [i for i in dict.fromkeys(indices.tolist()) if i not in self._degraded]
         fresh: dict[int, Tensor] = {}
@@ -241,7 +241,7 @@ class Comparison:
         return torch.stack([self._degraded[i] if i in self._degraded else fresh[i] for i in indices.tolist()])
 
     def loss(self, indices: np.ndarray, near: bool, generator: np.random.Generator | None = None) -> Tensor:
-        """The loss on these degraded pictures; the near part draws crops of features from the generator, if any."""
+        """Compute the loss on these degraded pictures; the near part draws crops from the generator, if any."""
         if near and self.front is not None:
             return self.near_loss(indices, generator)
         views = self.pictures.view[indices].tolist()
@@ -262,11 +262,11 @@ class Comparison:
 
     @property
     def compares_logits(self) -> bool:
-        """Whether there are logits, and a deep part that compares them."""
+        """Return whether a deep part compares logits."""
         return LOGITS in self.drift and bool(self.recipe.logits_weight) and not self.near_only
 
     def logits_distance(self, indices: np.ndarray) -> float:
-        """How far the student's logits are on these degraded pictures; 1 is the untouched host."""
+        """Return the distance of the student's logits on these degraded pictures; 1 is the untouched host."""
         total = 0.0
         for batch in batches(indices.tolist(), self.recipe.batch_size):
             clean = self._clean_features(self.pictures.view[batch].tolist(), None)
@@ -279,7 +279,7 @@ class Comparison:
         return self.normalize(torch.from_numpy(np.ascontiguousarray(pictures)).to(self.device))
 
     def _clean_features(self, views: list[int], until: str | None) -> dict[str, Tensor]:
-        """The teacher's features of clean views; computed once, as far as the memory for them goes."""
+        """Return the teacher's features of clean views, kept as far as memory allows."""
         missing = [view for view in dict.fromkeys(views) if view not in self._clean]
         fresh: dict[int, dict[str, Tensor]] = {}
         if missing:
@@ -297,11 +297,11 @@ class Comparison:
 
 
 def batches(items: list[int], size: int) -> Iterator[list[int]]:
-    """The items, at most ``size`` at a time."""
+    """Yield the items in lists of at most ``size``."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
 
 def _floored(drift: Tensor, train: np.ndarray, least: float) -> Tensor:
-    """Drift of each picture as a divisor: pictures that hardly drift (clean ones) must not rule the loss."""
+    """Return each picture's drift as a divisor: pictures that hardly drift (clean ones) must not rule the loss."""
     return drift + max(least * float(drift[train].mean()), 1e-5)

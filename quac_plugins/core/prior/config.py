@@ -16,22 +16,22 @@ _MOST_EXPERTS = 256
 
 @dataclass
 class PriorConfig(QualityOptions):
-    """What :func:`quac_plugins.inject` puts after a layer of a frozen host: feature de-drifting modules (FDM).
+    """The config of a degradation prior: feature de-drifting modules (FDM) after layers of a frozen host.
 
     Attributes:
         site: ``"auto"`` (one shallow layer, by the rule of :func:`quac_plugins.core.prior.sites.find_prior_sites`),
             ``"stages"`` (that layer and the ends of the later stages), ``"norms"`` (every norm), a module name, a glob,
-            ``"re:…"``, or a list. None: as the FDM is meant, ``"norms"`` for margins and ``"stages"`` for the others.
+            ``"re:…"``, or a list. None: ``"norms"`` for margins and ``"stages"`` for other FDMs.
         fdm: ``"light"`` (depthwise, for mobile networks), ``"dense"`` (3×3, the most exact), ``"ncrf"`` (centre and
             dilated surround, after the paper) or ``"margin"`` (a scale and a shift for every channel of the host's
             norms, which costs no multiply-adds).
-        fdm_width: channels inside; None: the FDM's own rule.
-        fdm_act: activation inside: ``"relu"``, ``"gelu"``, … or one that QuAC drives, such as ``"qacon"``.
-        experts: names of degradations, one FDM for each: a routed prior, whose gate reads q. Empty: a single FDM.
+        fdm_width: the number of channels inside an FDM. None: the FDM's own rule.
+        fdm_act: the activation inside an FDM: ``"relu"``, ``"gelu"``, … or a quality-adaptive one, such as ``"qacon"``.
+        experts: names of degradations, with one FDM each: a routed prior, whose gate reads q. Empty: a single FDM.
         margins: put margins at the host's norms as well. Together they adapt better than either. At each site there is
             then one FDM for all ``experts``, with margins of each behind its own convolutions, and it does nothing to a
             picture that q knows for clean.
-        top_k: how many experts an image is sent to (routed only).
+        top_k: the number of experts that an image is sent to (routed only).
         quality: the quality function that the gate, or a driven activation inside, reads. ``"degradation"`` tells the
             15 corruptions of ImageNet-C apart by itself, so a gate over experts of these names needs no fit; with
             another one the gate learns from the photographs of the fit alone, of which it needs many.
@@ -39,7 +39,7 @@ class PriorConfig(QualityOptions):
         freeze: set ``requires_grad`` of the host's own parameters to False until the prior is removed.
 
     Raises:
-        ValueError: a value is not known; the message lists those that are.
+        ValueError: a value is unknown; the message lists the known ones.
 
     Example:
         >>> PriorConfig(site="stages", experts=["fog", "contrast"]).needs_quality
@@ -93,10 +93,10 @@ class PriorConfig(QualityOptions):
 
     @property
     def patterns(self) -> list[str]:
-        """``site`` as a list."""
+        """Return ``site`` as a list."""
         return pattern_list("site", self.site)
 
     @property
     def needs_quality(self) -> bool:
-        """Whether anything in it reads q, and so a tap is put in."""
+        """Return whether a part of the prior reads q and so needs a tap."""
         return bool(self.experts) or needs_quality(self.fdm_act)

@@ -1,9 +1,9 @@
-"""Feature de-drifting modules (FDM): what turns the features of a degraded image back into those of the clean one.
+"""Feature de-drifting modules (FDM), which turn the features of a degraded image back into the clean image's.
 
 Source: Wang et al., "Deep Degradation Prior for Low-Quality Image Classification", CVPR 2020. An FDM is one class:
 ``name`` and ``build``. Defining it puts it into the table.
 
-All work on features standardized per channel, z = (x − mean) / std with the clean features' statistics, and are
+FDMs work on features standardized per channel, z = (x − mean) / std with the clean features' statistics, and are
 residual, y = x + std · r(z). The last layer of r starts at zero, so a fresh module changes nothing.
 """
 
@@ -36,17 +36,17 @@ _FOLDS = {1: 4, 2: 2, 4: 2}  # stride of the site → side of the squares of pix
 
 
 def act_names() -> list[str]:
-    """What ``fdm_act`` may be."""
+    """Return the names that ``fdm_act`` may have."""
     return [*PLAIN_ACTS, *ACTIVATIONS]
 
 
 def needs_quality(act: str) -> bool:
-    """Whether an activation reads q."""
+    """Return whether an activation reads q."""
     return act in ACTIVATIONS and ACTIVATIONS[act].needs_quality
 
 
 def make_act(act: str, channels: int, quality_channels: int) -> nn.Module:
-    """An activation of an FDM: a plain one, or one of ACTIVATIONS that starts as a ReLU."""
+    """Build an activation of an FDM: a plain one, or one of ACTIVATIONS that starts as a ReLU."""
     if act in PLAIN_ACTS:
         return PLAIN_ACTS[act]()
     arguments: dict[str, Any] = {"init": "preserve", "host": nn.ReLU()}
@@ -59,16 +59,16 @@ def make_act(act: str, channels: int, quality_channels: int) -> nn.Module:
 
 
 class FDM(nn.Module):
-    """What all feature de-drifting modules share: layout, standardization and the residual.
+    """The base of all feature de-drifting modules: layout, standardization and the residual.
 
     Args:
-        site: where it goes: channels, layout, stride.
-        width: channels inside; None: the class's own rule.
+        site: the site: channels, layout, stride.
+        width: the number of channels inside. None: the class's own rule.
         act: an activation of :func:`act_names`.
         quality_channels: Q, for activations that read q.
 
     Attributes:
-        mean, std: (C,) statistics of the clean features; set by the fit, 0 and 1 before.
+        mean, std: (C,) statistics of the clean features; 0 and 1 before a fit sets them.
     """
 
     name: ClassVar[str] = ""
@@ -99,19 +99,19 @@ class FDM(nn.Module):
             nn.init.zeros_(parameter)
 
     def build(self, channels: int, width: int | None, act: str, quality_channels: int) -> nn.Sequential:
-        """r: (B, channels, H, W) → the same; its last module is set to zero."""
+        """Build r, which keeps the shape (B, channels, H, W); the constructor sets its last module to zero."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it is built of")
 
     def forward(
         self, x: Tensor, onto: Tensor | None = None, weight: Tensor | None = None, grid: Grid | None = None
     ) -> Tensor:
-        """Repair features x of the site's layout; same shape and dtype.
+        """Repair features x of the site's layout; shape and dtype stay.
 
         Args:
             x: features.
-            onto: what std · r is added to; x by default.
-            weight: (B,) of std · r; 1 by default.
-            grid: (h, w) of the tokens; by default that of the image they are of, or of the site.
+            onto: the summand beside std · r. None: x.
+            weight: (B,), the weight of std · r. None: 1.
+            grid: (h, w) of the tokens. None: the grid of the tokens' image, or of the site.
         """
         if (node := called_whole(self, x)) is not None:
             return node
@@ -121,7 +121,7 @@ class FDM(nn.Module):
         return restored(x if onto is None else onto, r, self)
 
     def residual(self, z: Tensor) -> Tensor:
-        """r(z) of standardized features (B, C, H, W)."""
+        """Compute r(z) of standardized features (B, C, H, W)."""
         if self.fold == 1:
             return self.body(z)
         exported = exporting()  # for all sizes
@@ -140,7 +140,7 @@ class FDM(nn.Module):
 
     @property
     def reads_quality(self) -> bool:
-        """Whether an activation inside needs the q of the image."""
+        """Return whether an activation inside needs the q of the image."""
         return any(isinstance(m, ChannelActivation) and m.needs_quality for m in self.modules())
 
     @property
@@ -149,25 +149,25 @@ class FDM(nn.Module):
         return all_zero(self.mean, self.std - 1, *self.body[-1].parameters())
 
     def extra_repr(self) -> str:
-        """The site, for ``print(model)``."""
+        """Return the site, for ``print(model)``."""
         return f"{self.name!r}, {self.site.channels} channels, {self.site.layout}, fold={self.fold}"
 
 
 def all_zero(*values: Any) -> bool:
-    """Whether tensors hold zeros alone, as far as they hold anything; what is no tensor (quantized) was not made so."""
+    """Return whether all values are tensors of zeros, or without numbers; quantized values are no tensors."""
     if not all(isinstance(value, Tensor) for value in values):
         return False
     return not any(bool(tensor.any()) for tensor in values if not tensor.is_meta)
 
 
 def standardized(x: Tensor, module: Any, grid: Grid | None = None) -> Tensor:
-    """z (B, C, H, W) of features in the layout of ``module.site``, with its mean and std."""
+    """Compute z (B, C, H, W) of features in the layout of ``module.site``, by the module's mean and std."""
     z = _as_image(x, module.site, grid, module.image_size)
     return (z - _column(module.mean, z)) / _column(module.std, z)
 
 
 def restored(x: Tensor, r: Tensor, module: Any) -> Tensor:
-    """x + std · r, in the layout and dtype of x."""
+    """Compute x + std · r, in the layout and dtype of x."""
     r = (r * _column(module.std, r)).to(x.dtype)
     site = module.site
     if site.layout == "nchw":
@@ -232,7 +232,7 @@ class NCRF(FDM):
     name = "ncrf"
 
     def build(self, channels: int, width: int | None, act: str, quality_channels: int) -> nn.Sequential:
-        """Three centre-surround convolutions and a 1×1 back; width: the site's channels, 32 to 128."""
+        """Build three centre-surround convolutions and a 1×1; the width is the site's channels, from 32 to 128."""
         width = width or min(max(channels, 64), 128)
         layers: list[nn.Module] = []
         for dilation, inputs in ((2, channels), (4, width), (8, width)):
@@ -251,7 +251,7 @@ class Dense(FDM):
     name = "dense"
 
     def build(self, channels: int, width: int | None, act: str, quality_channels: int) -> nn.Sequential:
-        """Width: the site's channels, 64 to 128."""
+        """Build the four convolutions; the width is the site's channels, from 64 to 128."""
         width = width or min(max(channels, 64), 128)
         layers: list[nn.Module] = []
         for dilation, inputs in ((1, channels), (2, width), (4, width)):
@@ -289,14 +289,14 @@ class Light(FDM):
     folds = True
 
     def build(self, channels: int, width: int | None, act: str, quality_channels: int) -> nn.Sequential:
-        """1×1 in, three separable convolutions of dilation 1, 2, 4, 1×1 out; width 24 at a stem's stride, else 32."""
+        """Build 1×1, three separable convolutions of dilation 1, 2, 4, 1×1; width 24 at a stem's stride, else 32."""
         width = width or (24 if 0 < self.site.stride < 4 else 32)
         layers = [_Separable(width, 5, dilation, act, quality_channels) for dilation in (1, 2, 4)]
         return nn.Sequential(nn.Conv2d(channels, width, 1), *layers, nn.Conv2d(width, channels, 1))
 
 
 def resolve_fdm(name: str) -> type[FDM]:
-    """The class of a name; ValueError listing the known ones otherwise.
+    """Return the FDM's class of a name; a ValueError lists the known names.
 
     Example:
         >>> resolve_fdm("light").__name__

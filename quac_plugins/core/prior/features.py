@@ -17,7 +17,7 @@ LOGITS = "logits"
 
 
 class Watch:
-    """Collects the features at places of a network while it runs; can end a run after the last one wanted."""
+    """A collector of the features at places of a running network, which can end the run after the last place."""
 
     def __init__(self, model: nn.Module, places: list[str]):
         self.places = places
@@ -36,7 +36,7 @@ class Watch:
         return keep
 
     def run(self, model: nn.Module, images: Tensor, until: str | None = None) -> dict[str, Tensor]:
-        """Features by place, and the network's own output as ``"logits"`` if it is a tensor (B, K) of scores."""
+        """Run the network: return place → features, and its output as ``"logits"`` if it is a tensor (B, K)."""
         self.features, self.until = {}, until
         with contextlib.suppress(_EnoughError):
             output = model(images)
@@ -46,30 +46,30 @@ class Watch:
         return self.features
 
     def close(self) -> None:
-        """Stop listening."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
 
 class _EnoughError(Exception):
-    """All features that are wanted are there."""
+    """The run has computed all wanted features."""
 
 
 class Moments:
-    """Mean and deviation of each channel over many rows."""
+    """A running mean and deviation of each channel over many rows."""
 
     def __init__(self) -> None:
         self.count, self.total, self.squares = 0, torch.zeros(()), torch.zeros(())
 
     def add(self, rows: Tensor) -> None:
-        """Count rows (N, C) in."""
+        """Add rows (N, C)."""
         rows = rows.double()
         self.count += rows.shape[0]
         self.total = self.total.to(rows) + rows.sum(0)
         self.squares = self.squares.to(rows) + rows.square().sum(0)
 
     def mean_and_std(self) -> tuple[Tensor, Tensor]:
-        """Two times (C,), float32."""
+        """Return mean and deviation, (C,) each, float32."""
         mean = self.total / self.count
         std = (self.squares / self.count - mean.square()).clamp(min=0).sqrt()
         # channels that hardly vary (dead ones) must not rule the loss
@@ -84,15 +84,15 @@ def channel_statistics(
     pictures: np.ndarray,
     device: torch.device,
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and deviation of each channel of a network's features, place by place.
+    """Compute mean and deviation of each channel of a network's features, place by place.
 
     Args:
-        model: the network; it runs as far as the last place.
-        axes: place → axis of its channels, in the order in which the network comes to them.
-        prefixes: place → tokens in front that are not counted.
-        normalize: uint8 (B, H, W, 3) → what the network takes.
+        model: the network, which runs up to the last place.
+        axes: place → axis of its channels, in the order of the network's computation.
+        prefixes: place → number of leading tokens that do not count.
+        normalize: uint8 (B, H, W, 3) → the network's input.
         pictures: (V, H, W, 3) uint8.
-        device: of the network.
+        device: the device of the network.
     """
     watch, moments = Watch(model, list(axes)), {name: Moments() for name in axes}
     try:
@@ -108,5 +108,5 @@ def channel_statistics(
 
 
 def by_channel(value: Tensor, channel_dim: int) -> Tensor:
-    """(rows, C) of features with any layout."""
+    """Reshape features of any layout to (rows, C)."""
     return value.movedim(channel_dim, -1).reshape(-1, value.shape[channel_dim])

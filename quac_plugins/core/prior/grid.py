@@ -1,7 +1,7 @@
-"""On which grid the tokens of an image stand: its size over the stride of the site, noted where the image enters.
+"""The grid of an image's tokens: the image's size over the site's stride; the first layer notes the size.
 
-Blocks are given tokens (B, N, C) and not the shape of the picture they are of. So where a prior is among tokens, the
-first layer that sees the image notes how large it is, in the same forward.
+Blocks take tokens (B, N, C) and not the shape of their picture. So for a prior among tokens, the first layer that sees
+the image notes the image's size in the same forward.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _KEPT = 64  # sizes that a recomputation under activation checkpointing may be o
 
 
 class ImageSize:
-    """(H, W) of the images that a network sees now, in each thread; the first layer notes it, priors read it."""
+    """The size (H, W) of a network's current images, for each thread; the first layer notes it, priors read it."""
 
     def __init__(self) -> None:
         self.size: Any = None  # the plain attribute, read while compiling
@@ -45,10 +45,10 @@ class ImageSize:
             self._recent.append((weakref.ref(images), size))
 
     def grid(self, site: PriorSite, tokens: Any) -> Grid | None:
-        """(h, w) of N tokens at a site; None if no image is known whose grid has that many.
+        """Return (h, w) of N tokens at a site; None if no known image has a grid of N tokens.
 
         Raises:
-            ValueError: images of several shapes are possible.
+            ValueError: images of several shapes fit.
         """
         if compiling():
             return _grid(site, tokens, self.size)
@@ -81,7 +81,7 @@ def _grid(site: PriorSite, tokens: Any, size: Any) -> Grid | None:
 
 
 class SizeNote(nn.Module):
-    """A child of the first layer that sees the image: notes its size, as a module so that torch.fx keeps the call."""
+    """A child of the first layer that notes the image's size; a module, so that torch.fx keeps the call."""
 
     _is_impure = True
 
@@ -90,19 +90,19 @@ class SizeNote(nn.Module):
         self.size = size
 
     def forward(self, images: Any, observe: bool = False) -> Any:
-        """What it is given, as the tap; the layer's hook lets it ``observe``."""
+        """Return ``images`` unchanged, as the tap does; the layer's hook lets the module ``observe``."""
         if observe:
             self.size.note(images)
         return images
 
     def attach(self, layer: nn.Module) -> None:
-        """Become a child of the layer, and listen to its calls."""
+        """Become a child of the layer, and hook its calls."""
         layer.add_module(SIZE_NAME, self)
         layer.register_forward_pre_hook(size_pre_hook, with_kwargs=True)
 
     @staticmethod
     def detach(layer: nn.Module) -> SizeNote:
-        """Undo :meth:`attach`; returns the child."""
+        """Undo :meth:`attach` and return the child."""
         remove_hooks(layer, size_pre_hook)
         note = layer.get_submodule(SIZE_NAME)
         assert isinstance(note, SizeNote)

@@ -1,9 +1,9 @@
-"""Margins from statistics alone: let degraded features get the mean and deviation of the clean ones, norm after norm.
+"""Margins from statistics alone: degraded features get the mean and deviation of the clean ones, norm after norm.
 
-The clean features are those of the same photographs, so what differs is the degradation and not what is in the
-pictures. Each place is matched behind all places before it that were matched already, in one pass over the host. A few
-photographs tell little about a channel that drifts differently in each of them: what they say is shrunk by how far they
-disagree, as d² / (d² + s²/n) for a mean drift d, its variance s² over n photographs.
+Both come from the same photographs, so that only the degradation differs. Each place is matched behind all earlier
+places, which are matched already, in one pass over the host. A few photographs tell little about a channel that drifts
+differently in each of them: the drift is shrunk by the photographs' disagreement, as d² / (d² + s²/n) for a mean drift
+d with variance s² over n photographs.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def match(
     Args:
         model: the host with the margins inside, in eval mode.
         margins: all of its margins.
-        clean: uint8 (N, H, W, 3).
-        degraded: which row is written (a degradation, at one of the severities), and from which pictures: uint8
-            (N, H, W, 3), the same photographs in the same order.
-        normalize: uint8 (B, H, W, 3) → what the host takes.
+        clean: clean pictures, uint8 (N, H, W, 3).
+        degraded: pairs of a row's index (a degradation at one severity) and its pictures, uint8 (N, H, W, 3), the same
+            photographs in the same order.
+        normalize: uint8 (B, H, W, 3) → the host's input.
     """
     chunks = [slice(start, start + _MOST) for start in range(0, len(clean), _MOST)]
     seen = [_Seen() for _ in chunks]
@@ -66,19 +66,19 @@ def _observed(margins: list[Margin], observer: Callable[[Margin, Tensor], Tensor
 
 
 def _by_picture(margin: Margin, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each picture's channels, (B, C)."""
+    """Return mean and variance of each picture's channels, (B, C)."""
     rows = x.movedim(1, -1) if margin.site.layout == "nchw" else x
     rows = rows.flatten(1, -2).float()
     return rows.mean(1), rows.var(1, correction=0)
 
 
 def _pooled(means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation over all pictures, (C,)."""
+    """Return mean and deviation over all pictures, (C,)."""
     return means.mean(0), (variances.mean(0) + means.var(0, correction=0)).sqrt()
 
 
 class _Seen:
-    """What some pictures show: each one's mean and variance of every channel, place by place."""
+    """The statistics of some pictures: mean and variance of every channel for each picture, place by place."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -86,13 +86,13 @@ class _Seen:
         self.moved: dict[int, Tensor] = {}  # scale and shift, (2, C)
 
     def note(self, margin: Margin, x: Tensor) -> Tensor:
-        """The clean features, which stay as they are."""
+        """Note the statistics of clean features, and return the features unchanged."""
         self.count = len(x)
         self.clean[id(margin)] = _by_picture(margin, x)
         return x
 
     def move(self, margin: Margin, x: Tensor) -> Tensor:
-        """The degraded features, which go on as the clean ones are distributed."""
+        """Note the statistics of degraded features, and return them with the distribution of the clean ones."""
         theirs, ours = self.clean[id(margin)], _by_picture(margin, x)
         (clean_mean, clean_std), (mean, std) = _pooled(*theirs), _pooled(*ours)
         least = _LEAST * clean_std.mean() + 1e-6
@@ -106,7 +106,7 @@ class _Seen:
 
 
 def _agreement(drift: Tensor) -> Tensor:
-    """(C,) from 0 to 1: how far pictures (B, C) agree about a drift; one picture alone is believed by half."""
+    """Return (C,), from 0 to 1, the agreement of pictures (B, C) about a drift; a single picture counts by half."""
     if len(drift) < 2:
         return torch.full_like(drift[0], 0.5)
     square = drift.mean(0).square()

@@ -1,4 +1,4 @@
-"""The numbers of a fit."""
+"""The recipe of a fit: steps, learning rate, weights."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from dataclasses import dataclass, replace
 
 @dataclass
 class Recipe:
-    """How to fit.
+    """The recipe of a fit.
 
     Attributes:
-        steps: of AdamW, with warm-up over the first tenth of each part and cosine decay.
-        near: share of the steps that compares the features at the first site alone.
-        batch_size: pictures a step, over all processes.
-        lr: highest learning rate.
-        weight_decay: of matrices and kernels; vectors have none.
-        site_weight: weight of the first site.
-        deep_weight: weight of all later places together; 0: the near part is all.
-        logits_weight: weight of the logits.
-        label_weight: weight of cross-entropy where labels are given.
-        check_every: steps between two looks at the held-out images.
-        patience: looks without a better one after which the deep part stops; 0: never.
-        clip: largest norm of the gradient.
+        steps: the number of steps of AdamW, with warm-up over the first tenth of each part and cosine decay.
+        near: the share of the steps that compare the features at the first site alone.
+        batch_size: the number of pictures in a step, over all processes.
+        lr: the highest learning rate.
+        weight_decay: the weight decay of matrices and kernels; vectors have none.
+        site_weight: the weight of the first site.
+        deep_weight: the weight of all later places together; 0: there is no deep part.
+        logits_weight: the weight of the logits.
+        label_weight: the weight of cross-entropy, which needs labels.
+        check_every: the number of steps between two looks at the held-out images.
+        patience: the number of looks without improvement after which the deep part stops; 0: never.
+        clip: the largest norm of the gradient.
         amp: ``"no"``, ``"bf16"`` or ``"fp16"`` (on a GPU).
-        near_crop: side of the crops of features that the near part works on; the whole of smaller ones.
-        near_batch: pictures a step of the near part.
-        least_positions: a prior's later site is fitted where the images (those not held out) have at least so many
-            feature positions there, (H / stride)·(W / stride) each; few images teach deep features by heart.
-        least_drift: in the loss each picture counts relative to how far it drifts, and to so many times the mean
-            drift: with 0 all pictures count alike, the more it is the more do severe ones.
-        seed: of the order of the pictures.
+        near_crop: the side of the crops of features in the near part; smaller features are used whole.
+        near_batch: the number of pictures in a step of the near part.
+        least_positions: a prior's later site is fitted if the images to fit on have at least this many feature
+            positions there, (H / stride)·(W / stride) each; few images would be learned by heart.
+        least_drift: the loss of each picture is divided by its drift plus this multiple of the mean drift: with 0 all
+            pictures count alike; larger numbers give severe ones more weight.
+        seed: the seed of the order of the pictures.
     """
 
     steps: int = 600

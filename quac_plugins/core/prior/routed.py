@@ -32,21 +32,21 @@ IDENTITY = "identity"
 
 
 class Gate(nn.Module):
-    """Which expert an image needs, from its quality features alone.
+    """A gate, which chooses the expert for an image from its quality features alone.
 
-    Where the quality function tells degradations apart itself, the choice is read from its probabilities: an expert
-    gets that of its own degradation; the identity gets that of clean pictures and those of degradations without an
-    expert, which are discounted, since the experts are for what the user expects. What a fit has learned is added.
+    If the quality function tells degradations apart, the gate reads its probabilities: an expert gets the probability
+    of its own degradation; the identity gets the probabilities of clean pictures and of degradations without an expert,
+    which are discounted, since the user expects the experts' degradations. The learned logits of a fit are added.
 
     Args:
         quality_channels: Q.
-        choices: 1 + E: the identity first.
-        told: the choice that each of q's first numbers is the probability of, that of clean pictures (0) first. Empty:
-            q is no such quality feature, and all must be learned.
+        choices: 1 + E, the identity first.
+        told: the choices that belong to q's first numbers, which are probabilities, the one of clean pictures (0)
+            first. Empty: q holds no probabilities, and the gate must learn everything.
 
     Attributes:
-        mean, std: (Q,) of :meth:`features` over the images that the gate was fitted on; 0 and 1 before.
-        masses: (1 + E, K) numbers: how much of each of the K probabilities goes to each choice; empty without such.
+        mean, std: (Q,), mean and deviation of :meth:`features` over the images of the fit; 0 and 1 before.
+        masses: (1 + E, K), the share of each of the K probabilities in each choice; empty without probabilities.
     """
 
     mean: Tensor
@@ -63,25 +63,25 @@ class Gate(nn.Module):
         self.masses = _masses(choices, told)  # no buffer: it follows from the config, and is in no state dict
 
     def forward(self, q: Tensor) -> Tensor:
-        """Logits (B, 1 + E) of q (B, Q), at least float32 in a host of any dtype."""
+        """Compute logits (B, 1 + E) of q (B, Q), at least float32 in a host of any dtype."""
         with full_precision(q):
             learned = _linear(self.fc2, self.hidden(self.features(q)))
             return learned + self.told(q) if self.masses else learned
 
     def told(self, q: Tensor) -> Tensor:
-        """Logits (B, 1 + E) by the probabilities in q (B, Q) alone."""
+        """Compute logits (B, 1 + E) from the probabilities in q (B, Q) alone."""
         q = q.to(torch.promote_types(q.dtype, torch.float32))
         masses = torch.tensor(self.masses, dtype=q.dtype, device=q.device)
         return (q[:, : masses.shape[1]] @ masses.T).clamp(min=_LEAST).log()
 
     def features(self, q: Tensor) -> Tensor:
-        """(B, Q): q, with the logarithms of probabilities in their place."""
+        """Return q (B, Q) with logarithms in the place of probabilities."""
         kinds = len(self.masses[0]) if self.masses else 0
         q = q.to(torch.promote_types(self.mean.dtype, torch.float32))
         return torch.cat([q[:, :kinds].clamp(min=_LEAST).log(), q[:, kinds:]], dim=1) if kinds else q
 
     def hidden(self, features: Tensor) -> Tensor:
-        """(B, 64) of features (B, Q): what the learned part of the choice is read from."""
+        """Compute the hidden layer (B, 64) of the learned logits from features (B, Q)."""
         wide = features.dtype
         # far from all that was fitted on, no choice may grow without bounds
         h = ((features - self.mean.to(wide)) / self.std.to(wide)).clamp(-_FARTHEST, _FARTHEST)
@@ -89,17 +89,17 @@ class Gate(nn.Module):
 
     @property
     def needs_fit(self) -> bool:
-        """Whether there is a choice that the quality function does not tell."""
+        """Return whether the quality function leaves a choice untold."""
         return not self.masses or any(max(row) < 1 for row in self.masses[1:])
 
     @property
     def is_fresh(self) -> bool:
-        """Whether it is as it was made: no choice is preferred."""
+        """Return whether the gate is still as created: it prefers no choice."""
         return all_zero(self.mean, self.std - 1, *self.fc2.state_dict().values())
 
 
 def _masses(choices: int, told: Sequence[int]) -> list[list[float]]:
-    """See :class:`Gate`."""
+    """Return the ``masses`` of a :class:`Gate`."""
     if not told:
         return []
     rows = [[0.0] * len(told) for _ in range(choices)]
@@ -111,7 +111,7 @@ def _masses(choices: int, told: Sequence[int]) -> list[list[float]]:
 
 
 def _linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """A linear layer in x's dtype; what took its place (quantized, adapted) is called as it is."""
+    """Apply a linear layer in the dtype of x; a layer that replaces it (quantized, adapted) is simply called."""
     if type(layer) is not nn.Linear:
         return layer(x)
     return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
@@ -121,17 +121,18 @@ class RoutedFDM(nn.Module):
     """Experts at one site, and the gate over them.
 
     Args:
-        site: where it goes.
-        fdm: the experts' FDM by name.
-        experts: how many, E.
+        site: the site of the experts.
+        fdm: the name of the experts' FDM.
+        experts: the number of experts, E.
         quality_channels: Q.
-        top_k: how many experts an image is sent to.
-        width, act: of the experts; their activation cannot be one that reads q (the gate does).
+        top_k: the number of experts that an image is sent to.
+        width, act: width and activation of the experts; the activation must not read q, as the gate does.
         told: see :class:`Gate`.
 
     Attributes:
         soft: mix all experts instead of the best, so that all have gradients.
-        only: send every image to this expert, whatever its quality; for the fit of one after the other.
+        only: the index of an expert that gets every image, for fits of one expert after the other; None: the gate
+            chooses.
     """
 
     def __init__(
@@ -156,11 +157,11 @@ class RoutedFDM(nn.Module):
         self.experts: Any = nn.ModuleList(resolve_fdm(fdm)(site, width, act) for _ in range(experts))  # of FDM
 
     def is_trained(self, expert: int) -> bool:
-        """Whether an expert does something."""
+        """Return whether an expert is fitted."""
         return not self.experts[expert].is_fresh
 
     def weights(self, x: Tensor) -> Tensor:
-        """(B, 1 + E) for features x of B images: each row sums to one."""
+        """Compute the gate's weights (B, 1 + E) for features x of B images; each row sums to one."""
         rows = x.shape[0]
         if self.only is not None:
             return torch.eye(len(self.experts) + 1, device=x.device)[self.only + 1].expand(rows, -1)
@@ -182,7 +183,7 @@ class RoutedFDM(nn.Module):
 
         Args:
             x: features.
-            grid: (h, w) of tokens; by default that of the site.
+            grid: (h, w) of tokens. None: the site's grid.
         """
         if (node := called_whole(self, x)) is not None:
             return node
@@ -194,7 +195,7 @@ class RoutedFDM(nn.Module):
         return y
 
     def _by_chosen(self, x: Tensor, weights: Tensor, grid: Grid | None) -> Tensor:
-        """Each expert on the images that were sent to it."""
+        """Run each expert on its images alone."""
         y = x.clone()
         wanted = weights[:, 1:].ne(0)
         for index in wanted.any(dim=0).nonzero().flatten().tolist():
@@ -203,12 +204,12 @@ class RoutedFDM(nn.Module):
         return y
 
     def _by_all(self, x: Tensor, weights: Tensor, grid: Grid | None) -> Tensor:
-        """Every expert on all images: for gradients to all, and for graphs, which cannot look at the weights."""
+        """Run every expert on all images: for gradients to all, and for graphs, which cannot read the weights."""
         y = x
         for index, expert in enumerate(self.experts):
             y = expert(x, y, weights[:, index + 1], grid)
         return y
 
     def extra_repr(self) -> str:
-        """Sizes, for ``print(model)``."""
+        """Return the number of experts and ``top_k``, for ``print(model)``."""
         return f"{len(self.experts)} experts, top_k={self.top_k}"

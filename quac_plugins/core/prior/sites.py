@@ -1,8 +1,8 @@
-"""Where a degradation prior can go: after which modules of a host, and how the features are laid out there.
+"""The possible places of a degradation prior in a host, and the layout of the features at each.
 
-A prior takes the output of a module and gives it back changed. So the output must be one picture of features an image:
-channels before or after the pixels, or tokens that stand on a grid. Where it goes decides whether it works at all:
-later than the first layer, which tells too little, but early, at full detail.
+A prior changes the output of a module. So the output must be one picture of features for each image: channels before or
+after the pixels, or tokens on a grid. The place decides whether a prior works at all: after the first layer, which
+tells too little, but early, at full detail.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ _MOST_PREFIXES = 16
 
 @dataclass(frozen=True)
 class PriorSite:
-    """A place in a host where a degradation prior is put in: after a module.
+    """A place in a host for a degradation prior: after a module.
 
     Attributes:
-        name: of the module.
+        name: the name of the module.
         channels: C.
         layout: ``"nchw"``, ``"nhwc"`` or ``"tokens"`` (B, N, C).
-        prefix: tokens in front of those of the grid (class, registers).
-        grid: (h, w) of the tokens of the images it was put in for, N = prefix + h·w; None for the other layouts.
-        stride: height of the image over that of the features, rounded; 0 where the features are larger.
+        prefix: the number of tokens before the grid's (class, registers).
+        grid: (h, w) of the tokens of the traced images, N = prefix + h·w; None for the other layouts.
+        stride: height of the image over height of the features, rounded; 0 for larger features.
         margin: margins are put in here beside the FDMs of other places.
     """
 
@@ -52,7 +52,7 @@ class PriorSite:
     margin: bool = False
 
     def positions(self, image: tuple[int, int]) -> int:
-        """How many feature positions an image (H, W) has here."""
+        """Return the number of feature positions of an image (H, W) at this site."""
         return math.prod(-(-side // max(self.stride, 1)) for side in image)
 
 
@@ -65,16 +65,16 @@ class _Place:
 
     @property
     def key(self) -> Any:
-        """The same for modules that return the same tensor: a prior after one is a prior after the other."""
+        """Return a key that is equal for modules that return the same tensor: a prior after either does the same."""
         return self.feature.node if self.feature.is_new else self.site.name
 
 
 def find_prior_sites(model: nn.Module, seen: Trace, patterns: list[str], margins: bool = False) -> list[PriorSite]:
-    """The places that ``patterns`` mean, in the order in which the host comes to them.
+    """Return the places that ``patterns`` mean, in the order of the host's computation.
 
     Args:
         model: the host.
-        seen: what a pass over it showed, see :func:`quac_plugins.core.inject.trace.trace`.
+        seen: the trace of the host, see :func:`quac_plugins.core.inject.trace.trace`.
         patterns: any of
 
             - ``"auto"``: the end of the finest resolution at which the host computes with more than its first layer,
