@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -91,3 +92,26 @@ def test_segment_trains_a_network_of_each_framework_and_draws_what_it_finds(run,
     said = run("segment", "--network", network, "--steps", 2, "--batch", 2, "--corruptions", "contrast")
     assert [line.split(":")[0] for line in said.splitlines()] == [f"{network}, clean", f"{network}, contrast"]
     assert Image.open(tmp_path / "segment-output/segmented.png").size == (192, 192)
+
+
+@pytest.mark.parametrize("framework", ["torchvision", "detectron2"])
+def test_detect_puts_margins_into_a_trained_detector_and_judges_it(run, tmp_path, framework):
+    few = ("--steps", 1, "--fit-steps", 0, "--limit", 3, "--draws", 1, "--corruptions", "contrast,fog")
+    said = run("detect", "--framework", framework, *few).splitlines()
+    assert [line.split(":")[0] for line in said if line.startswith("AP50")] == [
+        "AP50, the detector",
+        "AP50, with margins",
+    ]
+    kept = json.loads((tmp_path / "detect-output/adapter/adapter_config.json").read_text())
+    assert kept["prior"]["config"]["experts"] == ["contrast", "fog"]
+    assert Image.open(tmp_path / "detect-output/detected.png").size == (384, 256)
+
+
+def test_report_tells_of_a_picture_and_of_many(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # the host's weights are those of a package
+    said = run("report", "--model", "tf_efficientnet_lite0_ddp.in1k_weather", "--crops", 1)
+    assert "with the adapter: espresso" in said
+    assert "contrast/4: +100.0 points" in said
+    written = tmp_path / "report-output"
+    assert json.loads((written / "adapter.json").read_text())["corruptions"]["contrast"]["4"]["n"] == 2
+    assert (written / "both.png").is_file()
