@@ -16,7 +16,8 @@ Rows
     single        one margin for all corruptions, no q, a tenth clean pictures
     statistics    margins from statistics alone
     margins       margins, all at the default
-    shuffled      the same, each picture with the q of another one of its batch of all conditions
+    margins+13    margins and the FDMs that a budget of 13 % more multiply-adds pays for; likewise +50 and +100
+    shuffled      margins, each picture with the q of another one of its batch of all conditions
 Conditions: clean, the 15 corruptions at each severity, and mixtures that no margin was fitted on.
 """
 
@@ -39,8 +40,9 @@ import numpy as np
 from tables import spread, write_tables
 
 RESULTS = Path(__file__).parent / "results"
-ROWS = ("host", "bn-10", "bn-100", "tent", "single", "statistics", "margins", "shuffled")
-FITTED = ("single", "statistics", "margins", "shuffled")
+BUDGETS = {"margins+13": 0.13, "margins+50": 0.5, "margins+100": 1.0}
+FITTED = ("single", "statistics", "margins", *BUDGETS, "shuffled")
+ROWS = ("host", "bn-10", "bn-100", "tent", *FITTED)
 MIXTURES = (("fog", "gaussian_noise"), ("defocus_blur", "jpeg_compression"), ("brightness", "gaussian_noise"))
 CLEAN = ("clean", 0)
 
@@ -174,6 +176,8 @@ def fitted(args: argparse.Namespace, row: str, seed: int) -> tuple[Any, dict[str
         options: dict[str, Any] = {"seed": seed, "progress": False, "checkpoint": folder.with_suffix(".fit")}
         if name == "statistics":
             options["steps"] = 0
+        if name in BUDGETS:
+            options["budget"] = BUDGETS[name]
         if name == "single":
             options |= {"config": quac.PriorConfig(fdm="margin"), "corruptions": "all"}
         report = quac.fit_prior(model, common.chosen(common.photographs(args)[0], args.photographs, seed), **options)
