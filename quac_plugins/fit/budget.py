@@ -16,8 +16,13 @@ from quac_plugins.core.prior.sites import PriorSite, find_prior_sites
 from quac_plugins.evaluate.lending import lent
 from quac_plugins.fit.settings import number_from
 
-LADDER = (("light", "stages", (96, 64, 48, 32, 24, 16)), ("light", "auto", (24, 16, 8)))
-"""FDM, site and widths, the best first."""
+LADDER = (
+    ("dense", "stages", (128, 96, 64)),
+    ("dense", "auto", (128, 96, 64)),
+    ("light", "stages", (128, 96, 64, 48, 32, 24, 16)),
+    ("light", "auto", (24, 16, 8)),
+)
+"""FDM, site and widths, the dearest first: dense ones where a host is so large that it can pay for them."""
 
 
 def within_budget(

@@ -40,7 +40,7 @@ def test_both_are_fitted_together_and_the_host_is_as_it_was(photos, quick, build
 
 
 def test_an_interrupted_fit_goes_on(photos, quick, build, put_in, equal, interrupt, tmp_path):
-    options = {**quick, **TWO, "steps": 4, "check_every": 2, "config": config(*TWO["corruptions"])}
+    options = {**quick, **TWO, "steps": 4, "check_every": 2, "config": config(*TWO["corruptions"], site="auto")}
     whole, model = build("test_resnet"), build("test_resnet")
     quac.fit_prior(whole, photos, **options)
     resume = interrupt(3)
@@ -54,7 +54,7 @@ def test_an_interrupted_fit_goes_on(photos, quick, build, put_in, equal, interru
 
 def test_a_degradation_that_is_fitted_later_changes_nothing_of_the_others(photos, quick, build):
     model = build("test_resnet")
-    both = config("contrast", "snow")
+    both = config("contrast", "snow", site="auto")
     quac.fit_prior(model, photos, config=both, **{**quick, **TWO, "corruptions": ["contrast"]})
     convolutions = [fdm.body[0].weight.clone() for fdm in fdms_of(model)]
     tables = [m.table.detach().clone() for m in model.modules() if isinstance(m, Margin)]

@@ -58,5 +58,5 @@ MARGINS = Recipe(
 """For margins: what is fitted lies everywhere in the host, so the whole host is compared from the first step on; by its
 features alone, of which a picture has thousands, where its one row of logits would be learned by heart."""
 
-WITH_MARGINS = replace(MARGINS, steps=900, lr=1.5e-3)
-"""For FDMs with margins: the same, and convolutions that begin from nothing."""
+WITH_MARGINS = replace(MARGINS, lr=1.5e-3)
+"""For FDMs beside margins: their convolutions begin from nothing, and have to go farther."""

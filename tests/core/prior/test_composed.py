@@ -90,14 +90,12 @@ def test_one_adapter_holds_both(host, tmp_path):
     assert quac.injection_of(plain).prior.config == quac.injection_of(model).prior.config
 
 
-def test_graphs_compute_the_same():
-    model, images, _ = both("test_resnet", quality=channel_statistics)
+def test_an_exported_graph_computes_the_same():
+    model, images, _ = both("test_resnet", quality=channel_statistics, site="auto")
     with torch.no_grad():
         expected = model(images)
         program = torch.export.export(model, (images,)).module()
         torch.testing.assert_close(program(images), expected, atol=1e-5, rtol=1e-4)
-        traced = torch.jit.trace(model, images, check_trace=False)
-        torch.testing.assert_close(traced(images), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("experts", [EXPERTS, []])
@@ -117,6 +115,24 @@ def test_the_margins_of_one_degradation_are_folded_and_its_fdms_stay(experts, tm
         quac.save_adapter(model, tmp_path)
         plain = quac.load_adapter(quac.remove(copy.deepcopy(model)), tmp_path)
         assert torch.equal(plain(images), model(images))
+
+
+def test_with_quality_adaptive_activations_in_one_adapter_too(tmp_path):
+    model, images, expected = both("test_efficientnet")
+    with torch.no_grad():
+        y = model(images)
+        quac.inject(model, quac.QuACConfig(where="spatial", quality="degradation", init="preserve"))
+        torch.testing.assert_close(model(images), y, atol=1e-4, rtol=1e-4)
+        for name, parameter in model.named_parameters():
+            if "fc3" in name:
+                nn.init.normal_(parameter, std=0.1)
+        z = model(images)
+        quac.save_adapter(model, tmp_path)
+        assert len([name for name in model.state_dict() if name.endswith("gate.fc1.weight")]) == 1
+        plain = quac.remove(copy.deepcopy(model))
+        assert torch.equal(plain(images), expected)
+        assert torch.equal(quac.load_adapter(plain, tmp_path)(images), z)
+    assert not torch.allclose(y, z, atol=1e-4)
 
 
 def test_an_adapter_that_says_otherwise_is_refused(resnet, tmp_path):
