@@ -14,7 +14,11 @@ from quac_plugins.core.inject.surgery import take_prior
 from quac_plugins.core.prior.routed import Gate
 
 NAMES = {"pvt_v2_b0": "stages", "twins_svt_small": "blocks.[01].1", "vit_tiny_patch16_224": "blocks.[01]"}
-KWARGS = {"vit_tiny_patch16_224": {"dynamic_img_size": True, "depth": 2, "reg_tokens": 3}}
+KWARGS = {  # as deep as they must be, and narrow
+    "pvt_v2_b0": {"depths": (2, 1, 1, 1), "embed_dims": (8, 16, 16, 16), "num_heads": (1, 1, 2, 2)},
+    "twins_svt_small": {"depths": (2, 2, 1, 1), "embed_dims": (8, 16, 16, 16), "num_heads": (1, 1, 2, 2)},
+    "vit_tiny_patch16_224": {"dynamic_img_size": True, "depth": 2, "reg_tokens": 3, "embed_dim": 48},
+}
 WIDE, TALL = (96, 160), (160, 96)  # as many tokens
 
 

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import timm
 import torch
+from outcomes import REFUSED, RIGHT, held_to
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -46,15 +47,8 @@ def compiled(function):
     return torch.compile(function, backend="eager")
 
 
-def right_or_refused(run, expected, right=False):
-    """Whether it was computed, and then rightly."""
-    try:
-        found = run()
-    except QualityError:
-        assert not right
-        return False
+def close(found, expected):
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
-    return True
 
 
 def test_features_of_several_images_go_through_the_head_in_any_order(model, images, grad):
@@ -161,9 +155,9 @@ def test_compiled_code_begins_passes_as_other_code_does(kind, net, pairs, grad):
         features = first(a)
         between(a)
         second(b)
-        right = right_or_refused(lambda: net.end(features), wanted)  # noqa: B023
-        assert right == (grad and kind not in ("first", "both"))  # else the graph leads to no pass
-        right_or_refused(lambda: net(a), wanted, right=True)  # noqa: B023
+        with held_to(RIGHT if grad and kind not in ("first", "both") else REFUSED):  # the graph leads to no pass
+            close(net.end(features), wanted)
+        close(net(a), wanted)
 
 
 def test_what_ran_in_compiled_code_does_not_wait_for_it(net, pairs):
@@ -219,15 +213,16 @@ def test_a_part_called_by_hand_after_a_compiled_call_goes_on_with_it(net, images
             assert torch.equal(net.stage(x), found)
 
 
-def test_a_part_called_again_for_an_older_pass_is_right_or_refused_where_there_are_gradients(net, pairs):
+def test_a_part_called_again_for_an_older_pass_is_refused_once_while_another_waits(net, pairs):
     for a, b in pairs:
         expected = net(a)
         features = net.begin(a)
         net.end(features)
         later = net.begin(b)
-        assert not right_or_refused(lambda: net.end(features), expected)  # noqa: B023
-        right_or_refused(lambda: net.end(later), net(b), right=True)  # noqa: B023
-        right_or_refused(lambda: net.end(features), expected, right=True)  # noqa: B023
+        with held_to(REFUSED):
+            net.end(features)
+        close(net.end(later), net(b))
+        close(net.end(features), expected)
 
 
 def test_a_pass_that_waits_is_not_forgotten(net, images):
@@ -253,7 +248,7 @@ def test_a_recomputation_does_not_change_whose_turn_it_is(net, pairs):
 
 
 @pytest.mark.parametrize("kind", ["eager", "compiled"])
-def test_images_made_by_another_pass_have_a_quality_of_their_own(kind, net, pairs):
+def test_images_made_by_another_pass_have_a_quality_of_their_own_or_are_refused(kind, net, pairs):
     """The graph leads from the second pass past its compiled stem, which leaves no mark, to the first."""
 
     def image_of(features):
@@ -269,11 +264,8 @@ def test_images_made_by_another_pass_have_a_quality_of_their_own(kind, net, pair
     if kind == "compiled":
         net.stem.compile(backend="eager")
     for (a, _), wanted in zip(pairs, expected, strict=True):
-        right_or_refused(
-            lambda: gradient(a, lambda part, x: checkpoint(part, x, use_reentrant=False)),  # noqa: B023
-            wanted,
-            right=kind == "eager",
-        )
+        with held_to(RIGHT if kind == "eager" else REFUSED):
+            close(gradient(a, lambda part, x: checkpoint(part, x, use_reentrant=False)), wanted)
 
 
 def test_given_quality_goes_before_where_the_input_came_from(net, images):
