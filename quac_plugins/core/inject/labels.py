@@ -91,7 +91,7 @@ class Labels(TorchDispatchMode):
         elif "layer_norm" in name:
             new = replace(label, channel=out.ndim - 1) if len(args[1]) == 1 else label
         elif name in ("permute", "transpose", "t"):
-            new = self._permuted(name, label, source, args, out)
+            new = self._permuted(name, label, args, out)
         elif name in ("view", "unsafe_view", "reshape", "expand", "squeeze", "unsqueeze", "as_strided", "clone"):
             new = self._reshaped(label, source, out)
         else:
@@ -111,7 +111,7 @@ class Labels(TorchDispatchMode):
                 self.depths.append(max(self.depths[node] for node in parents) + layer)
 
     @staticmethod
-    def _permuted(name: str, label: Label, source: Tensor, args: tuple, out: Tensor) -> Label:
+    def _permuted(name: str, label: Label, args: tuple, out: Tensor) -> Label:
         order = list(range(out.ndim))
         if name == "permute":
             order = [axis % out.ndim for axis in args[1]]

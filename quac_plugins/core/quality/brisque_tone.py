@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quac_plugins.core.graphs import exporting, in_graph
-from quac_plugins.core.quality.brisque import brisque
+from quac_plugins.core.graphs import exporting
+from quac_plugins.core.quality.brisque import blocks, brisque
 from quac_plugins.core.quality.registry import quality_function
 
 PERCENTILES = (1.0, 25.0, 50.0, 75.0, 99.0)
@@ -59,29 +59,23 @@ def brisque_tone(images: Tensor) -> Tensor:
         [0.5, 0.5, 0.5, 0.29, 0.29, 0.29, 0.01, 0.25, 0.5, 0.75, 0.99]
     """
     features = brisque(images)  # first, since it names what is wrong with the images
-    tones = torch.cat([tone(finite(block)) for block in blocks(images)])
+    tones = torch.cat([tone(block) for block in finite_blocks(images)])
     return torch.cat([features, tones.to(features.dtype)], dim=1)
 
 
-def blocks(images: Tensor) -> tuple[Tensor, ...]:
-    """Pieces of the batch to be worked on one after another: on a CPU, as many images as its cache holds.
-
-    Small pictures come in one piece; graphs are not split, since their batch may be symbolic.
-    """
-    if images.device.type != "cpu" or in_graph():
-        return (images,)
-    return images.split(max(1, _BLOCK_PIXELS // (images.shape[2] * images.shape[3])))
-
-
 def tone(pixels: Tensor) -> Tensor:
-    """Compute the 11 tone statistics (B, 11) of the pixels (B, 3, H, W) that :func:`finite` returns."""
+    """Compute the 11 tone statistics (B, 11) of finite pixels (B, 3, H, W) in [0, 1]."""
     wide = torch.float32 if pixels.device.type == "mps" else torch.float64  # MPS has no float64
     mean, deviation = _moments(pixels, wide)
     return torch.cat([mean, deviation, _percentiles(pixels.detach(), wide)], dim=1)
 
 
-def finite(images: Tensor) -> Tensor:
-    """Images (B, 1 or 3, H, W) as (B, 3, H, W) in [0, 1], float32 or float64; a pixel with a NaN is black."""
+def finite_blocks(images: Tensor) -> list[Tensor]:
+    """Split images (B, 1 or 3, H, W) into blocks (b, 3, H, W) in [0, 1], float32 or float64; NaN pixels are black."""
+    return [_finite(block) for block in blocks(images, _BLOCK_PIXELS)]
+
+
+def _finite(images: Tensor) -> Tensor:
     pixels = images if images.dtype == torch.float64 else images.float()
     # contiguous, so that the order of summation does not depend on the memory format
     pixels = pixels.contiguous().clamp(0.0, 1.0)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quac_plugins.core.precision import full_precision
 from quac_plugins.core.quality.brisque import brisque
-from quac_plugins.core.quality.brisque_tone import blocks, finite, tone
+from quac_plugins.core.quality.brisque_tone import finite_blocks, tone
 from quac_plugins.core.quality.detail import detail
 from quac_plugins.core.quality.registry import quality_function
 
@@ -86,7 +86,7 @@ def described(images: Tensor) -> Tensor:
     """Compute the network's features (B, 63), ``brisque_tone`` and ``detail``, of images as in :func:`degradation`."""
     features = brisque(images)  # first, since its errors name what is wrong with the images
     with full_precision(features):
-        pixels = [finite(block) for block in blocks(images)]
+        pixels = finite_blocks(images)
         tones = torch.cat([tone(block) for block in pixels]).to(features.dtype)
         return torch.cat([features, tones, torch.cat([detail(block) for block in pixels])], dim=1)
 
