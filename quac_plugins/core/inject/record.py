@@ -103,8 +103,11 @@ class Injection:
             lines += [f"{c.activation} (init={c.init}{norm}) at {_places(self.sites)}", _reads(self.quality, self.tap)]
         if self.prior is not None:
             prior, p = self.prior, self.prior.config
-            routed = f" for {len(p.experts)} degradations, the best {p.top_k}" if p.experts else ""
-            lines += [f"prior {p.fdm}{routed} at {_places(prior.sites)}", _reads(prior.quality, prior.tap)]
+            together = p.margins or p.fdm == "margin"  # one place serves all degradations
+            best = "" if together else f", the best {p.top_k}"
+            routed = f" for {len(p.experts)} degradations{best}" if p.experts else ""
+            fdm = f"{p.fdm} and margins" if p.margins else p.fdm
+            lines += [f"prior {fdm}{routed} at {_places(prior.sites)}", _reads(prior.quality, prior.tap)]
         share = f" || {100 * self.parameters / self.host_parameters:.3g} %" if self.host_parameters else ""
         lines += [f"parameters: {self.parameters:,} || host: {self.host_parameters:,}{share}"]
         return "\n  ".join(["Injection(", *(line for line in lines if line)]) + "\n)"

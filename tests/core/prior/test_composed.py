@@ -57,6 +57,7 @@ def resnet():
 def test_clean_pictures_stay_and_others_are_changed_by_both(host):
     model, images, expected = host
     inside = modules_inside(model)
+    assert "prior light and margins for 2 degradations at" in str(quac.injection_of(model))
     kinds = {type(module) for module in inside.values()}
     assert kinds == {Margin, Light}
     with torch.no_grad():
