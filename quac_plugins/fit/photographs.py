@@ -58,6 +58,16 @@ class Photographs:
         self.size: tuple[int, int] = tuple(self.settings["input_size"][-2:])
         self.crop = Crop(self.settings, keep_ready=data.crop_pct is None)
         self.few = few_images(data.images, pairs=data.pairs, limit=data.limit, seed=data.seed)
+        flat = [
+            n for n, picture in zip(self.few.names, self.few.clean, strict=True) if (picture == picture[0, 0]).all()
+        ]
+        if flat:
+            some = f"{', '.join(flat[:3])}{', …' * (len(flat) > 3)}"
+            warnings.warn(
+                f"{len(flat)} of {len(self.few)} photographs are of one colour ({some}), from which nothing is learned "
+                "about blur, noise or contrast; leave them out",
+                stacklevel=3,
+            )
         self.train, self.held = split_of(len(self.few), data.held_out or held_out, data.seed)
         if not self.held:
             warnings.warn("of one image none can be held out: what is kept is the best on that image", stacklevel=3)

@@ -12,6 +12,8 @@ from quac_plugins.fit.confusion import Confusion
 
 REPORT_NAME = "fit_report.json"  # in the folder of the adapter that was fitted
 
+_FEW = 8  # photographs
+
 if TYPE_CHECKING:
     import os
 
@@ -147,6 +149,11 @@ class FitReport:
         ]
         if self.unfitted:
             lines.append(f"  too few images for {', '.join(self.unfitted)}, which stay the identity (least_positions)")
+        fitted = self.images.get("all", 0) - self.images.get("held", 0)
+        if "margins" in self.stages and fitted < _FEW:
+            lines.append(
+                f"  statistics of {fitted} photographs: what they disagree on is shrunk; more of them tell more"
+            )
         if self.gate is not None:
             lines.append(f"  gate, on pictures {self._judged}, of all severities:")
             lines += [f"    {line}" for line in str(self.gate).splitlines()]

@@ -6,11 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from skimage import data
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+from quac_plugins.core.prior.config import PriorConfig
+from quac_plugins.fit.data import Data
+from quac_plugins.fit.photographs import Photographs
 from quac_plugins.fit.sources import few_images
 from quac_plugins.images import to_uint8
 
@@ -434,3 +438,9 @@ def test_pairs_of_two_sizes_are_named(pair_folders):
         ValueError, match=r"one size, but .*coffee\.tif is 150×90 \(width×height\) and .*coffee\.png is "
     ):
         few_images(pairs=pair_folders)
+
+
+def test_photographs_of_one_colour_are_told(photos):
+    images = [photos[0], np.full((64, 64, 3), (9, 80, 200), np.uint8), photos[1]]
+    with pytest.warns(UserWarning, match=r"1 of 3 photographs are of one colour \(image 1\)"):
+        Photographs(timm.create_model("test_resnet"), Data(images=images), PriorConfig(), 8)
