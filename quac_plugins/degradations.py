@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from quac_plugins.core.deprecated import renamed
+from quac_plugins.core.quality.degradation import GROUPS, KINDS
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -42,15 +43,7 @@ __all__ = [
     "image_seed",
 ]
 
-GROUPS: dict[str, tuple[str, ...]] = {
-    "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
-    "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
-    "weather": ("snow", "frost", "fog", "brightness"),
-    "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
-}
-"""The four groups of the paper."""
-
-CORRUPTIONS: tuple[str, ...] = tuple(name for group in GROUPS.values() for name in group)
+CORRUPTIONS: tuple[str, ...] = KINDS[1:]
 """The 15 corruptions of ImageNet-C, in the paper's order."""
 
 EXTRA_CORRUPTIONS: tuple[str, ...] = ("speckle_noise", "gaussian_blur", "spatter", "saturate")

@@ -22,28 +22,28 @@ WRONG, UNREADABLE, INTERRUPTED = 2, 3, 130
 _PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 
 Model = Annotated[str, typer.Argument(help="A timm name, such as resnet50_qacon.a1_in1k, hf-hub:… or local-dir:…")]
-Adapter = Annotated[str | None, typer.Option(help="Adapter to put in: a directory, or org/name.")]
+Adapter = Annotated[str | None, typer.Option(help="Adapter to load: a directory, a published name, or org/name.")]
 BaseCheckpoint = Annotated[Path | None, typer.Option(help="File with the host's weights, in place of downloaded ones.")]
 Checkpoint = Annotated[Path | None, typer.Option(help="File with the weights of the whole network.")]
 Pretrained = Annotated[
     bool | None,
-    typer.Option("--pretrained/--no-pretrained", help="Load timm's weights. By default if no file is given."),
+    typer.Option("--pretrained/--no-pretrained", help="Load timm's weights. Default: only if no file is given."),
 ]
 ModelKwargs = Annotated[list[str] | None, typer.Option(help="Arguments of the network: k=v,k2=v2. May be repeated.")]
-NumClasses = Annotated[int | None, typer.Option(min=1, help="Of the classifier; a file must agree.")]
+NumClasses = Annotated[int | None, typer.Option(min=1, help="Number of classes; a file must have the same number.")]
 ClassMap = Annotated[Path | None, typer.Option(help="JSON or text file: folder to class index.")]
-Mean = Annotated[str | None, typer.Option(help="Of the normalization: 0.5 or 0.5,0.5,0.5.")]
-Std = Annotated[str | None, typer.Option(help="Likewise.")]
-InputSize = Annotated[str | None, typer.Option(help="Side, or height,width.")]
+Mean = Annotated[str | None, typer.Option(help="Mean of the normalization: 0.5 or 0.5,0.5,0.5.")]
+Std = Annotated[str | None, typer.Option(help="Standard deviation of the normalization: 0.5 or 0.5,0.5,0.5.")]
+InputSize = Annotated[str | None, typer.Option(help="Size of the network's images: side, or height,width.")]
 CropPct = Annotated[
     float | None,
-    typer.Option(help="Crop over resized side. By default the network's, images of its very size as they are."),
+    typer.Option(help="Side of the crop over resized side. Default: the network's; images of its size stay unchanged."),
 ]
-Interpolation = Annotated[str | None, typer.Option(help="Of the resizing: bilinear, bicubic, ….")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …. Default: a GPU if there is one.")]
-NumWorkers = Annotated[int, typer.Option(min=0, help="Processes that read and corrupt.")]
-Json = Annotated[Path | None, typer.Option(help="Write the report here.")]
-Plot = Annotated[Path | None, typer.Option(help="Draw the report here: .png, .svg, .pdf, ….")]
+Interpolation = Annotated[str | None, typer.Option(help="Interpolation of the resizing: bilinear, bicubic, ….")]
+Device = Annotated[str | None, typer.Option(help="Device: cpu, cuda, cuda:1, …. Default: a GPU if there is one.")]
+NumWorkers = Annotated[int, typer.Option(min=0, help="Number of processes that read and corrupt.")]
+Json = Annotated[Path | None, typer.Option(help="File of the report.")]
+Plot = Annotated[Path | None, typer.Option(help="File of a figure of the report: .png, .svg, .pdf, ….")]
 OldSeverity = Annotated[str | None, typer.Option("--severity", hidden=True)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

@@ -31,7 +31,7 @@ def export_command(
         Path | None, typer.Option(help="Picture or folder of pictures to compare on, the first four. Default: made up.")
     ] = None,
     dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Take images of any height and width.")] = False,
-    opset: Annotated[int, typer.Option(min=18, help="Of ONNX.")] = 18,
+    opset: Annotated[int, typer.Option(min=18, help="Opset of ONNX.")] = 18,
     tolerance: Annotated[
         float, typer.Option(min=0, help="What the outputs may differ by, relative to their largest value.")
     ] = 1e-4,

@@ -24,7 +24,7 @@ def predict_command(
     degrade: Annotated[
         str | None, typer.Option(help="Degrade the pictures first: a corruption and a severity, such as fog:3.")
     ] = None,
-    top: Annotated[int, typer.Option(min=1, help="So many classes.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="Number of classes.")] = 5,
     mean: console.Mean = None,
     std: console.Std = None,
     input_size: console.InputSize = None,

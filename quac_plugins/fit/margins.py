@@ -1,14 +1,13 @@
 """Fitting margins: statistics first, which need no gradient, then distillation of the untouched host's clean answers.
 
-In the first part of the distillation the margins are told which degradation each picture went through, so that each
-learns from its own; in the rest the gate says so, as it will in use, clean pictures among them: margins are then right
-for what the gate does, which itself stays as it was calibrated. Every margin of every place learns at once; those of
-degradations that are not fitted stay.
+In the first part of the distillation the true degradation of each picture chooses the margins, so that each margin
+learns from its own pictures; in the rest the calibrated gate chooses, as in use, for clean pictures too, so that the
+margins fit the gate's choices. Margins of all places learn at once; margins of other degradations stay.
 
-A few photographs are few examples of each degradation, but much of what degradations do to a network is the same. So a
-margin is fitted as a sum of what is common to all, to a group of degradations (noise, blur, …), to the severities of
-one, and of its own; each picture then teaches all that it says something about. At the end the host's confidence is
-set right (:mod:`quac_plugins.fit.confidence`).
+A few photographs are few examples of each degradation, but degradations change a network in similar ways. So a margin
+is fitted as a sum of parts, common to all degradations, to a group (noise, blur, …), to the severities of one
+degradation, and of its own; each picture then teaches every part that it concerns. At the end the host's confidence is
+restored (:mod:`quac_plugins.fit.confidence`).
 """
 
 from __future__ import annotations
@@ -49,15 +48,15 @@ def fit_margins(
     draws: Draws,
     pictures: Pictures,
 ) -> None:
-    """Fit the margins of these degradations, those of others staying as they are, and the FDMs that they are in.
+    """Fit the margins of the session's degradations, and the FDMs around them; margins of other degradations stay.
 
     Args:
-        session: open.
-        modules: the margins by site, and the FDMs.
-        parameters: what is fitted of them, by name.
-        experts: names of all margins, in their order; empty: there is a single one.
-        draws: of the photographs: what they went through.
-        pictures: these, split.
+        session: an open session.
+        modules: site → margins or FDM.
+        parameters: the fitted parameters by name.
+        experts: names of all margins, in order; empty: there is a single margin.
+        draws: the degraded pictures with their degradations.
+        pictures: the same pictures, split.
     """
     recipe, keep, kinds = session.recipe, session.keep, session.photographs.data.kinds
     margins = [module for module in modules.values() if isinstance(module, Margin)]
@@ -120,12 +119,12 @@ def fit_margins(
 
 
 def _shared(kinds: list[str], experts: list[str], kept: int) -> Tensor:
-    """(R, …): what each margin has in common with others that are fitted, as ones.
+    """Return a matrix (R, parts) with ones where a fitted margin has a part in common with others.
 
     Args:
-        kinds: degradations that are fitted.
-        experts: all degradations, in their order.
-        kept: rows of each.
+        kinds: the fitted degradations.
+        experts: all degradations, in order.
+        kept: the number of rows of each degradation.
     """
     names = [name for name in experts for _ in range(kept)]
     groups = [set(kinds), *({*kinds} & {*group} for group in GROUPS.values()), *({kind} for kind in kinds if kept > 1)]
@@ -133,7 +132,7 @@ def _shared(kinds: list[str], experts: list[str], kept: int) -> Tensor:
 
 
 class _Sums(nn.Module):
-    """A table of margins, those that are fitted as sums of a row of their own and of rows that they share."""
+    """A table of margins, whose fitted rows are sums of a row of their own and of shared rows."""
 
     shared: Tensor
     fitted: Tensor
@@ -144,17 +143,17 @@ class _Sums(nn.Module):
         self.register_buffer("fitted", fitted)
 
     def forward(self, parts: Tensor) -> Tensor:
-        """The table (R, 2·C) of its parts."""
+        """Compute the table (R, 2·C) from its parts."""
         single, common = parts.split([len(self.shared), self.shared.shape[1]])
         return torch.where(self.fitted[:, None], single + self.shared @ common, single)
 
     def right_inverse(self, table: Tensor) -> Tensor:
-        """Parts of a table: its rows, and nothing that they share."""
+        """Return the parts of a table: its rows, and zeros for the shared rows."""
         return torch.cat([table, table.new_zeros(self.shared.shape[1], table.shape[1])])
 
 
 def _statistics(session: FitSession, margins: Sequence[Margin], experts: list[str]) -> None:
-    """Every margin from the statistics of its degradation."""
+    """Set every margin by the statistics of its degradation."""
     photographs, kinds = session.photographs, session.photographs.data.kinds
     views = min(_MOST_VIEWS, max(1, round(_ENOUGH / len(photographs.train))))
     mixture = margins[0].shared

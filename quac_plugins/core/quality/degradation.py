@@ -24,24 +24,15 @@ from quac_plugins.core.quality.detail import detail
 from quac_plugins.core.quality.registry import quality_function
 
 CLEAN = "clean"
-KINDS = (
-    CLEAN,
-    "gaussian_noise",
-    "shot_noise",
-    "impulse_noise",
-    "defocus_blur",
-    "glass_blur",
-    "motion_blur",
-    "zoom_blur",
-    "snow",
-    "frost",
-    "fog",
-    "brightness",
-    "contrast",
-    "elastic_transform",
-    "pixelate",
-    "jpeg_compression",
-)
+GROUPS: dict[str, tuple[str, ...]] = {
+    "noise": ("gaussian_noise", "shot_noise", "impulse_noise"),
+    "blur": ("defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
+    "weather": ("snow", "frost", "fog", "brightness"),
+    "digital": ("contrast", "elastic_transform", "pixelate", "jpeg_compression"),
+}
+"""The four groups of corruptions of ImageNet-C, in the paper's order."""
+
+KINDS = (CLEAN, *(name for group in GROUPS.values() for name in group))
 """The names of the first 16 numbers of q, which are probabilities."""
 
 MOST_SEVERE = 5.0
