@@ -1,15 +1,15 @@
 """Margins: a scale and a shift for every channel of a host's norms and for each degradation, chosen by quality.
 
-A degradation moves the distribution of a channel by a margin of its own; that is the observation on which the deep
-degradation prior rests (Wang et al., CVPR 2020), and its smallest feature de-drifting module moves it back: behind a
-norm, or behind a convolution that a norm was folded into, the features x become
+A degradation moves the distribution of a channel by a margin of its own: on this observation rests the deep degradation
+prior (Wang et al., CVPR 2020). The smallest feature de-drifting module moves the distribution back: behind a norm, or
+behind a convolution into which a norm was folded, the features x become
 
     y = (1 + Σ_k w_k(q) scale_k) · x + Σ_k w_k(q) shift_k
 
-where w_k(q) is how much the image went through degradation k: what the gate makes of its quality feature q. To a
-picture that q knows for clean hardly anything is done. Where q tells a severity, each degradation has a margin for a
-mild and one for a strong case, and what is between them is interpolated. No multiply-add of a convolution is added, and
-a single degradation can be folded into the host (:func:`quac_plugins.fuse`).
+where w_k(q) is the share of degradation k in the image, which the gate computes from its quality feature q. A picture
+that q knows for clean hardly changes. If q tells a severity, each degradation has a margin for a mild and one for a
+strong case, and cases between them are interpolated. Margins add no multiply-add of a convolution, and a single
+degradation can be folded into the host (:func:`quac_plugins.fuse`).
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ SEVERITIES = (2.0, 4.0)
 
 
 class Mixture(nn.Module):
-    """How much of each margin an image gets; one for all places of a host, computed once for each batch outside graphs.
+    """The shares of the margins for each image: one module for all places of a host, which runs once for each batch.
 
     Args:
         quality_channels: Q.
-        experts: how many degradations have margins, K.
+        experts: the number of degradations with margins, K.
         told: see :class:`Gate`.
-        severity: index of the number of q that is the severity, 0 to 5; None: q tells none.
+        severity: the index of the severity, 0 to 5, in q. None: q tells no severity.
 
     Attributes:
-        given: (B, K·S) to be used whatever q is, while a fit says which degradation each image went through; else None.
+        given: shares (B, K·S) that replace q's, while a fit knows the degradation of each image; else None.
     """
 
     def __init__(self, quality_channels: int, experts: int, told: Sequence[int] = (), severity: int | None = None):
@@ -55,11 +55,11 @@ class Mixture(nn.Module):
         self._latest: tuple[Tensor, tuple[bool, bool], Tensor] | None = None  # q, the modes, and what was made of q
 
     def forward(self, q: Tensor, afresh: bool = True) -> Tensor:
-        """(B, K·S) of q (B, Q), at least float32; each row sums to at most one.
+        """Compute shares (B, K·S) of q (B, Q), at least float32; each row sums to at most one.
 
         Args:
             q: quality features.
-            afresh: compute it; else what was computed last, if it was of this very q.
+            afresh: compute the shares; False returns the latest shares if they are of the same q.
         """
         if in_graph():
             return self._of(q)
@@ -77,12 +77,12 @@ class Mixture(nn.Module):
             return spread(self.gate(q).softmax(dim=1)[:, 1:], self.severities(q))
 
     def severities(self, q: Tensor) -> Tensor | None:
-        """(B,) severities in q (B, Q), if it tells one."""
+        """Return the severities (B,) in q (B, Q), or None if q tells none."""
         return None if self.severity is None else q[:, self.severity].to(torch.promote_types(q.dtype, torch.float32))
 
     @property
     def kept(self) -> int:
-        """S: for how many severities margins are kept."""
+        """Return S, the number of severities with margins."""
         return 1 if self.severity is None else len(SEVERITIES)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class Mixture(nn.Module):
 
 
 def spread(chosen: Tensor, severity: Tensor | None) -> Tensor:
-    """Shares of degradations (B, K), spread over the severities that margins are kept for: (B, K·S).
+    """Spread the shares of degradations (B, K) over the severities with margins: (B, K·S).
 
     Example:
         >>> spread(torch.tensor([[1.0, 0.0]]), torch.tensor([2.5])).tolist()
@@ -112,17 +112,17 @@ class Margin(FDM):
     """The margins at one place of a host.
 
     Args:
-        site: where it goes.
-        experts: how many degradations have margins, K; 0: a single margin, for all images.
-        mixture: tells each image's shares; the place that the host comes to first owns it, the others refer to it.
-        owns: whether this is that place.
-        of_residual: what it moves is the residual of an FDM, of which there is to be none in clean pictures: in the
-            place of 1 the scales are added to the sum of the shares.
+        site: the site of the margins.
+        experts: the number of degradations with margins, K; 0: a single margin, for all images.
+        mixture: the module that computes each image's shares; the host's first place owns it, later places refer to it.
+        owns: whether this place owns the mixture.
+        of_residual: the margin moves the residual of an FDM, which has to vanish for clean pictures: the scales are
+            added to the sum of the shares, and not to 1.
 
     Attributes:
-        table: (K·S, 2·C), or (1, 2·C) where there is a single margin: scales less one, then shifts.
-        over: whether nobody but the margin reads what the layer returns, so that it may be written over.
-        observer: called with the margin and the features in place of all this, while statistics are taken.
+        table: (K·S, 2·C), or (1, 2·C) for a single margin: scales minus one, then shifts.
+        over: whether the margin alone reads the layer's output, which it then may overwrite.
+        observer: a function of margin and features that replaces the computation, while statistics are taken.
 
     Example:
         >>> import torch
@@ -157,21 +157,21 @@ class Margin(FDM):
 
     @property
     def scale(self) -> Tensor:
-        """(K·S, C): what is added to 1."""
+        """Return the scales minus one, (K·S, C)."""
         return self.table[:, : self.site.channels]
 
     @property
     def shift(self) -> Tensor:
-        """(K·S, C)."""
+        """Return the shifts, (K·S, C)."""
         return self.table[:, self.site.channels :]
 
     @property
     def shared(self) -> Mixture | None:
-        """The mixture of all places; None where there is a single margin."""
+        """Return the mixture of all places; None for a single margin."""
         return self._others[0]
 
     def shares(self, x: Tensor) -> Tensor | None:
-        """(B, K·S) for features x of B images; None where there is a single margin."""
+        """Compute shares (B, K·S) for features x of B images; None for a single margin."""
         mixture = self.shared
         if mixture is None:
             return None
@@ -187,13 +187,15 @@ class Margin(FDM):
             )
         return mixture(q, afresh=self.mixture is not None).to(x.device)
 
-    def forward(self, x: Tensor, grid: Grid | None = None, over: bool = False) -> Tensor:
-        """Move the channels of features x of the site's layout; same shape and dtype.
+    def forward(  # type: ignore[override]
+        self, x: Tensor, grid: Grid | None = None, over: bool = False
+    ) -> Tensor:
+        """Scale and shift the channels of features x of the site's layout; shape and dtype stay.
 
         Args:
             x: features.
-            grid: of other feature de-drifting modules; not used.
-            over: x may be written over, as far as no gradient needs it and no hook of the margin sees it.
+            grid: unused, as channels have no grid.
+            over: x may be overwritten, unless a gradient needs it or a hook of the margin sees it.
         """
         if (node := called_whole(self, x)) is not None:
             return node
@@ -220,7 +222,7 @@ class Margin(FDM):
         return y
 
     def coefficients(self, x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-        """The scale and shift of x, in its dtype, that broadcast against it with the channels at an axis."""
+        """Return scale and shift in the dtype of x, which broadcast against x along the axis of the channels."""
         shares = self.shares(x)
         shape = (-1, 2, self.site.channels, 1, 1) if axis == 1 else (-1, 2, *(1,) * (x.ndim - 2), self.site.channels)
         with full_precision(x):
@@ -232,7 +234,7 @@ class Margin(FDM):
             return (scale + one).to(x.dtype), shift.to(x.dtype)
 
     def _may_write_over(self, x: Tensor) -> bool:
-        """Whether y can take the memory of x: new memory for y takes several times as long as y does."""
+        """Return whether y can take the memory of x: new memory costs several times the computation of y."""
         if torch.is_grad_enabled() or x.requires_grad or in_graph():
             return False
         if self._forward_hooks or self._forward_pre_hooks:  # they see x as well
@@ -241,17 +243,17 @@ class Margin(FDM):
 
     @property
     def gate(self) -> Gate | None:
-        """What chooses between the degradations, if there are several."""
+        """Return the gate that chooses between the degradations, or None for a single margin."""
         return None if self.shared is None else self.shared.gate
 
     def is_trained(self, expert: int) -> bool:
-        """Whether a degradation has a margin that does something."""
+        """Return whether a degradation's margin is fitted."""
         rows = slice(expert * self.shared.kept, (expert + 1) * self.shared.kept) if self.shared else slice(None)
         return not all_zero(self.table[rows])
 
     @property
     def reads_quality(self) -> bool:
-        """Whether it needs the q of the image."""
+        """Return whether the margin needs the q of the image."""
         return self.shared is not None
 
     @property
@@ -260,7 +262,7 @@ class Margin(FDM):
         return all_zero(self.table)
 
     def extra_repr(self) -> str:
-        """The place, for ``print(model)``."""
+        """Return the place, for ``print(model)``."""
         return f"{self.site.channels} channels, {self.site.layout}, {len(self.table)} margins"
 
 
@@ -274,5 +276,5 @@ def put_inside(fdm: FDM, experts: int, mixture: Mixture | None) -> None:
 
 
 def margins_inside(module: nn.Module) -> list[Margin]:
-    """The margins behind the convolutions of an FDM; none where the module is itself one."""
+    """Return the margins behind the convolutions of an FDM; none if the module is a margin itself."""
     return [inner for inner in module.modules() if isinstance(inner, Margin) and inner is not module]
