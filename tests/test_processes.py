@@ -1,15 +1,17 @@
-"""Two processes, started as users do: a fit and an evaluation give what one process gives, and an error ends both."""
+"""Two processes, started as users do: fit, evaluation and training give what one gives, and an error ends both."""
 
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import quac_plugins as quac
@@ -17,7 +19,7 @@ from quac_plugins.evaluate import EvaluationReport
 from quac_plugins.processes import ALONE, Processes, process_group
 
 SCRIPT = """
-import os, sys, timm, torch, quac_plugins as quac
+import importlib.util, os, runpy, sys, timm, torch, quac_plugins as quac
 from quac_plugins.commands import app
 from quac_plugins.evaluate import evaluate
 from quac_plugins.processes import process_group
@@ -73,7 +75,20 @@ if "WORLD_SIZE" in os.environ:
     torch.manual_seed(rank)
     other = timm.create_model("test_resnet", num_classes=4)
     note("different", lambda: quac.fit_prior(other, root, **options))
+
+if importlib.util.find_spec("diffusers"):
+    sys.argv = ["train_restoration.py", "--data", root + "/class 0", "--config", out + "/../small.json"]
+    sys.argv += ["--work", out + "/work", "--out", out + "/restorer"]
+    sys.argv += ["--steps", "4", "--batch-size", "2", "--patch", "32"]
+    sys.argv += ["--max-minutes", "60"] if "WORLD_SIZE" in os.environ else []  # one clock
+    runpy.run_path(EXAMPLE, run_name="__main__")
 """
+EXAMPLE = Path(__file__).parents[1] / "examples/train_restoration.py"
+UNET = {
+    "block_out_channels": [8, 16], "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2,
+    "layers_per_block": 1, "norm_num_groups": 4, "add_attention": False,
+    "quac": {"where": "all", "quality": "brisque", "norm": "layer"},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +106,14 @@ def folders(tmp_path_factory):
     state = timm.create_model("test_resnet", num_classes=4).state_dict()
     torch.save(state, folder / "host.pt")
     save_file(state, folder / "host.safetensors")
-    (folder / "run.py").write_text(SCRIPT)
+    (folder / "small.json").write_text(json.dumps(UNET))
+    script = f"EXAMPLE = {str(EXAMPLE)!r}\n{SCRIPT}"
+    (folder / "run.py").write_text(script)
     for name in ("one", "two"):
         (folder / name).mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["run.py", str(root), str(folder / "one")])
-        exec(SCRIPT, {})
+        exec(script, {})
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "run.py", str(root), "two"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
@@ -128,6 +145,14 @@ def test_two_processes_judge_what_one_does(folders):
     found = [{key: value for key, value in report.to_dict().items() if key != "seconds"} for report in reports]
     assert found[0] == found[1] == found[2]
     assert found[0]["clean"]["n"] == 5
+
+
+def test_two_processes_train_what_one_does(folders):
+    """The restorer of examples/train_restoration.py, of which each took half of every batch."""
+    pytest.importorskip("diffusers")
+    one, two = (load_file(f / "restorer/unet/diffusion_pytorch_model.safetensors") for f in folders[:2])
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_the_first_of_them_prints_and_writes(folders):
