@@ -59,7 +59,7 @@ _LOCK = threading.Lock()
 
 
 def _renew_lock() -> None:
-    """A process forked while another thread held the lock would wait for ever."""
+    """Renew the lock in a forked process: another thread may have held it, so that waiting would not end."""
     global _LOCK
     _LOCK = threading.Lock()
 

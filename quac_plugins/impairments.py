@@ -64,7 +64,7 @@ def haze(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.nda
 
 @impairment
 def rain(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Bright streaks of one direction, 9 to 25 pixels long."""
+    """Add bright streaks of one direction, 9 to 25 pixels long."""
     fftconvolve = _scipy("signal").fftconvolve
 
     length = round(_between(9, 25, strength))

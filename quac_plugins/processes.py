@@ -59,7 +59,7 @@ class Processes:
         self._group, self._store, self._nccl = group, store, nccl
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """This process's part of the items: every ``world_size``-th, from its rank on."""
+        """Return this process's part of the items: every ``world_size``-th, from its rank on."""
         return items[self.rank :: self.world_size]
 
     def gather(self, value: Any) -> list[Any]:
@@ -121,7 +121,7 @@ class Processes:
 
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:
-        """Where an exchange breaks since another process failed, raise that one's error."""
+        """Raise another process's error where its failure breaks an exchange."""
         try:
             yield
         except RuntimeError as error:
@@ -184,5 +184,5 @@ def process_group(nccl: bool = False) -> Iterator[Processes]:
 
 @lru_cache(maxsize=1)
 def _meeting_place() -> tuple[dist.Store, int, int]:
-    """The store through which the processes find each other, this one's rank, and how many there are."""
+    """Return the store through which the processes meet, this process's rank, and the number of processes."""
     return next(iter(dist.rendezvous("env://")))

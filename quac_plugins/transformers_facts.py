@@ -1,4 +1,4 @@
-"""What the vision models of transformers say of themselves, in their ``config``."""
+"""The facts of transformers' vision models, from their ``config``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from quac_plugins.core.host.facts import add_reader
 
 @add_reader
 def read_facts(model: nn.Module) -> dict[str, Any]:
-    """The size and the channels of their images."""
+    """Read the size and the channels of the images of transformers' models."""
     config = getattr(model, "config", None)
     size, chans = getattr(config, "image_size", None), getattr(config, "num_channels", None)
     sides = [size, size] if isinstance(size, int) else list(size) if isinstance(size, (tuple, list)) else []

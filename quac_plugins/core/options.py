@@ -1,4 +1,4 @@
-"""What the configs share: checks of values, the normalization of the host's images, reading and writing as JSON."""
+"""The shared parts of the configs: checks of values, normalization of the host's images, and JSON."""
 
 from __future__ import annotations
 

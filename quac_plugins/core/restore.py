@@ -288,7 +288,7 @@ class RestoreThen(nn.Module):
         return in_order(images, "rgb" if channels == 1 else self.channel_order).clamp(0, 1)
 
     def _to_host(self, images: Tensor, channels: int) -> Tensor:
-        """The reverse of :meth:`_to_rgb`."""
+        """Convert RGB in [0, 1] to the model's images, the reverse of :meth:`_to_rgb`."""
         if channels == 1:
             images = images.mean(dim=1, keepdim=True)
         else:

@@ -46,7 +46,7 @@ class ActBasicBlock(_Activations, BasicBlock):
     acts = ("act1", "act2")
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) → (B, out_channels, H/stride, W/stride)."""
+        """Map (B, in_channels, H, W) to (B, out_channels, H/stride, W/stride)."""
         out = self.conv2(self.act1(self.conv1(x)))
         shortcut = self.shortcut(x) if self.shortcut is not None else x
         return self.act2(out + shortcut)
@@ -58,7 +58,7 @@ class ActBottleneckBlock(_Activations, BottleneckBlock):
     acts = ("act1", "act2", "act3")
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) → (B, out_channels, H/stride, W/stride)."""
+        """Map (B, in_channels, H, W) to (B, out_channels, H/stride, W/stride)."""
         out = self.conv3(self.act2(self.conv2(self.act1(self.conv1(x)))))
         shortcut = self.shortcut(x) if self.shortcut is not None else x
         return self.act3(out + shortcut)
@@ -70,7 +70,7 @@ class ActDeformBottleneckBlock(_Activations, DeformBottleneckBlock):
     acts = ("act1", "act2", "act3")
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) → (B, out_channels, H/stride, W/stride)."""
+        """Map (B, in_channels, H, W) to (B, out_channels, H/stride, W/stride)."""
         out = self.act1(self.conv1(x))
         offset = self.conv2_offset(out)
         if self.deform_modulated:

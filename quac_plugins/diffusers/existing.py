@@ -203,7 +203,7 @@ def pipeline_class(host: Any) -> type[Any]:
         return host.save_pretrained(self, *args, **kwargs)
 
     def _get_signature_types(cls: Any) -> Any:
-        """For ``from_pipe``: a network with QuAC inside is taken over where its host would be."""
+        """Let ``from_pipe`` accept a network with QuAC inside in the place of its host."""
         return {
             part: (*types, *(quac_class(t) for t in types if part in _NETWORKS and is_network(t)))
             for part, types in host._get_signature_types().items()

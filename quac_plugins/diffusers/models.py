@@ -143,7 +143,7 @@ class QuACMixin:
         return loaded
 
     def enable_layerwise_casting(self: Any, *args: Any, **kwargs: Any) -> None:
-        """See ``ModelMixin.enable_layerwise_casting``; what was put in keeps the dtype it has, as norms do.
+        """Call ``ModelMixin.enable_layerwise_casting``, but keep the dtype of injected modules, as for norms.
 
         It is small, and its drivers read their dtype from weights that would not have been cast yet.
         """

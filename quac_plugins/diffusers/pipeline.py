@@ -119,7 +119,7 @@ class QuACRestorationPipeline(DiffusionPipeline):
         return self._num_timesteps
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """See ``DiffusionPipeline.save_pretrained``."""
+        """Save the pipeline as ``DiffusionPipeline.save_pretrained`` does, with the networks' current classes."""
         note_classes(self)
         return super().save_pretrained(*args, **kwargs)
 

@@ -79,7 +79,7 @@ class EvaluationReport:
 
     @property
     def mean_corruption_top1(self) -> float | None:
-        """The mean of top-1 over all corruptions and severities, or None without any."""
+        """Return the mean of top-1 over all corruptions and severities, or None without any."""
         values = [s["top1"] for levels in self.corruptions.values() for s in levels.values() if s["top1"] is not None]
         return sum(values) / len(values) if values else None
 

@@ -28,7 +28,7 @@ LADDER = (
 def within_budget(
     model: nn.Module, config: PriorConfig, budget: float, size: tuple[int, int]
 ) -> tuple[PriorConfig, str]:
-    """Margins, and beside them the best FDMs whose multiply-adds are in the budget.
+    """Choose margins, and beside them the best FDMs whose multiply-adds fit the budget.
 
     Args:
         model: the host, without a prior.
@@ -78,7 +78,7 @@ def within_budget(
 
 
 def multiply_adds_of(module: nn.Module, *inputs: Tensor) -> int:
-    """Twice the multiply-adds of a call, by torch's counter; 0 where there are none that it knows."""
+    """Return twice the multiply-adds of a call, by torch's counter; 0 for operations that it does not know."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -20,7 +20,7 @@ from quac_plugins.fit.session import FitSession
 from quac_plugins.fit.training import FEW, evenly
 
 FACTORS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
-"""What a margin may be scaled by; 1 first."""
+"""The factors that may scale a margin; 1 first."""
 _MOST = 480  # pictures
 
 
@@ -49,7 +49,7 @@ def set_confidence(session: FitSession, last: Margin, pictures: Pictures, shares
     target, start, ones = wanted[row].log_softmax(1), last.table.detach().clone(), torch.ones(len(fitted))
 
     def distances(factors: Tensor) -> Tensor:
-        """(N,) of the pictures, with margins scaled so."""
+        """Return the distance (N,) of each picture's logits with scaled margins."""
         _scale(last, start, factors)
         logits = logits_of(session, session.model, pictures.degraded[chosen])
         assert logits is not None

@@ -239,7 +239,7 @@ def _supported(sites: list[PriorSite], modules: dict[str, nn.Module], session: F
 
 
 def _fit_of(session: FitSession, sites: Any, parameters: Any, pictures: Pictures, modules: list[nn.Module]) -> Fit:
-    """A fit whose modules are standardized by the clean features."""
+    """Make a fit whose modules are standardized by the clean features."""
     standardize(session, sites, modules, pictures)
     first, record = modules[0], injection_of(session.model)
     # activations that were put in too may change what comes to it; the grid of other tokens is known to their layer
@@ -252,7 +252,7 @@ def _fit_of(session: FitSession, sites: Any, parameters: Any, pictures: Pictures
 
 
 def _inside(modules: Iterable[nn.Module]) -> list[FDM]:
-    """The FDMs, those of margins left out."""
+    """Return the FDMs, without margins."""
     inside = [inner for module in modules for inner in module.modules() if isinstance(inner, FDM)]
     return [inner for inner in inside if not isinstance(inner, Margin)]
 

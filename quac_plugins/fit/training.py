@@ -154,7 +154,7 @@ class Fit:
             self.best = self.untouched
 
     def _times(self, parameter: nn.Parameter, value: Tensor, strength: float) -> Tensor:
-        """What is fitted of a value of a parameter, times a number."""
+        """Return a parameter's value with its fitted part multiplied by a number."""
         rows = self.scaled.get(parameter)
         if strength == 1 or rows is None:
             return value * strength

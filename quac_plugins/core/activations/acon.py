@@ -11,7 +11,7 @@ from quac_plugins.core.kernels import plain
 
 
 def _slopes(module: ChannelActivation) -> tuple[nn.Parameter, nn.Parameter]:
-    """p1, p2 of shape (1, C, 1, 1): N(0, 1) as in the paper, 1 and 0 (the SiLU of the family) under preserve."""
+    """Make p1, p2 of shape (1, C, 1, 1): N(0, 1) as in the paper, 1 and 0 (the SiLU of the family) under preserve."""
     shape = (1, module.channels, 1, 1)
     if module.init == "preserve":
         return nn.Parameter(torch.ones(shape)), nn.Parameter(torch.zeros(shape))
@@ -128,7 +128,7 @@ class MetaACON(DrivenActivation):
         return None  # β is h itself
 
     def _preserve_head(self) -> None:
-        """β = σ(0) = 0.5 exactly, by a last affine of zeros, which has a gradient at once."""
+        """Make β = σ(0) = 0.5 exactly, by a last affine of zeros, which has a gradient at once."""
         last = self.fc2 if isinstance(self.bn2, nn.Identity) else self.bn2
         for parameter in last.parameters():
             nn.init.zeros_(parameter)

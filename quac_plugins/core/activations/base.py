@@ -1,4 +1,4 @@
-"""What every put-in activation shares: channels and their axis, preserve, and the table of names.
+"""The base of all activations: channels and their axis, preserve, and the table of names.
 
 An activation is one class: ``name``, ``numbers`` (how many numbers a channel it asks of its driver), ``equation`` and
 ``neutral`` (the values of the equation's parameters under preserve). Defining the class puts it into the table.
@@ -143,7 +143,7 @@ class ChannelActivation(nn.Module):
 
 
 def _out_of_place(host: nn.Module) -> nn.Module:
-    """The host's activation, sharing its parameters, without writing over its input: x is read again afterwards."""
+    """Copy the host's activation, with shared parameters, so that it keeps its input x, which is read again later."""
     host = without_hooks(copy.copy(host))  # they see what the site returns
     if getattr(host, "inplace", False):
         setattr(host, "inplace", False)  # noqa: B010  (not an attribute that nn.Module declares)

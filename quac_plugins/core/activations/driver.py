@@ -26,7 +26,7 @@ NORMS = ("batch", "layer", "group", "none")
 
 
 def make_norm(norm: str, width: int) -> nn.Module:
-    """A norm for (B, width, 1, 1). ``group`` takes the most groups up to 32 that leave four or more numbers each."""
+    """Make a norm for (B, width, 1, 1). ``group`` takes the most groups up to 32 with four or more numbers each."""
     if norm == "batch":
         return nn.BatchNorm2d(width)
     if norm == "layer":
@@ -112,7 +112,7 @@ class DrivenActivation(ChannelActivation):
         return Pointwise(width, self.numbers * self.channels)
 
     def _preserve_head(self) -> None:
-        """Weight 0 and bias θ⁰: the numbers are exactly θ⁰ whatever z is, and the weight has a gradient at once."""
+        """Set weight 0 and bias θ⁰: the numbers are exactly θ⁰ for every z, and the weight has a gradient at once."""
         assert isinstance(self.fc3, nn.Conv2d)
         assert self.fc3.bias is not None
         nn.init.zeros_(self.fc3.weight)

@@ -1,1 +1,1 @@
-"""What is known of a host, whatever framework it is of."""
+"""Facts about hosts of any framework."""

@@ -1,4 +1,4 @@
-"""What a host says of itself, in one form: core knows no framework's attributes, and asks here.
+"""The facts of a host in one form: core knows no framework's attributes, and asks here.
 
 Each door adds a reader of its framework's models when it is imported.
 """

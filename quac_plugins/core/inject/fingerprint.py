@@ -1,4 +1,4 @@
-"""Which host an adapter belongs to: its architecture by name, its weights by a fingerprint."""
+"""Identifying the host of an adapter: the architecture by name, the weights by a fingerprint."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def _margins(model: nn.Module) -> dict[nn.Module, Margin]:
 def _margins_to_fold(
     model: nn.Module, degradation: str | None, severity: float
 ) -> list[tuple[nn.Module, Tensor, Tensor]]:
-    """Layer, scale (C,) and shift (C,) of all margins that are folded; ValueError where one cannot be."""
+    """Return layer, scale (C,) and shift (C,) of all folded margins; ValueError where one cannot be folded."""
     record, margins = injection_of(unwrap(model)), _margins(unwrap(model))
     experts = record.prior.config.experts if record is not None and record.prior is not None else []
     if degradation is not None and (degradation not in experts or not margins):

@@ -79,7 +79,7 @@ def same(first: Normalization | None, second: Normalization | None) -> bool:
 
 
 def _three(value: Normalization | None) -> list[tuple[float, ...]]:
-    """For three channels: one number stands for all, and of many the first three are colours."""
+    """Expand mean and std to three channels: one number stands for all, and of many the first three are colours."""
     return [((*v, *v[-1:], *v[-1:]))[:3] for v in value or ((0.0,), (1.0,))]
 
 

@@ -268,7 +268,7 @@ def _count(model: nn.Module) -> int:
 
 
 def _images(model: nn.Module, config: QualityOptions, seen: Trace, record: Injection) -> Images:
-    """What is known of the images after an injection; what the host itself says of them was told by the first one."""
+    """Return the form of the images after an injection; the first injection noted the host's own normalization."""
     before = record.images
     normalization = normalization_of(model, config, seen.in_chans) if config.tap != "given" else None
     return Images(
@@ -282,7 +282,7 @@ def _images(model: nn.Module, config: QualityOptions, seen: Trace, record: Injec
 def build_priors(
     sites: list[PriorSite], config: PriorConfig, context: QualityContext | None, quality: QualityFunction | None
 ) -> list[nn.Module]:
-    """What a config puts in at each site."""
+    """Build the module of a config for each site."""
     channels = context.channels if context is not None else 0
     kinds = quality.kinds if quality is not None else ()
     told = [config.experts.index(kind) + 1 if kind in config.experts else 0 for kind in kinds]

@@ -317,7 +317,7 @@ def _start(numbers: tuple[float, ...]) -> Tensor:
 
 
 def _means(code: Callable[..., None], x: Tensor, layout: Layout) -> Tensor:
-    """Over all but batch and channels, of a dense x: (B, C), in the dtype of the arithmetic."""
+    """Average a dense x over all axes but batch and channels: (B, C), in the dtype of the arithmetic."""
     batch, rows, n, by_rows = layout
     averages = torch.empty(batch, rows if by_rows else n, dtype=WIDE[x.dtype], device="cpu")
     unused = (averages,) * 3
@@ -329,7 +329,7 @@ def _run(
     code: Callable[..., None], grad: Tensor | None, x: Tensor, theta: Sequence[Tensor], equation: Callable[..., Tensor],
     start: tuple[float, ...], below: Tensor | str, layout: Layout, y: Tensor | None = None,
 ) -> Any:  # fmt: skip
-    """y; or, of a gradient, the gradients of x and of θ.
+    """Compute y, or, from its gradient, the gradients of x and of θ.
 
     Args:
         code: what was built.

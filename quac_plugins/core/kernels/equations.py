@@ -34,7 +34,7 @@ class Form:
 
     @property
     def parts(self) -> int:
-        """How many sums backward makes."""
+        """Return the number of sums that backward makes."""
         return self.partials.count("part[")
 
 

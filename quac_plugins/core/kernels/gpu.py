@@ -25,7 +25,7 @@ PIECE = 128
 
 @triton.jit
 def _gate(x, t0, t1, t2, EQUATION: tl.constexpr):
-    """A, of y = x·A."""
+    """Compute A of y = x·A."""
     if EQUATION == "acon":
         return (t0 - t1) / (1 + tl.exp(t2 * (t1 - t0) * x)) + t1
     elif EQUATION == "swish":
@@ -39,7 +39,7 @@ def _gate(x, t0, t1, t2, EQUATION: tl.constexpr):
 
 @triton.jit
 def _slope(x, t0, t1, t2, EQUATION: tl.constexpr):
-    """∂y/∂x, and ∂y/∂θ: the third to be multiplied by (p1 − p2)², which is the same all over a channel."""
+    """Compute ∂y/∂x and ∂y/∂θ; the caller multiplies the third by (p1 − p2)², which is constant in a channel."""
     if EQUATION == "prelu":
         below = tl.where(x >= 0, 0.0, x)
         return tl.where(x >= 0, 1.0, t0), below, below, below
@@ -92,7 +92,7 @@ def _host_slope(x, HOST: tl.constexpr):
 def forward(x_of, below_of, y_of, t0_of, t1_of, t2_of, b0, b1, b2, s0, s1, s2, channels, pixels, tiles,
             by_batch, by_channel, by_pixel, EQUATION: tl.constexpr, START: tl.constexpr, HOST: tl.constexpr,
             PIXELS: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
-    """One tile: b0, b1, b2 are the parameters' strides along the batch, s0, s1, s2 those of θ⁰."""
+    """Compute one tile: b0, b1, b2 are the parameters' strides along the batch, s0, s1, s2 the numbers of θ⁰."""
     b, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     channel, pixel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS), tile * PIXELS + tl.arange(0, PIXELS)
     valid, inside = channel < channels, (pixel < pixels)[:, None] & (channel < channels)[None, :]
@@ -116,7 +116,7 @@ def forward(x_of, below_of, y_of, t0_of, t1_of, t2_of, b0, b1, b2, s0, s1, s2, c
 def backward(grad_of, x_of, by_x_of, t0_of, t1_of, t2_of, b0, b1, b2, s0, s1, s2, sums_of, channels, pixels, pieces,
              by_batch, by_channel, by_pixel, EQUATION: tl.constexpr, START: tl.constexpr, HOST: tl.constexpr,
              COUNT: tl.constexpr, TILES: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr):  # fmt: skip
-    """A piece of TILES tiles: ∂x, and its part of the sums (B, pieces, COUNT, C) that ∂θ is made of."""
+    """Compute ∂x of a piece of TILES tiles, and its part of the sums (B, pieces, COUNT, C) for ∂θ."""
     b, piece = tl.program_id(0) // pieces, tl.program_id(0) % pieces
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     valid = channel < channels

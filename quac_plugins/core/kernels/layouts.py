@@ -16,7 +16,7 @@ WIDE = {
 }  # fmt: skip
 """dtype of x → of the arithmetic."""
 BELOW = ("", "below", "identity", "relu", "relu6", "hardswish")
-"""What y is added to: nothing, a tensor, or a function of x that kernels compute themselves; numbers in C++."""
+"""The summands of y: none, a tensor, or a function of x that kernels compute themselves; numbers in C++."""
 
 
 class Kernels(NamedTuple):

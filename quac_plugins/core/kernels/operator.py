@@ -91,7 +91,7 @@ def _plain(
 
 
 def _pieces(x: Tensor) -> int:
-    """Images a piece; 0: x is one, since it is small, or since vectors would end elsewhere than in all of it."""
+    """Return the number of images in a piece; 0: x stays whole, being small, or vectors would end elsewhere."""
     images = max(PIECE * x.shape[0] // max(x.numel(), 1), 1)
     whole = 2 * images > x.shape[0] or x.numel() // x.shape[0] % 64 or not x.is_cpu
     return 0 if whole else images
@@ -166,7 +166,7 @@ def _fused(
 
 
 def _by_pieces(x: Tensor, theta: Sequence[Tensor], below: Callable[[Tensor], Tensor], options: Any) -> Tensor | None:
-    """y over a function, as far as that returns what kernels read."""
+    """Compute y over a function, piece by piece; None if the function returns tensors that kernels do not read."""
     kernels, equation, channel, start = options
     x, (batch, *sizes) = _dense(x, channel)
     y, images = torch.empty_like(x), _pieces(x)
@@ -181,7 +181,7 @@ def _by_pieces(x: Tensor, theta: Sequence[Tensor], below: Callable[[Tensor], Ten
 
 
 def _in_rows(p: Tensor, x: Tensor, channel: int) -> Tensor:
-    """A parameter as kernels take it: C or B·C numbers in a row, in the dtype of the arithmetic."""
+    """Reshape a parameter for kernels: C or B·C numbers in a row, in the dtype of the arithmetic."""
     wide, batch, channels = WIDE[x.dtype], x.shape[0], x.shape[channel]
     fits = p.ndim == x.ndim and p.shape[channel] == channels and p.shape[0] * channels == p.numel()
     if fits and p.dtype is wide and p.shape[0] in (1, batch) and p.is_contiguous() and not p.is_neg():
@@ -191,7 +191,7 @@ def _in_rows(p: Tensor, x: Tensor, channel: int) -> Tensor:
 
 
 def _dense(x: Tensor, channel: int) -> tuple[Tensor, Layout]:
-    """A tensor without gaps, with the signs that it shows, and how it lies in memory."""
+    """Return a tensor without gaps and lazy signs, and its layout in memory."""
     layout = None if x.is_neg() else layout_of(x.shape, x.stride(), channel)
     if layout is None:
         x = x.resolve_neg().contiguous()
@@ -200,7 +200,7 @@ def _dense(x: Tensor, channel: int) -> tuple[Tensor, Layout]:
 
 
 def _as(t: Tensor, x: Tensor) -> Tensor:
-    """A tensor laid out as a dense x."""
+    """Lay a tensor out as a dense x."""
     return t if t.stride() == x.stride() and not t.is_neg() else torch.empty_like(x).copy_(t)
 
 
@@ -235,7 +235,7 @@ class _Activate(torch.autograd.Function):
 
 
 def _again(grad: Tensor, x: Tensor, theta: Sequence[Tensor], below: str, options: Any) -> tuple[Tensor, ...]:
-    """The gradients by the plain expression, which can themselves be differentiated."""
+    """Compute the gradients by the plain expression, which can be differentiated again."""
     again = torch.is_grad_enabled()
     _, equation, channel, start = options
     with torch.enable_grad():

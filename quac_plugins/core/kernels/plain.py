@@ -21,7 +21,7 @@ def _wide(x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
 
 
 def acon(x: Tensor, p1: Tensor, p2: Tensor, beta: Tensor) -> Tensor:
-    """ACON: y = d·σ(β d) + p2·x with d = (p1 − p2)·x.
+    """Compute ACON: y = d·σ(β d) + p2·x with d = (p1 − p2)·x.
 
     Source: Ma et al., "Activate or Not: Learning Customized Activation", CVPR 2021, eq. (6). p1 = 1, p2 = 0, β = 1 is
     SiLU; β → ∞ is max(p1 x, p2 x).
@@ -46,7 +46,7 @@ def acon(x: Tensor, p1: Tensor, p2: Tensor, beta: Tensor) -> Tensor:
 
 
 def swish(x: Tensor, beta: Tensor) -> Tensor:
-    """Swish with a slope: y = x·σ(β x) (Ramachandran et al., 2017). β = 1 is SiLU.
+    """Compute Swish with a slope: y = x·σ(β x) (Ramachandran et al., 2017). β = 1 is SiLU.
 
     Example:
         >>> import torch
@@ -58,7 +58,7 @@ def swish(x: Tensor, beta: Tensor) -> Tensor:
 
 
 def prelu(x: Tensor, slope: Tensor) -> Tensor:
-    """PReLU: y = x for x ≥ 0, slope·x below (He et al., 2015). The slope may vary by image as well as by channel.
+    """Compute PReLU: y = x for x ≥ 0, slope·x below (He et al., 2015). The slope may vary by image and channel.
 
     Example:
         >>> import torch
@@ -70,7 +70,7 @@ def prelu(x: Tensor, slope: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor, beta: Tensor) -> Tensor:
-    """GELU with a slope in its gate: y = x·Φ(β x), Φ the normal distribution function. β = 1 is GELU.
+    """Compute GELU with a slope in its gate: y = x·Φ(β x), Φ the normal distribution function. β = 1 is GELU.
 
     Source: Hendrycks & Gimpel, 2016.
 
@@ -85,7 +85,7 @@ def gelu(x: Tensor, beta: Tensor) -> Tensor:
 
 
 def global_average(x: Tensor, channel_dim: int = 1) -> Tensor:
-    """Mean over everything but batch (axis 0) and channels: (B, C), at least float32.
+    """Average x over all axes but batch (axis 0) and channels: (B, C), at least float32.
 
     Example:
         >>> import torch

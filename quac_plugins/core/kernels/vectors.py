@@ -1,4 +1,4 @@
-"""What C++ begins with: its types, vectors of them, and an exponential."""
+"""The beginning of all C++ sources: types, vectors, and an exponential."""
 
 from __future__ import annotations
 
@@ -72,5 +72,5 @@ template <class U, class V = at::vec::Vectorized<U>> static inline V fast_exp(co
 
 
 def prelude(dtype: torch.dtype) -> str:
-    """C++ in which T is the type that a dtype is stored in, S that it is computed in, V a vector of S."""
+    """Return the C++ types of a dtype: T in memory, S in the arithmetic, and V, a vector of S."""
     return _PRELUDE % (*TYPES[dtype], ALONE)

@@ -145,7 +145,7 @@ class FDM(nn.Module):
 
     @property
     def is_fresh(self) -> bool:
-        """Whether it is as it was made: the identity, not standardized."""
+        """Return whether the module is still as created: the identity, not standardized."""
         return all_zero(self.mean, self.std - 1, *self.body[-1].parameters())
 
     def extra_repr(self) -> str:

@@ -258,7 +258,7 @@ class Margin(FDM):
 
     @property
     def is_fresh(self) -> bool:
-        """Whether it is as it was made: the identity."""
+        """Return whether the margin is still as created: the identity."""
         return all_zero(self.table)
 
     def extra_repr(self) -> str:

@@ -127,12 +127,12 @@ def find_prior_sites(model: nn.Module, seen: Trace, patterns: list[str], margins
 
 
 def usable_prior_sites(model: nn.Module, seen: Trace) -> list[PriorSite]:
-    """Every module that a prior can come after, in the order in which the host comes to them."""
+    """Return every module that a prior can follow, in the order of the host's computation."""
     return [place.site for place in _places(model, seen)[0]]
 
 
 def _places(model: nn.Module, seen: Trace) -> tuple[list[_Place], dict[str, str]]:
-    """The usable modules in the order they returned, and the others with the reason."""
+    """Return the usable modules in the order of their returns, and the other modules with reasons."""
     calls: dict[str, list[Feature]] = {}
     for feature in seen.features:
         calls.setdefault(feature.name, []).append(feature)
@@ -186,7 +186,7 @@ def _site(feature: Feature, image: tuple[int, int], known_prefix: int | None) ->
 
 
 def _room(feature: Feature) -> tuple[int, ...]:
-    """(h, w) of a feature with four axes."""
+    """Return (h, w) of a feature with four axes."""
     return feature.call.shape[2:] if feature.call.channel_dim == 1 else feature.call.shape[1:3]
 
 
@@ -199,7 +199,7 @@ def _grid(tokens: int, image: tuple[int, int]) -> tuple[int, int] | None:
 
 
 def _off_the_main_path(model: nn.Module, seen: Trace, usable: list[_Place]) -> set[str]:
-    """Names of the usable modules that are not on the main path; see :func:`find_prior_sites`."""
+    """Return the names of the usable modules beside the main path; see :func:`find_prior_sites`."""
     half = seen.layers / 2
     # the modules that blocks and steps can be: the rest are the host itself, by whatever name
     parts = {f.name: f for f in seen.features if f.cut and f.is_new and f.layers - f.before <= half}
@@ -227,7 +227,7 @@ def _off_the_main_path(model: nn.Module, seen: Trace, usable: list[_Place]) -> s
 
 
 def _around(name: str) -> Iterable[str]:
-    """The names of the modules around a module, the innermost first."""
+    """Return the names of the modules around a module, the innermost first."""
     while "." in name:
         name = name.rpartition(".")[0]
         yield name
@@ -246,7 +246,7 @@ def _matching(model: nn.Module, seen: Trace, places: list[_Place], pattern: str)
 
 
 def _norms(model: nn.Module, places: list[_Place]) -> list[_Place]:
-    """Behind every norm; behind every convolution, where there is no norm."""
+    """Return the places behind every norm; without norms, behind every convolution."""
     modules = {place.site.name: module_at(model, place.site.name) for place in places}
     behind = {}
     for name, module in model.named_modules():
@@ -259,12 +259,12 @@ def _norms(model: nn.Module, places: list[_Place]) -> list[_Place]:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalizes features: one of torch's, or a class that a framework calls a norm."""
+    """Return whether a module is a norm of torch, or of a framework by its class name."""
     return "norm" in type(module).__name__.lower() and not any(isinstance(m, _WEIGHTED) for m in module.modules())
 
 
 def returns_new_memory(model: nn.Module, name: str) -> bool:
-    """Whether what a layer returns is in no other hands: that of a norm or a convolution of torch's or timm's."""
+    """Return whether nobody else holds a layer's output, as behind norms and convolutions of torch and timm."""
     module = module_at(model, name)
     if type(module) is nn.Identity and name.endswith(".drop"):  # between a norm and its activation
         module = module_at(model, name.removesuffix(".drop"))
@@ -273,7 +273,7 @@ def returns_new_memory(model: nn.Module, name: str) -> bool:
 
 
 def _outermost(places: Iterable[_Place]) -> list[_Place]:
-    """One place for each tensor: the outermost, but a stage before what holds several, which not every path calls."""
+    """Keep one place for each tensor: the outermost, but a stage rather than a list, which not every path calls."""
     outermost: dict[Any, _Place] = {}
     for place in places:
         known = outermost.setdefault(place.key, place)
@@ -293,7 +293,7 @@ def _auto(seen: Trace, places: list[_Place]) -> _Place | None:
 
 
 def _later(model: nn.Module, places: list[_Place], first: _Place) -> list[_Place]:
-    """The ends of what comes after ``first``."""
+    """Return the ends of the stages after ``first``."""
     main = _outermost(place for place in places if place.main)
     named = _named(model, places, main)
     strides = {place.site.stride for place in named}
@@ -319,7 +319,7 @@ def _later(model: nn.Module, places: list[_Place], first: _Place) -> list[_Place
 
 
 def _named(model: nn.Module, places: list[_Place], main: list[_Place]) -> list[_Place]:
-    """The places of the main path that the host names as the ends of its stages, if it names usable ones."""
+    """Return the main path's places that the host names as ends of its stages, if it names usable ones."""
     names = facts_of(model).stage_ends
     named = [place for place in places if place.site.name in names]
     if len(named) < len(names):
@@ -354,7 +354,7 @@ def _nothing(model: nn.Module, places: list[_Place], unusable: dict[str, str], p
 
 
 def _listing(places: list[_Place], most: int = 20) -> str:
-    """Some usable modules, the outermost of the main path before others."""
+    """List some usable modules, the outermost of the main path before others."""
     listed = _outermost(places)
     first = sorted(listed, key=lambda place: (not place.main, place.site.name.count(".")))[:most]
     shown = ", ".join(

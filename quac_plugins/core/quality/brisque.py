@@ -128,7 +128,7 @@ def blocks(images: Tensor, pixels: int) -> tuple[Tensor, ...]:
 
 
 def _two_scales(images: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of the full and of half the size, and each of 5 distributions: the 5 sums, and how many pixels; (B, 2, 5, 6)."""
+    """Compute the 5 sums and the number of pixels for 5 distributions at full and at half size: (B, 2, 5, 6)."""
     if _is_compiled(images) and (code := _compiled()) is not None:
         down, across = (_taps(size, max(1, size // 2), images) for size in images.shape[2:])
         scales = brisque_cpu.scales_of(code, images.resolve_neg().float(), across, down)
@@ -168,7 +168,7 @@ def _wide(device: torch.device) -> torch.dtype:
 
 
 def _grey(images: Tensor) -> Tensor:
-    """(B, 1 or 3, H, W) → luminance (B, H, W), float32, multiples of 1/255."""
+    """Compute luminance (B, H, W), float32, in multiples of 1/255, of (B, 1 or 3, H, W)."""
     with without_grad():
         # floor(v + 1/2): integer arithmetic rounds halves up. Grey levels are integers already and stay what they are.
         grey = _luma(images.float().mul(255.0).round_().clamp_(0.0, 255.0)).add_(0.5).floor_()
@@ -179,7 +179,7 @@ def _grey(images: Tensor) -> Tensor:
 
 
 def _luma(levels: Tensor) -> Tensor:
-    """Luminance (B, H, W) of levels (B, 1 or 3, H, W) in [0, 255]; 0 where one is NaN."""
+    """Compute luminance (B, H, W) of levels (B, 1 or 3, H, W) in [0, 255]; 0 where a channel is NaN."""
     channels = levels.unbind(1)
     if len(channels) == 1:
         return channels[0].nan_to_num(0.0)
@@ -194,14 +194,14 @@ def _exact(x: Tensor) -> bool:
 
 
 def _add_scaled(total: Tensor, x: Tensor, weight: float) -> Tensor:
-    """total + weight · x with one rounding; overwrites total."""
+    """Compute total + weight · x with one rounding, and overwrite total."""
     if _exact(total):
         return (total.double() + weight * x.double()).float()
     return total.add_(x, alpha=weight)  # eager kernels fuse this
 
 
 def _blur(padded: Tensor) -> Tensor:
-    """Gaussian window on images (…, H + 6, W + 6) that were padded by 3; (…, H, W)."""
+    """Blur images (…, H + 6, W + 6), padded by 3, with the Gaussian window: (…, H, W)."""
     height, width = padded.shape[-2] - 6, padded.shape[-1] - 6
     # rows in sequence, columns from the centre outwards in pairs: the rounding errors of the reference
     rows = padded[..., :width] * _WINDOW[3]
@@ -215,7 +215,7 @@ def _blur(padded: Tensor) -> Tensor:
 
 
 def _normalized(grey: Tensor) -> Tensor:
-    """Mean-subtracted, contrast-normalized coefficients, eq. (1)-(3); (B, H, W)."""
+    """Compute the mean-subtracted, contrast-normalized coefficients (B, H, W) by eq. (1)-(3)."""
     padded = F.pad(grey[:, None], (3, 3, 3, 3), mode="replicate")[:, 0]
     both = padded, padded * padded  # in a graph, at once: half as many operations
     mean, square = _blur(torch.stack(both)).unbind() if exporting() else map(_blur, both)
@@ -227,7 +227,7 @@ def _normalized(grey: Tensor) -> Tensor:
 
 
 def _taps(size: int, half: int, like: Tensor) -> Tensor:
-    """Cubic weights (a = -0.75) of the samples of a half-size image; (2, 4, half).
+    """Compute the cubic weights (2, 4, half), a = -0.75, of the samples of a half-size image.
 
     Sample d lies between 2d + j and 2d + j + 1 with j in {0, 1} (1 in the far half of odd sizes) and reads the four
     samples from 2d + j - 1 on; entry [j] holds its weights, the other entry zeros.
@@ -246,7 +246,7 @@ def _taps(size: int, half: int, like: Tensor) -> Tensor:
 
 
 def _halve(grey: Tensor) -> Tensor:
-    """Cubic interpolation to half size, rounded down and at least 1, without anti-aliasing; (B, H, W)."""
+    """Interpolate cubically to half size (B, H, W), rounded down and at least 1, without anti-aliasing."""
     x = _every_second(grey, -1)
     w = _taps(grey.shape[-1], x[0].shape[-1], grey)
     # paired and fused as in the reference, see the second point at the top
@@ -268,7 +268,7 @@ def _near_and_far(size: int, term: Callable[[int], Tensor]) -> Tensor:
 
 
 def _every_second(x: Tensor, axis: int) -> tuple[Tensor, ...]:
-    """Views of the samples 2d - 1, …, 2d + 3 along an axis, d < size // 2 (at least 1), borders repeated."""
+    """Return views of the samples 2d - 1, …, 2d + 3 along an axis, d < size // 2 (at least 1), borders repeated."""
     # one pixel misses one to read; a trace must not compare sizes, so its images have at least two
     after = 3 if not torch.jit.is_tracing() and x.shape[axis] == 1 else 2
     padding = (1, after, 0, 0) if axis == -1 else (0, 0, 1, after)
@@ -285,7 +285,7 @@ def _add_product(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _shape_ratios(like: Tensor) -> Tensor:
-    """r(α) = Γ(2/α)² / (Γ(1/α) Γ(3/α)) of the searched shapes, ascending; (9801,).
+    """Compute r(α) = Γ(2/α)² / (Γ(1/α) Γ(3/α)) of the searched shapes, ascending: (9801,).
 
     Computed at each call, in a fraction of a millisecond: a cached tensor would have to know about devices, fake
     tensors and graph capture.
@@ -297,7 +297,7 @@ def _shape_ratios(like: Tensor) -> Tensor:
 
 
 def _features(sums: Tensor, ratios: Tensor) -> Tensor:
-    """The 36 features of sums (B, 2, 5, 6); (B, 36), in the dtype of ``ratios``."""
+    """Compute the 36 features (B, 36) of sums (B, 2, 5, 6), in the dtype of ``ratios``."""
     shape, mean, left, right = _fit(sums, ratios)
     first = torch.stack([shape[..., 0], (left[..., 0] + right[..., 0]) / 2], dim=-1)
     rest = torch.stack([part[..., 1:] for part in (shape, mean, left, right)], dim=-1)
@@ -312,7 +312,7 @@ def _is_compiled(images: Tensor) -> bool:
 
 
 def _all_sums(grey: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums (B, 5, 5) of the normalized coefficients and of their products with four neighbours."""
+    """Compute sums (B, 5, 5) of the normalized coefficients and of their products with four neighbours."""
     y = _normalized(grey)
     height, width = y.shape[-2:]
     if exporting():  # at once, in a fifth of the operations; zeros beyond the border count nowhere
@@ -329,7 +329,7 @@ def _all_sums(grey: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _sums(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Of each image of x (…, H, W): sums of squares left and right of 0, of magnitudes, numbers left, right; (…, 5)."""
+    """Sum each image of x (…, H, W): squares left and right of 0, magnitudes, numbers left, right; (…, 5)."""
 
     def total(t: Tensor) -> Tensor:
         return t.sum(-1).sum(-1, dtype=dtype)  # rows first: the order of summation is the same in every batch

@@ -90,7 +90,7 @@ def luminance(pixels: Tensor) -> Tensor:
 
 
 def _moments(pixels: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each channel of (B, 3, H, W); (B, 3) each, in the dtype ``wide``."""
+    """Compute mean and standard deviation of each channel of (B, 3, H, W): (B, 3) each, in the dtype ``wide``."""
     count = pixels.shape[2] * pixels.shape[3]
     # rows first: the same order of summation in every batch
     mean = pixels.sum(-1).sum(-1, dtype=wide) / count
@@ -100,7 +100,7 @@ def _moments(pixels: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def _percentiles(pixels: Tensor, wide: torch.dtype) -> Tensor:
-    """Percentiles of the luminance of (B, 3, H, W) in [0, 1]; (B, 5), in the dtype ``wide``."""
+    """Compute percentiles (B, 5) of the luminance of (B, 3, H, W) in [0, 1], in the dtype ``wide``."""
     levels = (luminance(pixels) * (_LEVELS - 1)).round_().clamp_(max=_LEVELS - 1).flatten(1)
     last = torch.zeros_like(levels[:, :1], dtype=torch.int32) + (levels.shape[1] - 1)  # rank of the brightest pixel
     position = torch.cat([last.to(wide) * (percentile / 100.0) for percentile in PERCENTILES], dim=1)

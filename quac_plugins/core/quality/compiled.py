@@ -1,4 +1,4 @@
-"""What compiled code asks of a context: graphs cannot read thread-local storage, so operators do, when the graphs run.
+"""The operators of compiled code: graphs cannot read thread-local storage, so operators do while the graphs run.
 
 Within the graph of the tap q is a value like any other. The operator ``keep_q`` hands it to the thread that runs the
 graph, for activations which are not in it, and ``current_q`` gives it to another graph. Neither is in what
@@ -21,7 +21,7 @@ _noted = threading.local()
 
 @torch.compiler.assume_constant_result
 def _in_export() -> bool:
-    """Whether dynamo traces for ``torch.export``; torch 2.6 does not say so."""
+    """Return whether dynamo traces for ``torch.export``, which torch 2.6 has no public name for."""
     frame: Any = sys._getframe()
     while frame is not None and "torch/export/" not in frame.f_code.co_filename.replace("\\", "/"):
         frame = frame.f_back
@@ -83,7 +83,7 @@ def define_operators() -> None:
         return context_of(handle).keep(q, q_by_hand, sites_of(graph), fixed, descends)
 
     def current_q(like: Tensor, x: Tensor, handle: int, layer: str, differentiated: bool) -> Tensor:
-        """The q that belongs to x in this thread; ``like`` has its shape, and is it where gradients reach q."""
+        """Return this thread's q for x; ``like`` has the shape of q, and is q itself where gradients reach it."""
         return context_of(handle).lend(like, x, layer, differentiated)
 
     # a recorded CUDA graph would replay what it did, and not ask again

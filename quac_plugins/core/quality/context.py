@@ -63,7 +63,7 @@ class _Forward:
 
 
 def _same(images: Tensor | None, others: Tensor) -> bool:
-    """Whether both are one tensor, or the detached one that reentrant checkpointing makes of it."""
+    """Return whether both are one tensor, or the detached copy that reentrant checkpointing makes."""
     if images is None or images is others:
         return images is others
     form = images.shape == others.shape and images.stride() == others.stride() and images.device == others.device

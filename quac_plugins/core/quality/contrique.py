@@ -50,7 +50,7 @@ class Bottleneck(nn.Module):
 
 
 def contrique_encoder() -> nn.Sequential:
-    """ResNet-50 without pooling and classifier: (B, 3, H, W) → (B, 2048, ⌈H / 32⌉, ⌈W / 32⌉), randomly initialized.
+    """Build ResNet-50 without pooling and classifier, randomly initialized: (B, 3, H, W) → (B, 2048, ⌈H/32⌉, ⌈W/32⌉).
 
     Its children are numbered as those of torchvision's, ``nn.Sequential(*resnet50().children())[:-2]``.
 

@@ -1,4 +1,4 @@
-"""Where an image's detail is, in which directions and at which scales: 16 numbers for what BRISQUE does not see.
+"""The places, directions and scales of an image's detail: 16 numbers that BRISQUE does not see.
 
 BRISQUE pools over the image, so it takes a zoom blur, which spares the middle and the tangents, for a clean picture,
 and cannot tell noise that grows with brightness (shot noise) from noise that does not. Both are visible in ratios of
@@ -61,7 +61,7 @@ def _log(x: Tensor) -> Tensor:
 
 
 def _halved(x: Tensor) -> Tensor:
-    """Means of four pixels; where a side is odd, its last ones count twice."""
+    """Average four pixels each; the last ones of an odd side count twice."""
     return F.avg_pool2d(F.pad(x, (0, 1, 0, 1), mode="replicate"), 2)
 
 
@@ -70,7 +70,7 @@ def _cells(x: Tensor) -> Tensor:
 
 
 def _directions(framed: Tensor, diagonals: bool = False) -> list[Tensor]:
-    """Logarithms of ratios of differences across and along some directions, of images with a frame of one pixel."""
+    """Compute logarithms of ratios of differences across and along directions, of images with a frame of one pixel."""
     right = framed[..., 1:-1, 2:] - framed[..., 1:-1, :-2]
     down = framed[..., 2:, 1:-1] - framed[..., :-2, 1:-1]
     y, x = (torch.arange(n, device=right.device).to(right.dtype) for n in right.shape[-2:])

@@ -1,4 +1,4 @@
-"""Which row of q belongs to which row of a batch that holds every image several times."""
+"""Expanding q to the rows of a batch that holds every image several times."""
 
 from __future__ import annotations
 

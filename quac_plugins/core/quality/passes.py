@@ -1,4 +1,4 @@
-"""Which forward pass a part of a model works for: it goes on with the pass that its input came from.
+"""The forward pass that a part of a model works for: the part goes on with the pass of its input.
 
 So the model and its parts (its children, and those of its lists and chains) tell what they are called with and what
 they return:
@@ -66,7 +66,7 @@ class Passes:
 
     @property
     def current(self) -> Any:
-        """The pass of this thread that goes on; None: there is none."""
+        """Return the current pass of this thread, or None."""
         return self._thread.current
 
     @current.setter
