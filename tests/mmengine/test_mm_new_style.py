@@ -1,5 +1,6 @@
 """Configs in new style (pure Python), which import this package only when a part of the model is being built."""
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -25,8 +26,6 @@ ACT = """
 """
 START = """
     import sys
-    import mmpretrain.utils.dependency
-    mmpretrain.utils.dependency.WITH_MULTIMODAL = False  # mmpretrain's models come before quac_plugins.mmengine here
     from mmengine.config import Config
     from mmengine.runner import Runner
     cfg = Config.fromfile("config.py")
@@ -57,64 +56,99 @@ RUN = """
 """
 
 
-def run(folder, config, *parts):
-    """What a fresh process prints and its errors; the config file is read there."""
-    (folder / "config.py").write_text(textwrap.dedent(config))
-    code = "\n".join(textwrap.dedent(part) for part in parts)
-    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+ERRORS = """
+    import copy
+    kept = cfg
+    for change in CHANGES:
+        cfg = copy.deepcopy(kept)
+        cfg.experiment_name = str(len(change))
+        exec(change)
+        try:
+            Runner.from_cfg(cfg)
+        except ValueError as error:
+            print("ValueError:", str(error).splitlines()[-1])
+"""
+UNFINISHED = """
+    from mmengine.registry import MODELS
+    model = MODELS.build(cfg.model)
+    tap = model.backbone.conv1.quac_tap
+    assert tap.mean is None
+    import torch
+    model.backbone(torch.rand(1, 3, 64, 64))
+    from quac_plugins.mmengine import finish
+    assert finish(model).backbone.conv1.quac_tap is tap and tap.mean is not None
+"""
+CHANGES = {
+    "quac": {
+        "cfg.model.backbone.quac['qualty'] = 'x'": "quac.qualty: unknown option",
+        "cfg.model.backbone.quac['where'] = 'layer9.*'": "model.backbone.quac.where: where='layer9.*' matches",
+    },
+    "act": {"cfg.model.backbone.act_cfg['init'] = 1": "act_cfg.init: unknown init 1"},
+}
+CASES = {
+    "quac": (QUAC, RUN),
+    "act": (ACT, RUN),
+    "errors of quac": (QUAC, f"CHANGES = {list(CHANGES['quac'])}", ERRORS),
+    "errors of act": (ACT, f"CHANGES = {list(CHANGES['act'])}", ERRORS),
+    "unfinished": (QUAC, UNFINISHED),
+}
+# Each case is a process in which the package was never imported, split from one that has the frameworks.
+SPLIT = """
+import json, os, sys, traceback
+import mmpretrain.utils.dependency
+mmpretrain.utils.dependency.WITH_MULTIMODAL = False  # mmpretrain's models come before quac_plugins.mmengine here
+import mmpretrain.models, pytest, torch
+from skimage import data
+torch.set_num_threads(1)
+for name, code in json.load(open("cases.json")).items():
+    process = os.fork()
+    if process == 0:
+        os.chdir(name)
+        for stream, file in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), stream)
+        try:
+            exec(code, {})
+            failed = 0
+        except BaseException:
+            traceback.print_exc()
+            failed = 1
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(failed)
+    os.waitpid(process, 0)
+"""
 
 
-@pytest.mark.parametrize("config", [QUAC, ACT])
-def test_the_runner_finishes_what_it_has_built(config, tmp_path):
-    done = run(tmp_path, config, START, RUN)
-    assert done.returncode == 0, done.stderr[-2000:]
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """What each case printed, and its warnings and errors; it reads its config file."""
+    root, codes = tmp_path_factory.mktemp("cases"), {}
+    for name, (config, *parts) in CASES.items():
+        (root / name).mkdir()
+        (root / name / "config.py").write_text(textwrap.dedent(config))
+        codes[name] = "\n".join(textwrap.dedent(part) for part in (START, *parts, "print('finished')"))
+    (root / "cases.json").write_text(json.dumps(codes))
+    subprocess.run([sys.executable, "-c", SPLIT], cwd=root, check=True)
+
+    def printed(name):
+        out, err = ((root / name / stream).read_text() for stream in ("stdout", "stderr"))
+        assert out.endswith("finished\n"), err[-2000:]
+        return out, err
+
+    return printed
 
 
-@pytest.mark.parametrize(
-    ("config", "changes"),
-    [
-        (
-            QUAC,
-            {
-                "cfg.model.backbone.quac['qualty'] = 'x'": "quac.qualty: unknown option",
-                "cfg.model.backbone.quac['where'] = 'layer9.*'": "model.backbone.quac.where: where='layer9.*' matches",
-            },
-        ),
-        (ACT, {"cfg.model.backbone.act_cfg['init'] = 1": "act_cfg.init: unknown init 1"}),
-    ],
-)
-def test_an_error_says_its_path(config, changes, tmp_path):
+@pytest.mark.parametrize("name", ["quac", "act"])
+def test_the_runner_finishes_what_it_has_built(name, done):
+    done(name)
+
+
+@pytest.mark.parametrize("name", ["quac", "act"])
+def test_an_error_says_its_path(name, done):
     """From the part on that is built while the package is imported; of later models, from the model on."""
-    build = """
-        import copy
-        kept = cfg
-        for change in CHANGES:
-            cfg = copy.deepcopy(kept)
-            cfg.experiment_name = str(len(change))
-            exec(change)
-            try:
-                Runner.from_cfg(cfg)
-            except ValueError as error:
-                print("ValueError:", str(error).splitlines()[-1])
-    """
-    done = run(tmp_path, config, START, f"CHANGES = {list(changes)}", build)
-    assert done.returncode == 0, done.stderr[-2000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith("ValueError: ")]
-    for line, message in zip(lines, changes.values(), strict=True):
+    lines = [line for line in done(f"errors of {name}")[0].splitlines() if line.startswith("ValueError: ")]
+    for line, message in zip(lines, CHANGES[name].values(), strict=True):
         assert line.startswith(f"ValueError: {message}")
 
 
-def test_a_model_that_nobody_finishes_is_warned_of(tmp_path):
-    build = """
-        from mmengine.registry import MODELS
-        model = MODELS.build(cfg.model)
-        tap = model.backbone.conv1.quac_tap
-        assert tap.mean is None
-        import torch
-        model.backbone(torch.rand(1, 3, 64, 64))
-        from quac_plugins.mmengine import finish
-        assert finish(model).backbone.conv1.quac_tap is tap and tap.mean is not None
-    """
-    done = run(tmp_path, QUAC, START, build)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "UserWarning: quac_plugins.mmengine is imported by the config of a model" in done.stderr
+def test_a_model_that_nobody_finishes_is_warned_of(done):
+    assert "UserWarning: quac_plugins.mmengine is imported by the config of a model" in done("unfinished")[1]
