@@ -15,6 +15,7 @@ degradation can be folded into the host (:func:`quac_plugins.fuse`).
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,6 +54,8 @@ class Mixture(nn.Module):
         self.severity = severity
         self.given: Tensor | None = None
         self._latest: tuple[Tensor, tuple[bool, bool], Tensor] | None = None  # q, the modes, and what was made of q
+        self._made: dict[int, tuple[Tensor, Tensor]] = {}  # of the latest shares, by the id of the place
+        self._places: tuple[weakref.ref[Margin], ...] = ()  # that have asked
 
     def forward(self, q: Tensor, afresh: bool = True) -> Tensor:
         """Compute shares (B, K·S) of q (B, Q), at least float32; each row sums to at most one.
@@ -68,8 +71,23 @@ class Mixture(nn.Module):
             return latest[2]
         shares = self._of(q)
         # what has a gradient belongs to one graph: it is made anew at each place
-        self._latest = None if shares.requires_grad else (q, mode, shares)
+        self._latest, self._made = (None if shares.requires_grad else (q, mode, shares)), {}
+        if not mode[0]:
+            with full_precision(shares):
+                self._made = {id(place): place.mixed(shares) for ref in self._places if (place := ref()) is not None}
         return shares
+
+    def made(self, place: Margin, shares: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Hand out scale and shift of a place, once for each batch; None where the place makes them.
+
+        Those of all places are made one after the other at the first of them: between the layers of a host each would
+        take several times as long, its code and data being out of the processor's caches.
+        """
+        if torch.is_grad_enabled() or in_graph() or self._latest is None or self._latest[2] is not shares:
+            return None
+        if all(ref() is not place for ref in self._places):
+            self._places = (*self._places, weakref.ref(place))
+        return self._made.pop(id(place), None)
 
     def _of(self, q: Tensor) -> Tensor:
         q = q.to(self.gate.fc1.weight.device)
@@ -86,7 +104,7 @@ class Mixture(nn.Module):
         return 1 if self.severity is None else len(SEVERITIES)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_latest": None, "given": None}
+        return {**self.__dict__, "_latest": None, "_made": {}, "_places": (), "given": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mixture:
         memo[id(self)] = new = type(self).__new__(type(self))
@@ -211,7 +229,7 @@ class Margin(FDM):
             raise ValueError(f"the margin after {site.name!r} expects features {shape}, got {got}")
         if self.observer is not None:
             return self.observer(self, x)
-        scale, shift = self.coefficients(x, axis)
+        scale, shift = self.coefficients(x)
         over = over and self._may_write_over(x)
         if axis == 1 and x.is_contiguous():  # three times as fast as one operation, which torch does not vectorize here
             y = (x.mul_(scale) if over else x * scale).add_(shift)
@@ -221,17 +239,25 @@ class Margin(FDM):
             self.context.mark(y)
         return y
 
-    def coefficients(self, x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-        """Return scale and shift in the dtype of x, which broadcast against x along the axis of the channels."""
+    def coefficients(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scale and shift in the dtype of x, which broadcast against x."""
         shares = self.shares(x)
-        shape = (-1, 2, self.site.channels, 1, 1) if axis == 1 else (-1, 2, *(1,) * (x.ndim - 2), self.site.channels)
-        with full_precision(x):
-            table = self.table.to(torch.promote_types(self.table.dtype, torch.float32))
-            scale, shift = (table if shares is None else shares.to(table.dtype) @ table).view(shape).unbind(1)
-            one: Any = 1
-            if self.of_residual and shares is not None:
-                one = shares.to(table.dtype).sum(1).view(-1, *(1,) * (x.ndim - 1))
-            return (scale + one).to(x.dtype), shift.to(x.dtype)
+        made = None if shares is None else self.shared.made(self, shares)  # type: ignore[union-attr]
+        if made is None:
+            with full_precision(x):
+                made = self.mixed(shares)
+        return made[0].to(x.dtype), made[1].to(x.dtype)
+
+    def mixed(self, shares: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mix scale and shift, at least float32, which broadcast against features; of shares (B, K·S)."""
+        table = self.table.to(torch.promote_types(self.table.dtype, torch.float32))
+        both = table if shares is None else shares.to(table) @ table
+        before, behind = {"nchw": ((), (1, 1)), "nhwc": ((1, 1), ()), "tokens": ((1,), ())}[self.site.layout]
+        scale, shift = both.view(-1, 2, *before, self.site.channels, *behind).unbind(1)
+        one: Any = 1
+        if self.of_residual and shares is not None:
+            one = shares.to(table).sum(1).view(-1, *(1,) * (scale.ndim - 1))
+        return scale + one, shift
 
     def _may_write_over(self, x: Tensor) -> bool:
         """Return whether y can take the memory of x: new memory costs several times the computation of y."""
