@@ -52,14 +52,14 @@ def likeliest(classes: list[tuple[str, float]]) -> str:
     return f"{name.split(',')[0]} {percent:.0f} %"
 
 
-def draw(path: Path, pictures: dict[str, np.ndarray], found: dict[str, Prediction], name: str) -> None:
+def draw(path: Path, pictures: dict[str, np.ndarray], results: dict[str, Prediction], name: str) -> None:
     """Pictures, and below them what the network says; green where that is what it says of the clean picture."""
     figure, axes = plt.subplots(1, len(pictures), figsize=(2.5 * len(pictures), 3.5))
     for place, (kind, picture) in zip(axes, pictures.items(), strict=True):
         place.imshow(picture)
         place.set_title(kind.replace("_", " "), fontsize=12)
         place.axis("off")
-        for row, (who, classes) in enumerate((("host", found[kind].host or []), ("adapter", found[kind].classes))):
+        for row, (who, classes) in enumerate((("host", results[kind].host or []), ("adapter", results[kind].classes))):
             colour = "#1a7f37" if classes[0][0] == name else "#b42318"
             text = f"{who}: {likeliest(classes)}"
             place.text(0.5, -0.1 - 0.13 * row, text, transform=place.transAxes, ha="center", color=colour, fontsize=10)
@@ -98,11 +98,11 @@ def main() -> None:
     pictures = {"clean": clean, **{kind: corrupt(clean, kind, args.severity, seed=0) for kind in KINDS}}
     model = timm.create_model(MODEL, pretrained=True).eval()
     host = quac.remove(copy.deepcopy(model))
-    found = {k: predict(model, Image.fromarray(p), host=host) for k, p in pictures.items()}
+    results = {k: predict(model, Image.fromarray(p), host=host) for k, p in pictures.items()}
     table = Table(title=f"{MODEL}, severity {args.severity}")
     for title in ("picture", "the host says", "with the adapter", "what the quality says"):
         table.add_column(title)
-    for kind, said in found.items():
+    for kind, said in results.items():
         told = {name: percent for name, percent in said.quality.items() if name != "severity"}
         best = max(told, key=lambda name: told[name])
         quality = f"{best.replace('_', ' ')} {told[best]:.0f} %, severity {said.quality['severity']:.1f}"
@@ -111,7 +111,7 @@ def main() -> None:
 
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "demo.png"
-    draw(path, pictures, found, (found["clean"].host or [])[0][0])
+    draw(path, pictures, results, (results["clean"].host or [])[0][0])
     console.print(f"Wrote {path}")
     path = args.out / "restoration.png"
     before, after = restore(clean, path)

@@ -121,8 +121,8 @@ class Detectron2:
             return sum(self.detector(inputs).values())
 
     def find(self, picture: np.ndarray) -> dict[str, Tensor]:
-        found = self.detector([{"image": 255 * pixels_of(picture).flip(0)}])[0]["instances"]
-        return {"boxes": found.pred_boxes.tensor, "scores": found.scores, "labels": found.pred_classes}
+        instances = self.detector([{"image": 255 * pixels_of(picture).flip(0)}])[0]["instances"]
+        return {"boxes": instances.pred_boxes.tensor, "scores": instances.scores, "labels": instances.pred_classes}
 
     def with_prior(self, kinds: list[str]) -> nn.Module:
         prior = self.cfg.MODEL.QUAC.PRIOR
@@ -143,8 +143,8 @@ def pixels_of(picture: np.ndarray) -> Tensor:
 def coins() -> tuple[Pictures, Pictures]:
     """Crops of the upper and of the lower part of a photograph of coins, with the boxes of the coins in them."""
     picture = skimage.data.coins()
-    found = label(watershed(sobel(picture), np.select([picture < 30, picture > 150], [1, 2])) == 2)[0]
-    boxes = np.array([r.bbox for r in regionprops(found) if r.area > 400])[:, [1, 0, 3, 2]].astype(np.float32)
+    regions = label(watershed(sobel(picture), np.select([picture < 30, picture > 150], [1, 2])) == 2)[0]
+    boxes = np.array([r.bbox for r in regionprops(regions) if r.area > 400])[:, [1, 0, 3, 2]].astype(np.float32)
 
     def crop(x: int, y: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         inside = np.clip(boxes - [x, y, x, y], 0, 128).astype(np.float32)
@@ -186,7 +186,7 @@ def train(side: Any, pictures: Pictures, steps: int, kinds: list[str], degraded:
     side.detector.eval()
 
 
-def ap50(found: list[dict[str, Tensor]], pictures: Pictures) -> float:
+def ap50(boxes_of: list[dict[str, Tensor]], pictures: Pictures) -> float:
     """COCO's, over boxes that overlap by half, in %."""
 
     def entry(image: int, box: Any, category: Any, **more: Any) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def ap50(found: list[dict[str, Tensor]], pictures: Pictures) -> float:
     ]
     guessed = [
         entry(i, box, category, score=float(score))
-        for i, each in enumerate(found)
+        for i, each in enumerate(boxes_of)
         for box, category, score in zip(each["boxes"], each["labels"], each["scores"], strict=True)
     ]
     if not guessed:
@@ -225,17 +225,17 @@ def judge(side: Any, pictures: Pictures, kinds: list[str]) -> tuple[dict[str, fl
     """AP50 by condition, and the first picture under each, with what was found in it."""
     scores, shown = {}, []
     for kind in ("clean", *kinds):
-        all_found = []
+        all_boxes = []
         for index, (picture, _, _) in enumerate(pictures):
             seen = picture if kind == "clean" else corrupt(picture, kind, 3, seed=index)
             with torch.no_grad():
-                found = side.find(seen)
-            all_found.append(found)
+                boxes = side.find(seen)
+            all_boxes.append(boxes)
             if index == 0:
-                likely = found["boxes"][found["scores"] > 0.4]
+                likely = boxes["boxes"][boxes["scores"] > 0.4]
                 drawn = draw_bounding_boxes((255 * pixels_of(seen)).byte(), likely, colors="lime", width=2)
                 shown.append(drawn.permute(1, 2, 0).numpy())
-        scores[kind] = ap50(all_found, pictures)
+        scores[kind] = ap50(all_boxes, pictures)
     return scores, np.hstack(shown)
 
 

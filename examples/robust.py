@@ -61,8 +61,8 @@ def main() -> None:
     fit = quac.fit_prior(model, few, severities=args.severity, steps=args.steps, views=1, draws=args.draws, **degraded)
     after = evaluate(model, labelled, severities=args.severity, **degraded)
     print(fit)
-    for found in after.paired(before):
-        print("{condition}: {difference:+.1f} points of top-1, 95 % within {low:+.1f} and {high:+.1f}".format(**found))
+    for row in after.paired(before):
+        print("{condition}: {difference:+.1f} points of top-1, 95 % within {low:+.1f} and {high:+.1f}".format(**row))
     quac.save_adapter(model, args.out / "adapter")
     after.to_json(args.out / "report.json")
     after.plot(args.out / "robust.png")

@@ -105,8 +105,8 @@ def batch_of(pictures: list[np.ndarray]) -> Tensor:
 
 
 def logits_of(network: nn.Module, images: Tensor) -> Tensor:
-    found = network(images)
-    return found["out"] if isinstance(found, dict) else found  # torchvision's networks give their answers a name
+    output = network(images)
+    return output["out"] if isinstance(output, dict) else output  # torchvision's networks give their answers a name
 
 
 def train(network: nn.Module, pairs: list[Pair], steps: int, batch: int, corruptions: str) -> None:
@@ -126,12 +126,12 @@ def mean_iou(network: nn.Module, pairs: list[Pair], condition: str | None) -> tu
     """Mean over the classes, in %, and the first picture, as it was judged, beside what was found in it."""
     pictures = [p if condition is None else corrupt(p, condition, 3, seed=i) for i, (p, _) in enumerate(pairs)]
     with torch.no_grad():
-        found = np.concatenate([logits_of(network, batch_of([p])).argmax(1).numpy() for p in pictures])
+        predicted = np.concatenate([logits_of(network, batch_of([p])).argmax(1).numpy() for p in pictures])
     masks = np.stack([mask for _, mask in pairs])
-    found[masks == 255] = 255
+    predicted[masks == 255] = 255
     classes = [c for c in np.unique(masks) if c != 255]
-    ious = [((found == c) & (masks == c)).sum() / ((found == c) | (masks == c)).sum() for c in classes]
-    shown = np.stack([found[0] * (255 // max(1, max(classes)))] * 3, axis=-1).astype(np.uint8)
+    ious = [((predicted == c) & (masks == c)).sum() / ((predicted == c) | (masks == c)).sum() for c in classes]
+    shown = np.stack([predicted[0] * (255 // max(1, max(classes)))] * 3, axis=-1).astype(np.uint8)
     return 100 * float(np.mean(ious)), np.vstack([pictures[0], shown])
 
 

@@ -95,11 +95,11 @@ def degraded(images: np.ndarray, copy: int, kept: Path) -> np.ndarray:
     if not kept.exists():
         rng = np.random.default_rng([7, copy])
         kinds, levels = rng.choice(CORRUPTIONS, len(images)), rng.integers(1, 6, len(images))
-        made = [
+        pictures = [
             corrupt(image, kind, int(level), image_seed(copy, kind, int(level), str(index)))
             for index, (image, kind, level) in enumerate(zip(images, kinds, levels, strict=True))
         ]
-        np.save(kept.with_suffix(".part.npy"), np.stack(made))
+        np.save(kept.with_suffix(".part.npy"), np.stack(pictures))
         os.replace(kept.with_suffix(".part.npy"), kept)
     return np.load(kept)
 
@@ -211,9 +211,9 @@ def run(args: argparse.Namespace, form: str, seed: int) -> EvaluationReport:
     if form == "ddp":
         judge(args, model, HOST.format(seed))
         model = rounded(repaired(args, model, seed))
-    found = judge(args, model, kept.with_suffix(".json").name)
+    report = judge(args, model, kept.with_suffix(".json").name)
     quac.push(halved(model.cpu()), NAMES[form], whole=True, dry_run=kept, overwrite=True)
-    return found
+    return report
 
 
 def repaired(args: argparse.Namespace, clean: nn.Module, seed: int) -> nn.Module:
@@ -242,10 +242,10 @@ def judge(args: argparse.Namespace, model: nn.Module, name: str) -> EvaluationRe
     if (args.work / name).exists():
         return EvaluationReport.from_json(args.work / name)
     options: dict[str, Any] = {"corruptions": "all", "severities": SEVERITIES, "progress": False, "batch_size": 250}
-    found = evaluate(model.eval(), args.work / "val", outcomes=False, **options)
-    found.data = "CIFAR-10 val"
-    found.to_json(args.work / name)
-    return found
+    report = evaluate(model.eval(), args.work / "val", outcomes=False, **options)
+    report.data = "CIFAR-10 val"
+    report.to_json(args.work / name)
+    return report
 
 
 # -- what comes out
@@ -255,7 +255,7 @@ def spread(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def markdown(args: argparse.Namespace, found: dict[str, list[EvaluationReport]]) -> str:
+def markdown(args: argparse.Namespace, runs: dict[str, list[EvaluationReport]]) -> str:
     lines = [
         "# CIFAR-10, clean and degraded",
         "",
@@ -264,18 +264,16 @@ def markdown(args: argparse.Namespace, found: dict[str, list[EvaluationReport]])
         f"deviation over the seeds {', '.join(map(str, args.seeds))}; each corruption at the severities "
         f"{', '.join(map(str, SEVERITIES))}.",
         "",
-        "| | " + " | ".join(found) + " |",
-        "|---|" + "---|" * len(found),
-        "| published as | " + " | ".join(f"`{NAMES[form]}`" if form in NAMES else "" for form in found) + " |",
+        "| | " + " | ".join(runs) + " |",
+        "|---|" + "---|" * len(runs),
+        "| published as | " + " | ".join(f"`{NAMES[form]}`" if form in NAMES else "" for form in runs) + " |",
         "| clean | "
-        + " | ".join(spread([r.clean["top1"] for r in reports if r.clean]) for reports in found.values())
+        + " | ".join(spread([r.clean["top1"] for r in reports if r.clean]) for reports in runs.values())
         + " |",
-        "| mean of the 15 | " + " | ".join(spread([mean_of(r) for r in reports]) for reports in found.values()) + " |",
+        "| mean of the 15 | " + " | ".join(spread([mean_of(r) for r in reports]) for reports in runs.values()) + " |",
     ]
     for name in CORRUPTIONS:
-        lines.append(
-            f"| {name} | " + " | ".join(spread([mean_of(r, name) for r in rs]) for rs in found.values()) + " |"
-        )
+        lines.append(f"| {name} | " + " | ".join(spread([mean_of(r, name) for r in rs]) for rs in runs.values()) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -334,24 +332,24 @@ def main() -> None:
         parser.error(f"unknown forms {', '.join(sorted(unknown))}; known: {', '.join(NAMES)}")
     for split in ("train", "val"):
         unpack(args.data / f"{split}.npz", args.work / split)
-    found: dict[str, list[EvaluationReport]] = {form: [] for form in forms}
+    runs: dict[str, list[EvaluationReport]] = {form: [] for form in forms}
     for seed in args.seeds:
         for form in forms:
-            found[form].append(run(args, form, seed))
+            runs[form].append(run(args, form, seed))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    table = dict(found)
+    table = dict(runs)
     if "ddp" in forms:  # beside what its network was before
         table.pop("ddp")
         table["clean pictures alone"] = [
             EvaluationReport.from_json(args.work / HOST.format(seed)) for seed in args.seeds
         ]
-        table["ddp"] = found["ddp"]
+        table["ddp"] = runs["ddp"]
     results = {column: [report.to_dict() for report in reports] for column, reports in table.items()}
     args.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     args.out.with_suffix(".md").write_text(markdown(args, table), encoding="utf-8")
     print(markdown(args, table))
     for form in forms if args.publish else ():
-        publish(args, form, found[form])
+        publish(args, form, runs[form])
 
 
 if __name__ == "__main__":

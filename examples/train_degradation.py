@@ -57,15 +57,15 @@ CLEAN_KEPT = 0.92  # share of clean pictures of photographs left out that are to
 
 def photographs(data: Path) -> list[tuple[str, Path]]:
     """(name, file), those of ImageNet first."""
-    found = sorted((data / "imagenet_sample").glob("*/*.jpg"))
-    found += sorted((data / "bsds").glob("*/*.jpg"))
-    found += sorted((data / "camvid").glob("train/*.*"))[::3]  # neighbours in a film are alike
-    found += sorted((data / "camvid").glob("val/*.*"))[::3]
+    paths = sorted((data / "imagenet_sample").glob("*/*.jpg"))
+    paths += sorted((data / "bsds").glob("*/*.jpg"))
+    paths += sorted((data / "camvid").glob("train/*.*"))[::3]  # neighbours in a film are alike
+    paths += sorted((data / "camvid").glob("val/*.*"))[::3]
     from skimage import data as of_skimage
 
     folder = Path(of_skimage.__file__).parent
-    found += [p for p in sorted(folder.glob("*")) if p.stem in ("astronaut", "chelsea", "coffee", "rocket")]
-    return [(str(path.relative_to(data) if data in path.parents else path.name), path) for path in found]
+    paths += [p for p in sorted(folder.glob("*")) if p.stem in ("astronaut", "chelsea", "coffee", "rocket")]
+    return [(str(path.relative_to(data) if data in path.parents else path.name), path) for path in paths]
 
 
 def is_judged(name: str) -> bool:
@@ -162,8 +162,8 @@ def train(rows: np.ndarray, seed: int) -> dict[str, Tensor]:
     sizes = [FEATURES, WIDTH, WIDTH, len(KINDS) + 1]
     weights = {"mean": q.mean(0), "std": q.std(0).clamp(min=1e-4)}
     for layer, (before, after) in enumerate(itertools.pairwise(sizes), 1):
-        made = torch.nn.Linear(before, after)
-        weights |= {f"fc{layer}.weight": made.weight.detach(), f"fc{layer}.bias": made.bias.detach()}
+        linear = torch.nn.Linear(before, after)
+        weights |= {f"fc{layer}.weight": linear.weight.detach(), f"fc{layer}.bias": linear.bias.detach()}
     learned = [tensor.requires_grad_() for name, tensor in weights.items() if name.startswith("fc")]
     optimizer = torch.optim.AdamW(learned, lr=RATE, weight_decay=0.02)
     batches = len(q) // 256
@@ -218,21 +218,21 @@ def report(rows: np.ndarray, outputs: Tensor) -> dict[str, Any]:
     """For each kind and severity how often which answer was given, and the mean error of the severity."""
     answers = outputs[:, :-1].argmax(1).numpy()
     severity = outputs[:, -1].clamp(0, MOST_SEVERE).numpy()
-    found: dict[str, Any] = {}
+    answered: dict[str, Any] = {}
     for index, kind in enumerate(KINDS):
         for level in sorted({int(s) for s in rows[rows[:, FEATURES + 1] == index, FEATURES + 2]}):
-            here = (rows[:, FEATURES + 1] == index) & (rows[:, FEATURES + 2] == level)
-            counts = np.bincount(answers[here], minlength=len(KINDS))
-            found.setdefault(kind, {})[str(level)] = {
-                "n": int(here.sum()),
-                "right": round(100 * counts[index] / here.sum(), 1),
+            chosen = (rows[:, FEATURES + 1] == index) & (rows[:, FEATURES + 2] == level)
+            counts = np.bincount(answers[chosen], minlength=len(KINDS))
+            answered.setdefault(kind, {})[str(level)] = {
+                "n": int(chosen.sum()),
+                "right": round(100 * counts[index] / chosen.sum(), 1),
                 "answers": {KINDS[i]: int(n) for i, n in enumerate(counts) if n},
-                "severity_error": round(float(np.abs(severity[here] - level).mean()), 2),
+                "severity_error": round(float(np.abs(severity[chosen] - level).mean()), 2),
             }
-    return found
+    return answered
 
 
-def markdown(found: dict[str, Any], settings: str) -> str:
+def markdown(shares: dict[str, Any], settings: str) -> str:
     lines = [
         "# The quality function `degradation`",
         "",
@@ -241,7 +241,7 @@ def markdown(found: dict[str, Any], settings: str) -> str:
         "| kind | " + " | ".join(f"severity {level}" for level in range(1, 6)) + " | most often taken for |",
         "|---|" + "---|" * 6,
     ]
-    for kind, levels in found.items():
+    for kind, levels in shares.items():
         wrong: dict[str, int] = {}
         for entry in levels.values():
             for answer, n in entry["answers"].items():
@@ -252,7 +252,7 @@ def markdown(found: dict[str, Any], settings: str) -> str:
         if kind == CLEAN:
             cells = [f"{levels['0']['right']:.1f} (not degraded)", "", "", "", ""]
         lines.append(f"| {kind} | {' | '.join(cells)} | {', '.join(confusions)} |")
-    degraded = {k: v for k, v in found.items() if k != CLEAN}
+    degraded = {k: v for k, v in shares.items() if k != CLEAN}
     means = [np.mean([v[str(level)]["right"] for v in degraded.values()]) for level in range(1, 6)]
     lines.append(f"| mean of the 15 | {' | '.join(f'{mean:.1f}' for mean in means)} | |")
     errors = [np.mean([v[str(level)]["severity_error"] for v in degraded.values()]) for level in range(1, 6)]
@@ -296,7 +296,7 @@ def main() -> None:
     left_out = fold >= 0
     raised = clean_lead(rows[left_out], outputs[torch.from_numpy(left_out)])
     outputs[:, 0] += raised
-    found = report(rows[left_out], outputs[torch.from_numpy(left_out)])
+    shares = report(rows[left_out], outputs[torch.from_numpy(left_out)])
     (args.work / "folds.json").write_text(
         json.dumps({"raised": raised, "names": [n for n, _ in known], "fold": _of_photographs(photograph, fold)})
     )
@@ -307,14 +307,14 @@ def main() -> None:
         f"{args.folds} networks, none of which has seen the photograph, seed {args.seed}. The logit of clean is raised "
         f"by {raised:.2f}; the network in the package was trained on all."
     )
-    text = markdown(found, settings)
+    text = markdown(shares, settings)
     print(text)
     if args.publish:
         weights = train(rows, args.seed)
         weights["fc3.bias"][0] += raised
         save_file(weights, Path(shipped.__file__).with_suffix(".safetensors"), metadata={"kinds": ",".join(KINDS)})
         (RESULTS / "degradation.md").write_text(text)
-        (RESULTS / "degradation.json").write_text(json.dumps(found, indent=1) + "\n")
+        (RESULTS / "degradation.json").write_text(json.dumps(shares, indent=1) + "\n")
 
 
 def _of_photographs(photograph: np.ndarray, fold: np.ndarray) -> list[int]:

@@ -136,8 +136,8 @@ def loss_of(unet: Any, clean: Tensor, degraded: Tensor, quality: Any, times: Ten
     velocity = 2 * (degraded - clean)
     q = quality(degraded)
     sample = 2 * clean - 1 + t * velocity
-    found = unet(sample, 1000 * times, return_dict=False, **({} if q is None else {"q": q}))[0]
-    error = (t * (found.float() - velocity)).square().mean((1, 2, 3))
+    predicted = unet(sample, 1000 * times, return_dict=False, **({} if q is None else {"q": q}))[0]
+    error = (t * (predicted.float() - velocity)).square().mean((1, 2, 3))
     # 1e-3 is 36 dB, 4e-4 is 40 dB: below, a picture that is almost as it was would count for all the others
     return (error + 1e-3).sqrt().mean() if loss == "rmse" else (error + 4e-4).log().mean() / 2
 
@@ -217,8 +217,8 @@ def train(args: argparse.Namespace, processes: Processes, device: torch.device, 
     first = resume(args, kept)
     ema.to(device)
     # of each batch every process takes its part, as one process has them all
-    own = np.split(np.arange(args.batch_size), processes.world_size)[processes.rank]
-    batches = ((step * args.batch_size + own).tolist() for step in range(first, args.steps))
+    parts = np.split(np.arange(args.batch_size), processes.world_size)[processes.rank]
+    batches = ((step * args.batch_size + parts).tolist() for step in range(first, args.steps))
     loader = DataLoader(patches, batch_sampler=batches, num_workers=args.num_workers)
     began, total, done = time.perf_counter(), torch.zeros((), device=device), first
     for step, (clean, degraded) in enumerate(loader, first):
@@ -228,7 +228,7 @@ def train(args: argparse.Namespace, processes: Processes, device: torch.device, 
         clean, degraded = clean.to(device), degraded.to(device)
         generator = torch.Generator().manual_seed(step + 1000003 * args.seed)
         part = 1.0 if args.start is not None else progress.part
-        times = draw_times(args.batch_size, part, args.shift, generator)[own].to(clean)
+        times = draw_times(args.batch_size, part, args.shift, generator)[parts].to(clean)
         with torch.autocast(device.type, **mixed):
             loss = loss_of(network, clean, degraded, pipe.quality_of, times, args.loss)
         scaler.scale(loss).backward()
@@ -282,7 +282,7 @@ def save(args: argparse.Namespace, kept: dict[str, Any], done: int) -> None:
     folder = args.work / f"step-{done}"
     part = folder.with_suffix(".part")
     part.mkdir(parents=True, exist_ok=True)
-    torch.save({name: one.state_dict() for name, one in kept.items()}, part / STATE)
+    torch.save({name: holder.state_dict() for name, holder in kept.items()}, part / STATE)
     (part / "args.json").write_text(json.dumps(fixed(args)), encoding="utf-8")
     os.replace(part, folder)
     for old in args.work.glob("step-*"):
@@ -311,8 +311,8 @@ def resume(args: argparse.Namespace, kept: dict[str, Any]) -> int:
         reason = ", ".join(differ) or "made by another version of this script"
         raise SystemExit(f"{latest} is of another run: {reason}; give another --work")
     states = torch.load(latest / STATE, map_location="cpu", weights_only=True)
-    for name, one in kept.items():
-        one.load_state_dict(states[name])
+    for name, holder in kept.items():
+        holder.load_state_dict(states[name])
     return int(latest.name.partition("-")[2])
 
 
@@ -326,7 +326,7 @@ def scores(
     """PSNR, SSIM and HaarPSI (Reisenhofer et al., 2018, a perceptual score) before and after, by degradation."""
     pipe.set_progress_bar_config(disable=True)
     conditions: list[tuple[str, int]] = [("clean", 0), *((name, s) for name in IMPAIRMENTS for s in severities)]
-    found = {}
+    result = {}
     for name, severity in conditions:
         rows = []
         for index, picture in enumerate(pictures):
@@ -335,11 +335,11 @@ def scores(
             clean = as_tensor(picture)[None]
             rows.append([values(as_tensor(degraded)[None], clean), values(restored, clean)])
         before, after = np.mean(rows, axis=0)
-        found[f"{name}-{severity}" if severity else name] = {
+        result[f"{name}-{severity}" if severity else name] = {
             key: [round(float(b), 4), round(float(a), 4)]
             for key, b, a in zip(("psnr", "ssim", "haarpsi"), before, after, strict=True)
         }
-    return found
+    return result
 
 
 def middle(picture: np.ndarray, side: int) -> np.ndarray:
@@ -356,9 +356,9 @@ def values(image: Tensor, clean: Tensor) -> list[float]:
 def validate(args: argparse.Namespace, pipe: Any, done: int) -> None:
     """Scores at severity 3 and a picture of what is restored."""
     pictures = photographs(args.val)[: args.val_limit]
-    found = scores(pipe, pictures, 1, (3,))
+    result = scores(pipe, pictures, 1, (3,))
     print(
-        f"step {done}: " + ", ".join(f"{n} {v['psnr'][0]:.1f}→{v['psnr'][1]:.1f}" for n, v in found.items()),
+        f"step {done}: " + ", ".join(f"{n} {v['psnr'][0]:.1f}→{v['psnr'][1]:.1f}" for n, v in result.items()),
         file=sys.stderr,
     )
     rows = []
@@ -373,11 +373,11 @@ def validate(args: argparse.Namespace, pipe: Any, done: int) -> None:
 def weighted(text: str) -> dict[str, float]:
     """``"jpeg=3,noise"``: name → weight."""
     try:
-        found = {name: float(weight or 1) for name, _, weight in (part.partition("=") for part in text.split(","))}
-        Impair(found)
+        weights = {name: float(weight or 1) for name, _, weight in (part.partition("=") for part in text.split(","))}
+        Impair(weights)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-    return found
+    return weights
 
 
 def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
@@ -472,9 +472,9 @@ def finish(args: argparse.Namespace, pipe: Any, ema: EMAModel) -> None:
     if args.scores is not None and args.val is not None:
         pipe.unet.float()  # as it is loaded
         pictures = [middle(picture, args.score_crop) for picture in photographs(args.val)]
-        found = {"1 steps": scores(pipe, pictures, 1), "10 steps": scores(pipe, pictures, 10, (3,))}
-        found = {"args": fixed(args), **found}
-        args.scores.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        results = {"1 steps": scores(pipe, pictures, 1), "10 steps": scores(pipe, pictures, 10, (3,))}
+        results = {"args": fixed(args), **results}
+        args.scores.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def test_the_runner_trains_evaluates_and_resumes(run, tmp_path):
 def test_a_prior_is_fitted_inside_a_detector(run, coco):
     backbone = {"type": "ResNet", "depth": 18, "num_stages": 4, "out_indices": (0, 1, 2, 3)}
     hook = {
-        "type": "FitPriorHook", "data": str(coco), "corruptions": ["contrast"], "severity": 5, "steps": 20,
+        "type": "FitPriorHook", "data": str(coco), "corruptions": ["contrast"], "severities": 5, "steps": 20,
         "views": 2, "input_size": 128,
     }  # fmt: skip
     cfg = run({"type": "DegradationPrior", "backbone": backbone, "site": "auto"}, "prior", custom_hooks=[hook])
