@@ -15,7 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.models import resnet50
 
-from quac_plugins.core.quality.contrique import Contrique, contrique, contrique_encoder, load_contrique
+from quac_plugins.core.quality.contrique import Contrique, contrique, contrique_encoder
 from quac_plugins.core.quality.registry import resolve_quality
 
 
@@ -138,20 +138,20 @@ def test_wrong_checkpoints(state, tmp_path):
         return tmp_path / "wrong.tar"
 
     with pytest.raises(ValueError, match=r"1 missing \(encoder\.0\.weight\); 1 unexpected \(encoder\.9\.weight\)"):
-        load_contrique(saved({k.replace("encoder.0.", "encoder.9."): v for k, v in state.items()}))
+        Contrique(str(saved({k.replace("encoder.0.", "encoder.9."): v for k, v in state.items()}))).load()
     with pytest.raises(ValueError, match=r"missing \(encoder\.0\.weight, encoder\.1\.weight.*…\)"):
-        load_contrique(saved({"conv1.weight": torch.zeros(1)}))
+        Contrique(str(saved({"conv1.weight": torch.zeros(1)}))).load()
     with pytest.raises(
         ValueError, match=r"1 of another shape \(encoder\.0\.weight \(1,\) instead of \(64, 3, 7, 7\)\)"
     ):
-        load_contrique(saved({**state, "encoder.0.weight": torch.zeros(1)}))
+        Contrique(str(saved({**state, "encoder.0.weight": torch.zeros(1)}))).load()
     with pytest.raises(ValueError, match="of another shape"):
-        load_contrique(saved({**state, "encoder.0.weight": "text"}))
+        Contrique(str(saved({**state, "encoder.0.weight": "text"}))).load()
     with pytest.raises(ValueError, match="list"):
-        load_contrique(saved([1, 2]))
+        Contrique(str(saved([1, 2]))).load()
     (tmp_path / "text.tar").write_text("not a checkpoint")
     with pytest.raises(ValueError, match=r"text\.tar"):
-        load_contrique(tmp_path / "text.tar")
+        Contrique(str(tmp_path / "text.tar")).load()
 
 
 def test_never_runs_code_of_a_checkpoint(tmp_path):
@@ -161,7 +161,7 @@ def test_never_runs_code_of_a_checkpoint(tmp_path):
 
     torch.save({"encoder.0.weight": Evil()}, tmp_path / "evil.tar")
     with pytest.raises(ValueError, match=r"evil\.tar"):
-        load_contrique(tmp_path / "evil.tar")
+        Contrique(str(tmp_path / "evil.tar")).load()
     assert not (tmp_path / "was run").exists()
 
 
@@ -243,7 +243,7 @@ def test_loading_leaves_the_random_state(checkpoint):
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    load_contrique(checkpoint)
+    Contrique(str(checkpoint)).load()
     assert torch.equal(torch.rand(3), expected)
 
 
