@@ -3,6 +3,7 @@ import os
 import socket
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # processes that share cores wait for each other's threads; before torch
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read at import: nothing waits for a network; the tests' own Hub lifts it
 
 import numpy as np
 import pytest

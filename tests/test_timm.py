@@ -448,7 +448,8 @@ def test_no_network_says_what_was_looked_for_and_how_to_give_a_file(tmp_path):
 
 
 def test_importing_the_package_imports_no_other_framework():
-    code = "import sys, quac_plugins; print(*sys.modules)"
+    code = "import sys, quac_plugins; from quac_plugins.core.quality.registry import quality_names"
+    code += "; assert 'pyiqa[:…]' in quality_names(); print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.partition(".")[0] for name in run.stdout.split()}
     assert "timm" in loaded

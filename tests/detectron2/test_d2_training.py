@@ -221,7 +221,7 @@ def test_the_prior_of_a_detector_is_fitted_on_photographs(config, build, inputs,
     before = {n: t.clone() for n, t in model.state_dict().items() if "quac_prior" not in n}
     photographs = [getattr(data, name)()[:128, :128, :3] for name in ("astronaut", "coffee", "chelsea", "rocket")]
     report = quac.fit_prior(
-        model.backbone, photographs, corruptions="contrast", severity=5, steps=16, views=1, draws=4,
+        model.backbone, photographs, corruptions="contrast", severities=5, steps=16, views=1, draws=4,
         input_size=128, progress=False,
     )  # fmt: skip
     hook.remove()
