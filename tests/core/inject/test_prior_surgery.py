@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from outcomes import REFUSED, RIGHT, held_to
+from passes import gradients, one_forward, two_forwards
 from small_hosts import small_host
 from timm.layers import set_reentrant_ckpt
 from torch import nn
@@ -422,21 +423,6 @@ def test_compiled_and_exported_whole(name, config, cheap, photographs):
 
 
 # -- activation checkpointing
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss(model).backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def one_forward(photographs):
-    return lambda model: model(photographs(2, 48)).square().mean()
-
-
-def two_forwards(photographs):
-    other = photographs(4, 48)[2:] * 0.3
-    return lambda model: model(photographs(2, 48)).square().mean() + 3 * model(other).square().mean()
 
 
 def close(found, expected):
