@@ -326,8 +326,7 @@ def markdown(args: argparse.Namespace, table: dict[str, Any]) -> str:
     ]
     for host, rows in table.items():
         runs = [run for row in rows.values() for by_seed in row.values() for run in by_seed.values()]
-        judged = set.intersection(*(set(run["scores"]) for run in runs))
-        severities = sorted({int(key.split("/")[1]) for key in judged if "+" not in key} - {0})
+        severities = sorted({int(key.split("/")[1]) for run in runs for key in run["scores"] if "+" not in key} - {0})
         mixed = [key for key in runs[0]["scores"] if "+" in key]
         heads = [
             "clean",
@@ -346,6 +345,8 @@ def markdown(args: argparse.Namespace, table: dict[str, Any]) -> str:
                 cells = [spread([s["clean/0"] for s in scores])]
                 cells += [
                     spread([statistics.mean(s[f"{c}/{level}"] for c in CORRUPTIONS) for s in scores])
+                    if all(f"fog/{level}" in s for s in scores)
+                    else ""
                     for level in severities
                 ]
                 cells += [spread([s[key] for s in scores]) for key in mixed]
@@ -358,6 +359,8 @@ def markdown(args: argparse.Namespace, table: dict[str, Any]) -> str:
         if best is not None and "host" in rows:
             ours, theirs = list(rows["margins"][best].values()), next(iter(rows["host"]["0"].values()))["scores"]
             for level in severities:
+                if not all(f"fog/{level}" in scores for scores in (theirs, *(run["scores"] for run in ours))):
+                    continue
                 pairs = [
                     (c, theirs[f"{c}/{level}"], statistics.mean(r["scores"][f"{c}/{level}"] for r in ours))
                     for c in CORRUPTIONS

@@ -137,7 +137,7 @@ def fit_prior_command(
     top_k: Annotated[int | None, typer.Option(min=1, help="Modules that an image is sent to, if routed.")] = None,
     budget: Annotated[
         float | None,
-        typer.Option(min=0, help="Share of the network's multiply-adds for modules beside margins, such as 0.13."),
+        typer.Option(min=0, help="An experiment: a share of multiply-adds for modules beside margins, such as 0.13."),
     ] = None,
 ) -> None:
     """Fit a degradation prior inside a frozen network on a few photographs, and save it as an adapter.

@@ -12,7 +12,7 @@ from quac_plugins.fit.confusion import Confusion
 
 REPORT_NAME = "fit_report.json"  # in the folder of the adapter that was fitted
 
-_FEW = 8  # photographs
+_FEW = 50  # photographs: measured with 10 and with 100, see docs/limits.md
 
 if TYPE_CHECKING:
     import os
@@ -152,7 +152,8 @@ class FitReport:
         fitted = self.images.get("all", 0) - self.images.get("held", 0)
         if "margins" in self.stages and fitted < _FEW:
             lines.append(
-                f"  statistics of {fitted} photographs: what they disagree on is shrunk; more of them tell more"
+                f"  {fitted} photographs are few: margins for 15 corruptions lifted tf_efficientnet_lite0 by 4 points "
+                "from 10 and lost 5 in noise; from 100 by 19. Judge the network on labelled pictures before it is used"
             )
         if self.gate is not None:
             lines.append(f"  gate, on pictures {self._judged}, of all severities:")
