@@ -60,10 +60,10 @@ def test_an_etag_that_is_no_hash_is_not_believed_and_the_hub_is_asked(form, name
     hub.tag(name, form)
     folder = fetch(REPO)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == adapter
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"cannot be compared .* no hash of it.*not read|is damaged"):
-        fetch(REPO)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with monkeypatch.context() as offline:  # undone before the test hub's own variables are
+        offline.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(ValueError, match=r"cannot be compared .* no hash of it.*not read|is damaged"):
+            fetch(REPO)
     hub.replace(REPO, name, b"odd" + adapter[name][3:])
     with pytest.raises(ValueError, match=r"is damaged: its hash is .* and the Hub said"):
         fetch(REPO, force=True)
@@ -84,9 +84,10 @@ def test_a_cache_without_links_asks_the_hub(hub, adapter, monkeypatch):
     path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\0")
     fetch(REPO)  # fetched again
     assert path.read_bytes() == adapter[WEIGHTS_NAME]
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=r"cannot be compared .* knows no hash of it"):
-        fetch(REPO)
+    with monkeypatch.context() as offline:
+        offline.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(ValueError, match=r"cannot be compared .* knows no hash of it"):
+            fetch(REPO)
 
 
 # -- adapters
