@@ -47,7 +47,8 @@ def size_pre_hook(layer: Any, args: tuple, kwargs: dict) -> None:
 def prior_hook(layer: Any, args: tuple, kwargs: dict, output: Any) -> Any:
     """Repair the output of a layer by its prior; the call may tell the grid of the layer's tokens."""
     prior = layer.quac_prior
-    if getattr(prior, "over", False):  # nobody else holds the output
+    first = next(iter(layer._forward_hooks.values()), None) is prior_hook  # or another hook has seen the output
+    if first and getattr(prior, "over", False) and not layer._forward_pre_hooks:  # of an identity they see it as well
         return prior(output, over=True)
     return prior(output, grid=_grid_of(layer, args, kwargs, output))
 

@@ -38,6 +38,7 @@ _is_of_several = find("_C._functorch.is_legacy_batchedtensor")  # several gradie
 _is_zero = find("Tensor._is_zerotensor")  # zeros without memory
 _forward_ad = find("autograd.forward_ad")
 _graph_task = find("_C._current_graph_task_id")  # () → of the backward pass that this thread is in, or -1
+_global_hooks = find("_global_forward_hooks", "torch.nn.modules.module")  # which see the output of every module
 _FakeTensor, _FakeTensorMode = find("FakeTensor", FAKE_TENSORS), find("FakeTensorMode", FAKE_TENSORS)
 
 
@@ -48,6 +49,11 @@ def hides_memory(*tensors: Tensor) -> bool:
     if _transforms() is not None or _modes() or getattr(_forward_ad, "_current_level", 0) >= 0:
         return True
     return any(map(_is_zero, tensors)) or any(map(_is_wrapped, tensors)) or any(map(_is_of_several, tensors))
+
+
+def hooked_everywhere() -> bool:
+    """Return whether a hook sees the outputs of all modules; True where this version does not tell."""
+    return _global_hooks is None or bool(_global_hooks)
 
 
 def in_backward() -> bool:

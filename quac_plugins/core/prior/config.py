@@ -28,9 +28,9 @@ class PriorConfig(QualityOptions):
         fdm_width: the number of channels inside an FDM. None: the FDM's own rule.
         fdm_act: the activation inside an FDM: ``"relu"``, ``"gelu"``, … or a quality-adaptive one, such as ``"qacon"``.
         experts: names of degradations, with one FDM each: a routed prior, whose gate reads q. Empty: a single FDM.
-        margins: put margins at the host's norms as well. Together they adapt better than either. At each site there is
-            then one FDM for all ``experts``, with margins of each behind its own convolutions, and it does nothing to a
-            picture that q knows for clean.
+        margins: put margins at the host's norms as well. An experiment: as measured so far, margins alone are better.
+            At each site there is then one FDM for all ``experts``, with margins of each behind its own convolutions,
+            and it does nothing to a picture that q knows for clean.
         top_k: the number of experts that an image is sent to (routed only).
         quality: the quality function that the gate, or a driven activation inside, reads. ``"degradation"`` tells the
             15 corruptions of ImageNet-C apart by itself, so a gate over experts of these names needs no fit; with

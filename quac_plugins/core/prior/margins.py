@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,11 +28,20 @@ from quac_plugins.core.precision import full_precision
 from quac_plugins.core.prior.fdm import FDM, LAYOUTS, all_zero
 from quac_plugins.core.prior.routed import Gate
 from quac_plugins.core.prior.sites import Grid, PriorSite
-from quac_plugins.core.private import hides_memory
+from quac_plugins.core.private import hides_memory, hooked_everywhere
 from quac_plugins.core.quality.context import QualityContext, QualityError
 
 SEVERITIES = (2.0, 4.0)
 """The severities that margins are kept for, where q tells one; beyond them the nearer one is used."""
+
+
+class _Latest(NamedTuple):
+    """Results of one q; replaced as a whole, since threads share a model."""
+
+    q: Tensor
+    mode: tuple[bool, bool]  # with gradients, of inference
+    shares: Tensor
+    made: dict[weakref.ref[Margin], tuple[Tensor, Tensor]]  # scale and shift of each place
 
 
 class Mixture(nn.Module):
@@ -48,14 +57,14 @@ class Mixture(nn.Module):
         given: shares (B, K·S) that replace q's, while a fit knows the degradation of each image; else None.
     """
 
+    _latest: _Latest | None = None
+    _places: tuple[weakref.ref[Margin], ...] = ()  # that have asked
+
     def __init__(self, quality_channels: int, experts: int, told: Sequence[int] = (), severity: int | None = None):
         super().__init__()
         self.gate = Gate(quality_channels, experts + 1, told)
         self.severity = severity
         self.given: Tensor | None = None
-        self._latest: tuple[Tensor, tuple[bool, bool], Tensor] | None = None  # q, the modes, and what was made of q
-        self._made: dict[int, tuple[Tensor, Tensor]] = {}  # of the latest shares, by the id of the place
-        self._places: tuple[weakref.ref[Margin], ...] = ()  # that have asked
 
     def forward(self, q: Tensor, afresh: bool = True) -> Tensor:
         """Compute shares (B, K·S) of q (B, Q), at least float32; each row sums to at most one.
@@ -67,14 +76,14 @@ class Mixture(nn.Module):
         if in_graph():
             return self._of(q)
         mode, latest = (torch.is_grad_enabled(), torch.is_inference_mode_enabled()), self._latest
-        if not afresh and latest is not None and latest[0] is q and latest[1] == mode:
-            return latest[2]
-        shares = self._of(q)
-        # what has a gradient belongs to one graph: it is made anew at each place
-        self._latest, self._made = (None if shares.requires_grad else (q, mode, shares)), {}
-        if not mode[0]:
+        if not afresh and latest is not None and latest.q is q and latest.mode == mode:
+            return latest.shares
+        shares, made = self._of(q), {}
+        if afresh and not mode[0]:
             with full_precision(shares):
-                self._made = {id(place): place.mixed(shares) for ref in self._places if (place := ref()) is not None}
+                made = {ref: place.mixed(shares) for ref in self._places if (place := ref()) is not None}
+        # what has a gradient belongs to one graph: it is made anew at each place
+        self._latest = None if shares.requires_grad else _Latest(q, mode, shares, made)
         return shares
 
     def made(self, place: Margin, shares: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -83,11 +92,12 @@ class Mixture(nn.Module):
         Those of all places are made one after the other at the first of them: between the layers of a host each would
         take several times as long, its code and data being out of the processor's caches.
         """
-        if torch.is_grad_enabled() or in_graph() or self._latest is None or self._latest[2] is not shares:
+        latest, ref = self._latest, weakref.ref(place)
+        if torch.is_grad_enabled() or in_graph() or latest is None or latest.shares is not shares:
             return None
-        if all(ref() is not place for ref in self._places):
-            self._places = (*self._places, weakref.ref(place))
-        return self._made.pop(id(place), None)
+        if ref not in self._places:
+            self._places = (*(other for other in self._places if other() is not None), ref)
+        return latest.made.pop(ref, None)
 
     def _of(self, q: Tensor) -> Tensor:
         q = q.to(self.gate.fc1.weight.device)
@@ -104,7 +114,7 @@ class Mixture(nn.Module):
         return 1 if self.severity is None else len(SEVERITIES)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_latest": None, "_made": {}, "_places": (), "given": None}
+        return {**self.__dict__, "_latest": None, "_places": (), "given": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Mixture:
         memo[id(self)] = new = type(self).__new__(type(self))
@@ -152,6 +162,8 @@ class Margin(FDM):
 
     name = "margin"
     places = "norms"
+    over = False
+    of_residual = False
 
     def __init__(
         self,
@@ -166,7 +178,6 @@ class Margin(FDM):
         self.layer = site.name
         self.image_size: Any = None
         self.context: QualityContext | None = None
-        self.over = False
         self.observer: Callable[[Margin, Tensor], Tensor] | None = None
         rows = experts * mixture.kept if mixture is not None else 1
         self.table = nn.Parameter(torch.zeros(rows, 2 * site.channels))
@@ -263,7 +274,7 @@ class Margin(FDM):
         """Return whether y can take the memory of x: new memory costs several times the computation of y."""
         if torch.is_grad_enabled() or x.requires_grad or in_graph():
             return False
-        if self._forward_hooks or self._forward_pre_hooks:  # they see x as well
+        if self._forward_hooks or self._forward_pre_hooks or hooked_everywhere():  # they see x as well
             return False
         return x.is_inference() == torch.is_inference_mode_enabled() and not hides_memory(x)
 

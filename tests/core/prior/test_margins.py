@@ -225,6 +225,32 @@ def test_a_second_pass_computes_what_the_first_does_and_tables_may_change_betwee
             assert torch.equal(model(images), fresh(images))
 
 
+def test_a_thread_that_cuts_in_gets_its_own_coefficients(real, monkeypatch):
+    """While one makes the coefficients of all places, another begins with another q."""
+    model, images = filled(host()), images_of(real)[:2]
+    mixture = margins_of(model)[0].shared
+    mine, other = told("fog", "fog"), told("contrast", "contrast")
+    with torch.no_grad(), quac.use_q(model, mine):
+        model(images)
+    last, mixed = margins_of(model)[-1], Margin.mixed
+    with torch.no_grad():
+        wanted = [last.mixed(mixture(q)) for q in (mine, other)]
+    cut_in = []
+
+    def interrupted(self, shares):
+        if not cut_in:
+            cut_in.append(None)
+            with ThreadPoolExecutor(1) as pool, torch.no_grad():
+                cut_in[0] = pool.submit(torch.no_grad()(mixture), other).result()
+        return mixed(self, shares)
+
+    monkeypatch.setattr(Margin, "mixed", interrupted)
+    with torch.no_grad():
+        found = [mixture.made(last, shares) or last.mixed(shares) for shares in (mixture(mine), cut_in[0])]
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_threads_do_not_see_each_others_shares(real):
     model, images = filled(host()), images_of(real)[:1]
     kinds = [*EXPERTS, "clean"] * 4
@@ -332,6 +358,25 @@ class KeepingNorm(nn.BatchNorm2d):
     def forward(self, x):
         self.kept = super().forward(x)
         return self.kept
+
+
+@pytest.mark.parametrize("who", ["first hook", "pre-hook", "every module's hook"])
+def test_what_a_hook_has_seen_is_not_written_over(who, real):
+    model = filled(host("test_efficientnet"))
+    norm, seen = model.blocks[0][0].bn1.drop, []
+    if who == "first hook":
+        handle = norm.register_forward_hook(lambda module, args, y: seen.append((y, y.clone())), prepend=True)
+    elif who == "pre-hook":
+        handle = norm.register_forward_pre_hook(lambda module, args: seen.append((args[0], args[0].clone())))
+    else:
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, args, y: seen.append((y, y.clone())) if module is norm else None
+        )
+    with torch.no_grad(), quac.use_q(model, told("fog", "contrast")):
+        model(images_of(real)[:2, :, :64, :64])
+    handle.remove()
+    (kept, as_seen), *_ = seen
+    assert torch.equal(kept, as_seen)
 
 
 def test_what_a_host_keeps_is_not_written_over(real):
