@@ -25,6 +25,14 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def fresh_dynamo():
+    """Nothing was compiled before: what was compiled too often runs eagerly from then on."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(scope="session")
 def cheap():
     return channel_statistics

@@ -149,7 +149,6 @@ def test_two_processes_judge_what_one_does(folders):
 
 def test_two_processes_train_what_one_does(folders):
     """The restorer of examples/train_restoration.py, of which each took half of every batch."""
-    pytest.importorskip("diffusers")
     one, two = (load_file(f / "restorer/unet/diffusion_pytorch_model.safetensors") for f in folders[:2])
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from quac_plugins.core.host.facts import facts_of
 from quac_plugins.core.quality.degradation import CLEAN
-from quac_plugins.fit.budget import multiply_adds_of
+from quac_plugins.fit.budget import flops_of
 from quac_plugins.fit.gate import Drawn
 from quac_plugins.fit.session import FitSession
 
@@ -63,7 +63,7 @@ def multiply_adds(session: FitSession) -> float | None:
     """Return the multiply-adds of the injected modules over the host's, for one image, by torch's counter, or None."""
     image = session.images(np.zeros((1, *session.photographs.size, 3), dtype=np.uint8))
     try:
-        counts = [multiply_adds_of(network, image) for network in (session.model, session.teacher)]
+        counts = [flops_of(network, image) for network in (session.model, session.teacher)]
     except Exception:  # operations that it does not know; a finished fit is not to be lost over it
         return None
     return counts[0] / counts[1] - 1 if counts[1] else None

@@ -57,7 +57,7 @@ def within_budget(
             f"experts=[…]), got fdm={config.fdm!r}, site={config.site!r}"
         )
     with lent(model, None) as device, torch.no_grad():
-        whole = multiply_adds_of(model, torch.zeros(1, 3, *size, device=device))
+        whole = flops_of(model, torch.zeros(1, 3, *size, device=device))
     if not whole:
         raise ValueError(
             f"the multiply-adds of {type(model).__name__} cannot be counted, so none can be kept within a budget: name "
@@ -77,8 +77,8 @@ def within_budget(
     return config, said
 
 
-def multiply_adds_of(module: nn.Module, *inputs: Tensor) -> int:
-    """Return twice the multiply-adds of a call, by torch's counter; 0 for operations that it does not know."""
+def flops_of(module: nn.Module, *inputs: Tensor) -> int:
+    """Count the floating point operations of a call by torch's counter; 0 for operations that it does not know."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -94,4 +94,4 @@ def _cost(site: PriorSite, fdm: str, width: int, size: tuple[int, int]) -> int:
         "tokens": (1, site.prefix + rows * columns, site.channels),
     }[site.layout]
     with torch.device("meta"):
-        return multiply_adds_of(resolve_fdm(fdm)(site, width), torch.empty(shape))
+        return flops_of(resolve_fdm(fdm)(site, width), torch.empty(shape))
